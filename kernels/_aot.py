@@ -1,0 +1,149 @@
+"""Ahead-of-time compilation of Triton kernels: what a machine without a GPU can prove.
+
+A kernel file lists its cases with `aot_cases(arch)`; `compile_case` compiles one for one architecture
+with the installed Triton and reads back what decides whether it can run at all: registers, stack
+(spills), shared memory, and which special instructions the compiler used. `problems` holds a report
+against the limits of the chip. Nothing here needs a driver.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Compute capability (major * 10 + minor) of every architecture that kernels are compiled for.
+ARCHITECTURES: tuple[int, ...] = (75, 80, 86, 89, 90, 100, 120)
+
+# Largest dynamic shared memory one block may ask for, in bytes.
+SHARED_LIMIT_BYTES: dict[int, int] = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+
+# Columns of tensor memory a Blackwell data-centre block may hold.
+TENSOR_MEMORY_LIMIT = 512
+
+# Names used in `AotCase.expect` and `AotReport.instructions`, and their trace in PTX.
+_INSTRUCTIONS: dict[str, str] = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "cp.async": r"\bcp\.async\.c[ag]",
+    "tma": r"\bcp\.async\.bulk\.tensor",
+    "setmaxnreg": r"\bsetmaxnreg",
+    "atomic": r"\b(?:red|atom)\.(?:global|async|gpu|relaxed)",
+}
+
+
+class AotCase(NamedTuple):
+    """One specialisation of one kernel, the way a launcher would request it."""
+
+    name: str
+    # the JITFunction; an InterpretedFunction cannot be compiled
+    fn: Any
+    # every non-constexpr argument: "*bf16", "i32", "i64", "fp32", "tensordesc<bf16[64,64]>"
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    # arguments (pointers and integers) known to be multiples of 16
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    # instructions that must be there, of _INSTRUCTIONS
+    expect: tuple[str, ...] = ()
+    max_registers: int = 255
+
+
+class AotReport(NamedTuple):
+    """What one compilation produced."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    instructions: frozenset[str]
+
+
+def compile_case(case: AotCase, arch: int) -> AotReport:
+    """Compile `case` for `arch` and read back its resources."""
+    compiled = triton.compile(
+        _source(case),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    registers, stack = _resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    found = frozenset(name for name, trace in _INSTRUCTIONS.items() if re.search(trace, ptx))
+    return AotReport(
+        name=case.name,
+        arch=arch,
+        registers=registers,
+        stack=stack,
+        shared=int(compiled.metadata.shared),
+        tensor_memory=int(getattr(compiled.metadata, "tmem_size", None) or 0),
+        instructions=found,
+    )
+
+
+def problems(case: AotCase, report: AotReport) -> list[str]:
+    """Why `report` is not acceptable, one sentence each; empty when it is."""
+    found = []
+    if report.stack:
+        found.append(f"stack is {report.stack} bytes, expected 0: registers spill")
+    limit = SHARED_LIMIT_BYTES[report.arch]
+    if report.shared > limit:
+        found.append(f"shared memory is {report.shared} bytes, sm_{report.arch} has {limit}")
+    if report.tensor_memory > TENSOR_MEMORY_LIMIT:
+        found.append(f"tensor memory is {report.tensor_memory} columns of {TENSOR_MEMORY_LIMIT}")
+    if report.registers > case.max_registers:
+        found.append(f"{report.registers} registers a thread, at most {case.max_registers}")
+    missing = sorted(set(case.expect) - report.instructions)
+    if missing:
+        found.append(f"missing instructions {missing}, found {sorted(report.instructions)}")
+    return found
+
+
+def _source(case: AotCase) -> ASTSource:
+    names = list(case.fn.arg_names)
+    given = set(case.signature) | set(case.constexprs)
+    if given != set(names) or set(case.signature) & set(case.constexprs):
+        raise ValueError(
+            f"case {case.name}: arguments do not match {case.fn.__name__}: "
+            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}, "
+            f"given twice {sorted(set(case.signature) & set(case.constexprs))}"
+        )
+    unknown = sorted(set(case.divisible) - set(case.signature))
+    if unknown:
+        raise ValueError(f"case {case.name}: divisible names {unknown} are not in the signature")
+    # the order of the kernel's own parameters decides the order of its launch arguments
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    return ASTSource(case.fn, signature, dict(case.constexprs), divisible)
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and stack bytes of the one kernel in `cubin`."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True
+        )
+    usage = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if len(usage) != 1:
+        raise RuntimeError(f"cuobjdump described {len(usage)} kernels, expected 1: {done.stdout}")
+    return int(usage[0][0]), int(usage[0][1])
