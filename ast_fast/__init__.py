@@ -1,0 +1,69 @@
+"""Train and run the Audio Spectrogram Transformer and its family, fast, with the same numbers.
+
+Names are loaded when first used, so that `import ast_fast` stays cheap and needs only PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# a checkout keeps the kernels in the sibling folder kernels/; an installed copy has them inside
+_checkout = Path(__file__).resolve().parent.parent
+if not (_checkout / "ast_fast" / "kernels").is_dir() and (_checkout / "kernels").is_dir():
+    __path__.append(str(_checkout))
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ASTModel": "models.ast",
+    "LogMel": "frontend",
+    "check_equivalence": "equivalence",
+    "create_model": "models.registry",
+    "list_models": "models.registry",
+    "predict": "inference",
+    "tag": "inference",
+    "use_backend": "backend",
+}
+_MODULES = (
+    "audio",
+    "backend",
+    "config",
+    "data",
+    "equivalence",
+    "frontend",
+    "hub",
+    "inference",
+    "models",
+    "ops",
+    "reference",
+    "training",
+)
+
+if TYPE_CHECKING:
+    from . import audio, backend, config, data, equivalence, frontend, hub, inference
+    from . import models, ops, reference, training
+    from .backend import use_backend
+    from .equivalence import check_equivalence
+    from .frontend import LogMel
+    from .inference import predict, tag
+    from .models.ast import ASTModel
+    from .models.registry import create_model, list_models
+
+__all__ = [*_HOMES, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

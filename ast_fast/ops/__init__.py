@@ -1,0 +1,21 @@
+"""The hot ops, each registered as `torch.ops.ast_fast.<name>`, with a choice of backend per call."""
+
+from .add_layer_norm import add_layer_norm
+from .attention import attention, attention_qkv
+from .attention_varlen import attention_varlen
+from .layer_norm import layer_norm
+from .log_mel import log_mel
+from .mlp import mlp
+from .patch_embed import patch_embed, patch_grid
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "attention_varlen",
+    "layer_norm",
+    "log_mel",
+    "mlp",
+    "patch_embed",
+    "patch_grid",
+]

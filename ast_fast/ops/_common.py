@@ -1,0 +1,61 @@
+"""What every op wrapper needs: registration on both device types, autocast, gradient bookkeeping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as `torch.ops.ast_fast.<name>` with kernels for CUDA and CPU."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(
+            f"ast_fast::{name}", function, mutates_args=(), device_types="cuda"
+        )
+        op.register_kernel("cpu")(function)
+        return op
+
+    return decorate
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this device, or None outside autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inputs of a matrix product in autocast's dtype; unchanged outside autocast and in float64."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32, and float64 for the oracle."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for a gradient of any of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def allow_tf32(device_type: str) -> bool:
+    """Whether the user allowed TF32 in float32 matrix products on this device."""
+    return device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with a message that names argument, got, expected and fix."""
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,314 @@
+"""Fused softmax attention over separate or fused q, k and v; the scores are never stored."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from ..reference import backward as reference_backward
+from ._common import allow_tf32, cast_for_autocast, register, require, statistics_dtype
+
+LSE_BLOCK = reference.ops.LSE_BLOCK
+
+
+def _load(name: str) -> ModuleType:
+    if name == "triton":
+        from ..kernels import attention as implementation
+    else:
+        from ..cpp import attention as implementation
+    return implementation
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
+    require(
+        q.dim() == 4 and k.dim() == 4 and k.shape == v.shape,
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [B, Tq, H, D] and "
+        "twice [B, Tk, H, D]",
+    )
+    require(
+        q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:],
+        f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in clips, heads or head width",
+    )
+    require(
+        q.dtype == k.dtype == v.dtype,
+        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype",
+    )
+    if key_lengths is not None:
+        require(
+            key_lengths.shape == q.shape[:1] and not key_lengths.is_floating_point(),
+            f"key_lengths has shape {tuple(key_lengths.shape)} and {key_lengths.dtype}: expected "
+            f"({q.shape[0]},) integers, one length a clip",
+        )
+
+
+def _use_deterministic(deterministic: bool) -> bool:
+    return deterministic or torch.are_deterministic_algorithms_enabled()
+
+
+def attention(
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # [B, Tq, H, D]
+    """`softmax(q k^T scale) v` per head, exact, without storing the scores (Dao et al. 2022).
+
+    Args:
+        q: [B, Tq, H, D], any strides with a contiguous last dim; D is 32, 64, 96 or 128 for the
+            fast backends.
+        k: [B, Tk, H, D].
+        v: [B, Tk, H, D].
+        scale: factor on the scores; D ** -0.5 by default.
+        key_lengths: [B] integers; keys from there on are ignored, even if they hold NaN. A clip
+            without keys gives 0.
+        deterministic: False allows faster atomics in backward;
+            `torch.use_deterministic_algorithms` forces True.
+        return_lse: also return the natural log-sum-exp [B, H, Tq] in float32, without a gradient.
+
+    Returns:
+        [B, Tq, H, D], contiguous (and the log-sum-exp if asked).
+    """
+    _check(q, k, v, key_lengths)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = cast_for_autocast(q, k, v)
+    chosen = backend.choose("attention", _load, q, k, v, key_lengths)
+    if chosen == "reference":
+        o, lse = reference.ops.attention(q, k, v, scale, key_lengths)
+        lse = lse.detach()
+    else:
+        o, lse = attention_op(
+            q, k, v, key_lengths, scale, _use_deterministic(deterministic), allow_tf32(q.device.type), chosen
+        )
+    return (o, lse[:, :, : q.shape[1]]) if return_lse else o
+
+
+def attention_qkv(
+    qkv: Tensor,  # [B, T, 3, H, D]
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    deterministic: bool = True,
+) -> Tensor:  # [B, T, H, D]
+    """`attention` on the output of one fused QKV projection; its gradient is one buffer too.
+
+    Args:
+        qkv: [B, T, 3, H, D], rows q, k, v as timm's `qkv` Linear gives them.
+        scale: factor on the scores; D ** -0.5 by default.
+        key_lengths: [B] integers, as in `attention`.
+        deterministic: as in `attention`.
+
+    Returns:
+        [B, T, H, D], contiguous.
+    """
+    require(
+        qkv.dim() == 5 and qkv.shape[2] == 3,
+        f"qkv has shape {tuple(qkv.shape)}: expected [B, T, 3, H, D]",
+    )
+    (qkv,) = cast_for_autocast(qkv)
+    q, k, v = qkv.unbind(2)
+    _check(q, k, v, key_lengths)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = backend.choose("attention", _load, q, k, v, key_lengths)
+    if chosen == "reference":
+        return reference.ops.attention(q, k, v, scale, key_lengths)[0]
+    tf32 = allow_tf32(qkv.device.type)
+    return attention_qkv_op(
+        qkv, key_lengths, scale, _use_deterministic(deterministic), tf32, chosen
+    )[0]
+
+
+def _forward(q, k, v, key_lengths, scale, tf32, backend):  # type: ignore[no-untyped-def]
+    if backend == "reference":
+        o, lse = reference.ops.attention(q, k, v, scale, key_lengths)
+        return o.contiguous(), lse
+    return _load(backend).forward(q, k, v, scale, key_lengths, tf32)
+
+
+def _run_backward(do, q, k, v, o, lse, key_lengths, scale, deterministic, tf32, backend, grads):  # type: ignore[no-untyped-def]
+    if backend == "reference":
+        computed = reference_backward.attention(do, q, k, v, lse, scale, key_lengths)
+        for out, grad in zip(grads, computed, strict=True):
+            out.copy_(grad)
+    else:
+        _load(backend).backward(do, q, k, v, o, lse, scale, key_lengths, deterministic, *grads, tf32)
+
+
+def _lse_shape(q: Tensor) -> tuple[int, int, int]:
+    return q.shape[0], q.shape[-2], -(-q.shape[1] // LSE_BLOCK) * LSE_BLOCK
+
+
+@register("attention")
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Registered op: o and the padded log-sum-exp."""
+    return _forward(q, k, v, key_lengths, scale, allow_tf32, backend)
+
+
+@attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=statistics_dtype(q.dtype))
+
+
+@register("attention_backward")
+def attention_backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Registered op: gradients of q, k and v."""
+    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    _run_backward(
+        do, q, k, v, o, lse, key_lengths, scale, deterministic, allow_tf32, backend, grads
+    )
+    return grads
+
+
+@attention_backward_op.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, key_lengths, ctx.scale, ctx.deterministic, ctx.tf32, ctx.backend = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse, key_lengths)
+
+
+def _backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
+    q, k, v, o, lse, key_lengths = ctx.saved_tensors
+    options = (ctx.scale, ctx.deterministic, ctx.tf32, ctx.backend)
+    grads = attention_backward_op(do, q, k, v, o, lse, key_lengths, *options)
+    return (*grads, None, None, None, None, None)
+
+
+attention_op.register_autograd(_backward, setup_context=_setup)
+
+
+@register("attention_qkv")
+def attention_qkv_op(
+    qkv: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Registered op on [B, T, 3, H, D]: o and the padded log-sum-exp."""
+    return _forward(*qkv.unbind(2), key_lengths, scale, allow_tf32, backend)
+
+
+@attention_qkv_op.register_fake
+def _(
+    qkv: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    b, t, _, h, d = qkv.shape
+    lse = qkv.new_empty((b, h, -(-t // LSE_BLOCK) * LSE_BLOCK), dtype=statistics_dtype(qkv.dtype))
+    return qkv.new_empty((b, t, h, d)), lse
+
+
+@register("attention_qkv_backward")
+def attention_qkv_backward_op(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> Tensor:
+    """Registered op: the gradient of the fused buffer, written in place of three."""
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _run_backward(
+        do,
+        *qkv.unbind(2),
+        o,
+        lse,
+        key_lengths,
+        scale,
+        deterministic,
+        allow_tf32,
+        backend,
+        dqkv.unbind(2),
+    )
+    return dqkv
+
+
+@attention_qkv_backward_op.register_fake
+def _(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_qkv(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    qkv, key_lengths, ctx.scale, ctx.deterministic, ctx.tf32, ctx.backend = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, o, lse, key_lengths)
+
+
+def _backward_qkv(ctx, do, dlse):  # type: ignore[no-untyped-def]
+    qkv, o, lse, key_lengths = ctx.saved_tensors
+    options = (ctx.scale, ctx.deterministic, ctx.tf32, ctx.backend)
+    return (attention_qkv_backward_op(do, qkv, o, lse, key_lengths, *options),) + (None,) * 5
+
+
+attention_qkv_op.register_autograd(_backward_qkv, setup_context=_setup_qkv)

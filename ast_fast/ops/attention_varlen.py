@@ -1,0 +1,192 @@
+"""Fused attention over clips of different length packed into one sequence, without padding."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from ..reference import backward as reference_backward
+from ._common import allow_tf32, cast_for_autocast, register, require, statistics_dtype
+
+
+def _load(name: str) -> ModuleType:
+    if name == "triton":
+        from ..kernels import attention_varlen as implementation
+    else:
+        from ..cpp import attention_varlen as implementation
+    return implementation
+
+
+def attention_varlen(
+    q: Tensor,  # [Nq, H, D]
+    k: Tensor,  # [Nk, H, D]
+    v: Tensor,  # [Nk, H, D]
+    cu_seqlens_q: Tensor,  # [B + 1]
+    cu_seqlens_k: Tensor,  # [B + 1]
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    deterministic: bool = True,
+) -> Tensor:  # [Nq, H, D]
+    """Attention within each clip of a packed batch.
+
+    Args:
+        q: [Nq, H, D], the clips' tokens one after another.
+        k: [Nk, H, D].
+        v: [Nk, H, D].
+        cu_seqlens_q: [B + 1] int32, where each clip starts, ending with Nq.
+        cu_seqlens_k: [B + 1] int32, likewise for keys.
+        max_seqlen_q: longest clip in queries; an upper bound does.
+        max_seqlen_k: longest clip in keys.
+        scale: factor on the scores; D ** -0.5 by default.
+        deterministic: as in `attention`.
+
+    Returns:
+        [Nq, H, D], contiguous.
+    """
+    require(
+        q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:],
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [Nq, H, D] and twice "
+        "[Nk, H, D]",
+    )
+    require(
+        q.dtype == k.dtype == v.dtype,
+        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype",
+    )
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        require(
+            starts.dim() == 1 and starts.dtype == torch.int32 and starts.numel() >= 1,
+            f"{name} has shape {tuple(starts.shape)} and {starts.dtype}: expected [B + 1] int32",
+        )
+    require(
+        cu_seqlens_q.shape == cu_seqlens_k.shape,
+        f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}: "
+        "expected one more than there are clips in both",
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = cast_for_autocast(q, k, v)
+    chosen = backend.choose("attention_varlen", _load, q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if chosen == "reference":
+        return reference.ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
+    return attention_varlen_op(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        allow_tf32(q.device.type),
+        chosen,
+    )[0]
+
+
+@register("attention_varlen")
+def attention_varlen_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Registered op: o and the padded log-sum-exp."""
+    if backend == "reference":
+        return reference.ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    return _load(backend).forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, allow_tf32
+    )
+
+
+@attention_varlen_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    columns = reference.ops.varlen_columns(q.shape[0], cu_seqlens_q.numel() - 1)
+    return q.new_empty(q.shape), q.new_empty(
+        (q.shape[1], columns), dtype=statistics_dtype(q.dtype)
+    )
+
+
+@register("attention_varlen_backward")
+def attention_varlen_backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Registered op: gradients of packed q, k and v."""
+    if backend == "reference":
+        return reference_backward.attention_varlen(
+            do, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, scale
+        )
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    _load(backend).backward(
+        do, q, k, v, o, lse, *starts, *longest, scale, deterministic, dq, dk, dv, allow_tf32
+    )
+    return dq, dk, dv
+
+
+@attention_varlen_backward_op.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+
+
+def _backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
+    grads = attention_varlen_backward_op(do, *ctx.saved_tensors, *ctx.options)
+    return (*grads,) + (None,) * 8
+
+
+attention_varlen_op.register_autograd(_backward, setup_context=_setup)

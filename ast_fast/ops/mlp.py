@@ -1,0 +1,123 @@
+"""Linear, exact GELU, linear, with the activation recomputed in backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from .. import backend, reference
+from ..reference import backward as reference_backward
+from ._common import cast_for_autocast, needs_gradient, register, require
+
+
+def _load(name: str) -> ModuleType:
+    if name == "triton":
+        from ..kernels import mlp as implementation
+    else:
+        from ..cpp import mlp as implementation
+    return implementation
+
+
+def mlp(
+    x: Tensor,  # [..., C]
+    w1: Tensor,  # [K, C]
+    b1: Tensor,  # [K]
+    w2: Tensor,  # [C2, K]
+    b2: Tensor,  # [C2]
+) -> Tensor:  # [..., C2]
+    """`gelu(x w1^T + b1) w2^T + b2` with exact (erf) GELU: the feed-forward half of a block.
+
+    Args:
+        x: [..., C].
+        w1: [K, C], as `nn.Linear` stores it; K is 4 C in AST.
+        b1: [K].
+        w2: [C2, K].
+        b2: [C2].
+
+    Returns:
+        [..., C2], in the dtype of x, or autocast's under autocast.
+    """
+    require(
+        w1.dim() == 2 and w2.dim() == 2 and x.shape[-1:] == w1.shape[1:] and b1.shape == w1.shape[:1],
+        f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} do not fit: "
+        "expected [..., C], [K, C], [K]",
+    )
+    require(
+        w2.shape[1:] == w1.shape[:1] and b2.shape == w2.shape[:1],
+        f"w2 {tuple(w2.shape)}, b2 {tuple(b2.shape)} do not fit w1 {tuple(w1.shape)}: "
+        "expected [C2, K], [C2]",
+    )
+    x, w1, b1, w2, b2 = cast_for_autocast(x, w1, b1, w2, b2)
+    chosen = backend.choose("mlp", _load, x, w1, b1, w2, b2)
+    if chosen == "reference":
+        return reference.ops.mlp(x, w1, b1, w2, b2)
+    return mlp_op(x, w1, b1, w2, b2, needs_gradient(x, w1, b1, w2, b2), chosen)[0]
+
+
+@register("mlp")
+def mlp_op(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Registered op: y, and the pre-activation if it is to be saved (else an empty tensor)."""
+    rows = x.reshape(-1, x.shape[-1])
+    h: Tensor | None
+    if backend == "reference":
+        h = reference.ops.F.linear(rows, w1, b1)
+        y = reference.ops.F.linear(reference.ops.gelu(h), w2, b2)
+    else:
+        y, h = _load(backend).forward(rows, w1, b1, w2, b2, save)
+    saved = x.new_empty((0, w1.shape[0])) if h is None or not save else h
+    return y.view(*x.shape[:-1], w2.shape[0]), saved
+
+
+@mlp_op.register_fake
+def _(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1] if save else 0
+    return x.new_empty((*x.shape[:-1], w2.shape[0])), x.new_empty((rows, w1.shape[0]))
+
+
+@register("mlp_backward")
+def mlp_backward_op(
+    dy: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], backend: str
+) -> list[Tensor]:
+    """Registered op: gradients of x, w1, b1, w2, b2; an empty tensor where none is needed."""
+    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    if backend == "reference":
+        grads = list(reference_backward.mlp(dy_rows, rows, h, w1, w2))
+    else:
+        grads = list(_load(backend).backward(dy_rows, rows, h, w1, w2, tuple(needs)))
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    if grads[0] is not None:
+        grads[0] = grads[0].view(x.shape)
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@mlp_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], backend: str
+) -> list[Tensor]:
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    return [
+        x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
+    ]
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, w1, _, w2, _, ctx.saved, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], w1, w2)
+
+
+def _backward(ctx, dy, dh):  # type: ignore[no-untyped-def]
+    x, h, w1, w2 = ctx.saved_tensors
+    if not ctx.saved:
+        raise RuntimeError("ast_fast::mlp ran with save=False and cannot run backward: pass save=True")
+    needs = list(ctx.needs_input_grad[:5])
+    grads = mlp_backward_op(dy, x, h, w1, w2, needs, ctx.backend)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+
+
+mlp_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,205 @@
+"""Every op in plain differentiable PyTorch: the oracle, the fallback and the baseline of tests.
+
+Dtype-agnostic: the arithmetic runs in the dtype of the inputs (16-bit inputs are raised to float32
+for statistics and softmax, as PyTorch itself does on a GPU), so float64 inputs give the oracle.
+Dimensions: B clips, N samples, S frames, F mel bins, T tokens, H heads, D head width, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mel import MelTables
+
+LSE_BLOCK = 128  # log-sum-exp rows are padded to a multiple of this, with +inf
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_norm(
+    x: Tensor,  # [..., C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over the last dim; returns y, mean and 1/std (Ba et al. 2016)."""
+    stats = _statistics_dtype(x.dtype)
+    wide = x.to(stats)
+    mean = wide.mean(-1, keepdim=True)
+    centred = wide - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd * weight.to(stats) + bias.to(stats)
+    return y.to(out_dtype or x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def add_layer_norm(
+    x: Tensor,  # [..., C]
+    residual: Tensor,  # [..., C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`total = x + residual`, then LayerNorm of it; returns y, total, mean and 1/std."""
+    total = (x + residual).to(residual.dtype)
+    y, mean, rstd = layer_norm(total, weight, bias, eps, out_dtype or x.dtype)
+    return y, total, mean, rstd
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU x * Phi(x), with the limits +inf -> inf and -inf -> 0 (Hendrycks & Gimpel 2016)."""
+    wide = x.to(_statistics_dtype(x.dtype))
+    # at -inf the product is inf * 0: the limit is 0, and PyTorch's own result is NaN
+    safe = torch.where(wide == -torch.inf, torch.zeros_like(wide), wide)
+    return (safe * 0.5 * torch.special.erfc(-safe * 0.7071067811865476)).to(x.dtype)
+
+
+def mlp(
+    x: Tensor,  # [..., C]
+    w1: Tensor,  # [K, C]
+    b1: Tensor,  # [K]
+    w2: Tensor,  # [C2, K]
+    b2: Tensor,  # [C2]
+) -> Tensor:  # [..., C2]
+    """Linear, exact GELU, linear: the feed-forward half of a transformer block."""
+    return F.linear(gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def patch_embed(
+    x: Tensor,  # [B, S, F]
+    weight: Tensor,  # [C, 1, pf, pt]
+    bias: Tensor,  # [C]
+    pos: Tensor,  # [P + f*t, C]
+    prefix: Tensor,  # [P, C]
+    fstride: int,
+    tstride: int,
+) -> Tensor:  # [B, P + f*t, C]
+    """Overlapping patches, projection, prefix tokens and position table (Gong et al. 2021).
+
+    The convolution's first spatial axis is frequency; tokens are frequency-major.
+    """
+    patches = x.transpose(1, 2).unfold(1, weight.shape[2], fstride).unfold(2, weight.shape[3], tstride)
+    b, f, t = patches.shape[:3]
+    rows = patches.reshape(b, f * t, -1)
+    tokens = F.linear(rows, weight.flatten(1), bias)
+    return torch.cat((prefix.expand(b, -1, -1), tokens), dim=1) + pos
+
+
+def attention(
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    scale: float,
+    key_lengths: Tensor | None = None,  # [B]
+) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
+    """Softmax attention with an optional number of valid keys per clip; returns o and log-sum-exp.
+
+    Keys beyond `key_lengths` are ignored even where they hold NaN; a clip without keys gives 0.
+    The log-sum-exp is natural, float32 or wider, padded to a multiple of 128 rows with +inf.
+    """
+    stats = _statistics_dtype(q.dtype)
+    if key_lengths is not None:
+        index = torch.arange(k.shape[1], device=k.device)
+        valid = index < key_lengths.to(k.device)[:, None]  # [B, Tk]
+        k = torch.where(valid[:, :, None, None], k, torch.zeros_like(k))
+        v = torch.where(valid[:, :, None, None], v, torch.zeros_like(v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(stats) * scale
+    if key_lengths is not None:
+        scores = scores.masked_fill(~valid[:, None, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1) if k.shape[1] else scores.new_full(scores.shape[:3], -torch.inf)
+    # a clip without keys: p = exp(-inf - inf) = 0 rather than exp(-inf + inf) = NaN
+    lse = torch.where(lse == -torch.inf, torch.full_like(lse, torch.inf), lse)
+    p = torch.exp(scores - lse[..., None]).to(v.dtype)
+    o = torch.einsum("bhqk,bkhd->bqhd", p, v)
+    padding = -q.shape[1] % LSE_BLOCK
+    return o, F.pad(lse, (0, padding), value=float("inf"))
+
+
+def varlen_offsets(cu_seqlens: Tensor) -> Tensor:
+    """First column of each clip in a padded log-sum-exp row: clips start at multiples of 128."""
+    clips = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
+    return (cu_seqlens[:-1] + clips * LSE_BLOCK) // LSE_BLOCK * LSE_BLOCK
+
+
+def varlen_columns(num_tokens: int, num_clips: int) -> int:
+    """Columns of the padded log-sum-exp of `attention_varlen`."""
+    return -(-(num_tokens + num_clips * LSE_BLOCK) // LSE_BLOCK) * LSE_BLOCK
+
+
+def attention_varlen(
+    q: Tensor,  # [Nq, H, D]
+    k: Tensor,  # [Nk, H, D]
+    v: Tensor,  # [Nk, H, D]
+    cu_seqlens_q: Tensor,  # [B + 1]
+    cu_seqlens_k: Tensor,  # [B + 1]
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # [Nq, H, D], [H, Npad]
+    """Attention within each clip of a packed batch; returns o and the padded log-sum-exp."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    num_clips = len(starts_q) - 1
+    lse = q.new_full(
+        (q.shape[1], varlen_columns(q.shape[0], num_clips)),
+        float("inf"),
+        dtype=_statistics_dtype(q.dtype),
+    )
+    outputs = [q.new_zeros((0, q.shape[1], q.shape[2]))]
+    for clip, column in enumerate(varlen_offsets(cu_seqlens_q).tolist()):
+        rows = slice(starts_q[clip], starts_q[clip + 1])
+        keys = slice(starts_k[clip], starts_k[clip + 1])
+        o, clip_lse = attention(q[None, rows], k[None, keys], v[None, keys], scale)
+        outputs.append(o[0])
+        length = starts_q[clip + 1] - starts_q[clip]
+        lse[:, column : column + length] = clip_lse[0, :, :length].detach()
+    return torch.cat(outputs), lse
+
+
+def power_spectrum(frames: Tensor, tables: MelTables) -> Tensor:
+    """Windowed power spectrum [..., n_fft // 2 + 1] of raw frames [..., window_samples]."""
+    if tables.remove_dc:
+        frames = frames - frames.mean(-1, keepdim=True)
+    if tables.preemphasis:
+        previous = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)
+        frames = frames - tables.preemphasis * previous
+    windowed = frames * tables.window.to(frames)
+    spectrum = torch.fft.rfft(windowed, n=tables.n_fft)
+    return spectrum.real.square() + spectrum.imag.square()
+
+
+def log_mel(
+    wave: Tensor,  # [B, N] float, or int16 scaled by 1/32768
+    lengths: Tensor | None,  # [B] valid samples a clip
+    tables: MelTables,
+    num_frames: int,
+    mean: float,
+    std: float,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # [B, num_frames, F]
+    """Kaldi log-mel energies, padded with raw 0 or cut to `num_frames`, then (x - mean) / (2 std).
+
+    Padding happens before normalisation, as the original does it, so it is louder than silence.
+    """
+    if wave.dtype == torch.int16:
+        wave = wave.to(torch.float32) / 32768.0
+    b, n = wave.shape
+    if lengths is None:
+        lengths = torch.full((b,), n, dtype=torch.int64, device=wave.device)
+    whole = min(tables.num_frames(n), num_frames)
+    features = wave.new_zeros((b, 0, tables.num_mel_bins))
+    if whole and b:
+        frames = wave.unfold(1, tables.window_samples, tables.hop_samples)[:, :whole]
+        energy = power_spectrum(frames, tables) @ tables.filters.to(wave).T
+        features = torch.log(torch.clamp(energy, min=tables.log_floor))
+    counts = torch.where(
+        lengths < tables.window_samples,
+        torch.zeros_like(lengths),
+        1 + torch.div(lengths - tables.window_samples, tables.hop_samples, rounding_mode="floor"),
+    )
+    inside = torch.arange(whole, device=wave.device) < counts[:, None]
+    features = torch.where(inside[:, :, None], features, torch.zeros_like(features))
+    features = F.pad(features, (0, 0, 0, num_frames - whole))
+    return ((features - mean) / (2.0 * std)).to(out_dtype or wave.dtype)
