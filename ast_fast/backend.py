@@ -119,10 +119,10 @@ def _why_no_triton() -> str | None:
 
 @torch.compiler.assume_constant_result
 def _announce(op: str, reason: str) -> None:
-    """Say once, at WARNING, that an op falls back to plain PyTorch."""
+    """Say once, at WARNING, what falls back to plain PyTorch and why."""
     if (op, reason) not in _announced:
         _announced.add((op, reason))
-        _log.warning("ast_fast.%s runs in plain PyTorch: %s", op, reason)
+        _log.warning("%s in plain PyTorch: %s", op, reason)
 
 
 def choose(op: str, load: Callable[[str], ModuleType], lead: Tensor, *inputs: object) -> str:
@@ -138,8 +138,10 @@ def choose(op: str, load: Callable[[str], ModuleType], lead: Tensor, *inputs: ob
     else:
         backend = request
     reason = _why_not(backend, device_type, dtype)
+    what = "ast_fast runs"  # the whole backend is missing: said once, not once an op
     if reason is None:
         reason = load(backend).unsupported(lead, *inputs)
+        what = f"ast_fast.{op} runs"
     if reason is None:
         return backend
     if request != "auto":
@@ -147,7 +149,7 @@ def choose(op: str, load: Callable[[str], ModuleType], lead: Tensor, *inputs: ob
             f"backend {backend!r} was asked for and cannot run ast_fast.{op}: {reason}; "
             "use_backend('auto') falls back by itself"
         )
-    _announce(op, reason)
+    _announce(what, reason)
     return "reference"
 
 

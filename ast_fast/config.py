@@ -1,0 +1,196 @@
+"""Every setting and its default: frozen dataclasses that check themselves and know no globals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+PositionRule = Literal["bilinear", "nearest", "reinitialise"]
+
+# (mean, std) of log-mel energies; features are (x - mean) / (2 std). From the original recipes.
+NORMALISATION = {
+    "audioset": (-4.2677393, 4.5689974),
+    "esc50": (-6.6268077, 5.358466),
+    "speechcommands": (-6.845978, 5.5654526),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Base of all settings: conversion to and from plain dicts, unknown keys refused."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON or TOML; nested settings become nested dicts."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a dict.
+
+        Raises:
+            ValueError: a key is unknown, or a value does not pass the checks.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no setting {', '.join(unknown)}: expected some of "
+                f"{', '.join(fields)}"
+            )
+        arguments: dict[str, Any] = {}
+        for name, value in values.items():
+            default = fields[name].default
+            if isinstance(default, Config) and isinstance(value, Mapping):
+                value = type(default).from_dict(value)
+            elif isinstance(default, tuple) and isinstance(value, list):
+                value = tuple(value)
+            arguments[name] = value
+        return cls(**arguments)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LogMelConfig(Config):
+    """The front end: waveform to normalised log-mel (torchaudio's Kaldi fbank as AST calls it)."""
+
+    sample_rate_hz: int = 16000
+    num_mel_bins: int = 128
+    num_frames: int | None = 1024  # None: as many whole frames as there are
+    window_ms: float = 25.0
+    hop_ms: float = 10.0
+    low_freq_hz: float = 20.0
+    high_freq_hz: float = 0.0  # 0: Nyquist
+    preemphasis: float = 0.97
+    remove_dc: bool = True
+    mean: float = NORMALISATION["audioset"][0]
+    std: float = NORMALISATION["audioset"][1]
+
+    def __post_init__(self) -> None:
+        check(self.std > 0, f"std={self.std}: expected a positive value")
+        check(
+            self.num_frames is None or self.num_frames > 0,
+            f"num_frames={self.num_frames}: expected a positive number, or None",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Config):
+    """An AST: sizes, patches and head. Defaults are AST-base of the paper."""
+
+    label_dim: int = 527
+    input_fdim: int = 128  # F, mel bins
+    input_tdim: int = 1024  # S, frames
+    patch_fdim: int = 16
+    patch_tdim: int = 16
+    fstride: int = 10
+    tstride: int = 10
+    embed_dim: int = 768  # C
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    num_prefix_tokens: int = 2  # class and distillation
+    eps: float = 1e-6  # LayerNorm of blocks and of the final norm
+    head_eps: float = 1e-5  # LayerNorm of the head
+    dead_heads: bool = True  # v.head and v.head_dist, unused but in every original checkpoint
+    labels: tuple[str, ...] | None = None  # display names, one a class
+
+    def __post_init__(self) -> None:
+        for name in ("label_dim", "patch_fdim", "patch_tdim", "fstride", "tstride", "depth"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name}={value}: expected at least 1")
+        check(
+            self.embed_dim % self.num_heads == 0,
+            f"embed_dim={self.embed_dim} does not split into num_heads={self.num_heads} heads",
+        )
+        check(
+            self.num_prefix_tokens in (1, 2),
+            f"num_prefix_tokens={self.num_prefix_tokens}: expected 1 (class) or 2 (and distillation)",
+        )
+        for side, size, patch in (
+            ("input_fdim", self.input_fdim, self.patch_fdim),
+            ("input_tdim", self.input_tdim, self.patch_tdim),
+        ):
+            check(size >= patch, f"{side}={size} is smaller than a patch of {patch}")
+        check(
+            self.labels is None or len(self.labels) == self.label_dim,
+            f"labels has {len(self.labels or ())} names: expected label_dim={self.label_dim}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along frequency and time."""
+        return (
+            (self.input_fdim - self.patch_fdim) // self.fstride + 1,
+            (self.input_tdim - self.patch_tdim) // self.tstride + 1,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T: prefix tokens and patches."""
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig(Config):
+    """SpecAugment, mixup, noise and roll, as the original recipes order them."""
+
+    freq_mask_bins: int = 0  # widest frequency mask
+    time_mask_frames: int = 0  # widest time mask
+    mixup: float = 0.0  # probability that a clip is mixed with another, lambda ~ Beta(10, 10)
+    noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
+    roll_frames: int = 0  # largest circular shift in time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorConfig(Config):
+    """The equivalence monitor: how often the reference runs beside the fast path, and on what."""
+
+    check_every: int = 0  # steps; 0 switches it off
+    max_clips: int = 4  # the check runs on this many clips of the batch
+    dtype: Literal["float32", "float64"] = "float64"
+    stop: bool = True  # over budget: stop the run with EquivalenceError rather than log
+
+    def __post_init__(self) -> None:
+        check(self.check_every >= 0, f"check_every={self.check_every}: expected 0 or more")
+        check(self.max_clips >= 1, f"max_clips={self.max_clips}: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Config):
+    """A training run."""
+
+    epochs: int = 15
+    batch_size: int = 48
+    lr: float = 5e-4
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 50
+    schedule: Literal["constant", "cosine"] = "cosine"
+    grad_clip: float = 1.0  # largest gradient norm; 0 switches clipping off
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    num_workers: int = 0
+    keep_checkpoints: int = 2
+    augment: AugmentConfig = AugmentConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
+        check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
+        check(self.lr > 0, f"lr={self.lr}: expected a positive rate")
