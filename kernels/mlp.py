@@ -1,0 +1,252 @@
+"""Feed-forward block: linear, exact GELU, linear; GEMMs by PyTorch, the GELU here.
+
+    gelu(h) = h * Phi(h),    gelu'(h) = Phi(h) + h * phi(h)
+
+Phi is 0.5 * exp(-h^2 / 2) * t * poly(t) with t = 1 / (1 + p |h|) on the negative side, a fit of the
+scaled complementary error function with relative error 1.7e-7 (Abramowitz & Stegun 7.1.26 is the
+same form with five terms). Evaluated in float32 the error is 1.5e-7 of max(1, |gelu|) and 2.5e-7 in
+the derivative, at half the instructions of libdevice's erf and one exponential for both. Limits:
++inf gives inf, -inf gives -0, NaN stays.
+
+Forward moves 2*R*K elements. Backward recomputes g (never stored) in the pass that computes dh and
+sums db1: it reads dg and h once and writes dh and g. The column sums are added in float32 over a
+fixed set of rows per program and then over programs, always in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _tuned
+from ._aot import AotCase
+from ._launch import DTYPE_NAMES, ceil_div, guard, last_dim_contiguous, why_not
+
+# Beyond this both tails have reached their limit in float32, so infinities may be cut to it.
+_LIMIT = tl.constexpr(20.0)
+_NEGATIVE_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
+_DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Phi(x) and exp(-x^2 / 2) of a finite float32 tile."""
+    t = 1.0 / (1.0 + 0.31 * tl.abs(x))
+    poly = 0.035889692077965024
+    poly = poly * t - 0.14181532492892407
+    poly = poly * t + 0.1554524928560272
+    poly = poly * t - 0.015280146936041357
+    poly = poly * t + 0.11032320953427202
+    poly = poly * t + 0.10770180208094585
+    poly = poly * t + 0.1240722854102056
+    poly = poly * t + 0.12365607183014378
+    gauss = tl.exp2(x * x * _NEGATIVE_HALF_LOG2_E)
+    tail = poly * t * gauss
+    return tl.where(x < 0.0, tail, 1.0 - tail), gauss
+
+
+@triton.jit
+def _gelu_forward_kernel(
+    h_ptr,  # [N]
+    g_ptr,  # [N], may be h_ptr
+    num_elements,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < num_elements
+    h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    h = tl.where(h < -_LIMIT, -_LIMIT, h)
+    cdf, _ = normal_cdf(h)
+    tl.store(g_ptr + offsets, (h * cdf).to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    dg_ptr,  # [R, K]
+    h_ptr,  # [R, K]
+    dh_ptr,  # [R, K]
+    g_ptr,  # [R, K]
+    partial_ptr,  # [num_row_programs, K] float32: column sums of dh
+    num_rows,
+    num_cols,
+    stride_dgr,
+    stride_hr,
+    stride_dhr,
+    stride_gr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_k = tl.program_id(0)
+    pid_r = tl.program_id(1)
+    cols = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for block in range(pid_r, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(1)):
+        rows = (block + tl.zeros([BLOCK_R], tl.int64)) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+        h_ptrs = h_ptr + rows[:, None] * stride_hr + cols[None, :]
+        dg_ptrs = dg_ptr + rows[:, None] * stride_dgr + cols[None, :]
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dg = tl.load(dg_ptrs, mask=mask, other=0.0).to(tl.float32)
+        low = tl.where(h < -_LIMIT, -_LIMIT, h)
+        cut = tl.where(low > _LIMIT, _LIMIT, low)
+        cdf, gauss = normal_cdf(cut)
+        dh = dg * (cdf + cut * gauss * _DENSITY_AT_ZERO)
+        g_ptrs = g_ptr + rows[:, None] * stride_gr + cols[None, :]
+        dh_ptrs = dh_ptr + rows[:, None] * stride_dhr + cols[None, :]
+        # above the limit Phi is 1, so low * cdf is low itself, infinity included
+        tl.store(g_ptrs, (low * cdf).to(g_ptr.dtype.element_ty), mask=mask)
+        tl.store(dh_ptrs, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        sums += dh
+    partial_ptrs = partial_ptr + pid_r.to(tl.int64) * num_cols + cols
+    tl.store(partial_ptrs, tl.sum(sums, axis=0), mask=cols < num_cols)
+
+
+def unsupported(
+    x: Tensor,  # [R, C]
+    w1: Tensor,  # [K, C]
+    b1: Tensor,  # [K]
+    w2: Tensor,  # [C2, K]
+    b2: Tensor,  # [C2]
+) -> str | None:
+    """Why this backend cannot take these inputs; None when it can."""
+    if not x.dtype == w1.dtype == b1.dtype == w2.dtype == b2.dtype:
+        return (
+            "Triton's mlp takes tensors of one dtype, got "
+            f"{x.dtype}, {w1.dtype}, {b1.dtype}, {w2.dtype}, {b2.dtype}"
+        )
+    return why_not(x.dtype, device=x.device)
+
+
+def gelu_forward(h: Tensor, out: Tensor | None = None) -> Tensor:
+    """Exact GELU of any shape; `out` may be `h` itself."""
+    h = h.contiguous()
+    g = torch.empty_like(h) if out is None else out
+    if h.numel() == 0:
+        return g
+    block = _tuned.configs("mlp", _tuned.capability(h.device))["gelu_forward"]
+    with guard(h):
+        _gelu_forward_kernel[(ceil_div(h.numel(), block["elements"]),)](
+            h, g, h.numel(), BLOCK=block["elements"], num_warps=block["warps"]
+        )
+    return g
+
+
+def gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of h and the recomputed g, both in h's shape and dtype."""
+    shape = h.shape
+    width = shape[-1] if h.dim() else 1
+    dh, g, _ = gelu_backward_with_sums(dg.reshape(-1, width), h.reshape(-1, width))
+    return dh.view(shape), g.view(shape)
+
+
+def gelu_backward_with_sums(
+    dg: Tensor,  # [R, K]
+    h: Tensor,  # [R, K]
+) -> tuple[Tensor, Tensor, Tensor]:  # [R, K], [R, K], [K] float32
+    """Gradient of h, the recomputed g, and the gradient's column sums before rounding."""
+    num_rows, num_cols = h.shape
+    dh = torch.empty((num_rows, num_cols), dtype=h.dtype, device=h.device)
+    g = torch.empty_like(dh)
+    if h.numel() == 0:
+        return dh, g, torch.zeros(num_cols, dtype=torch.float32, device=h.device)
+    dg, h = last_dim_contiguous(dg), last_dim_contiguous(h)
+    tile = _tuned.configs("mlp", _tuned.capability(h.device))["gelu_backward"]
+    col_blocks = ceil_div(num_cols, tile["cols"])
+    wanted = ceil_div(tile["programs_per_sm"] * _tuned.sm_count(h.device), col_blocks)
+    row_programs = min(wanted, ceil_div(num_rows, tile["rows"]))
+    partial = torch.empty((row_programs, num_cols), dtype=torch.float32, device=h.device)
+    with guard(h):
+        _gelu_backward_kernel[(col_blocks, row_programs)](
+            dg,
+            h,
+            dh,
+            g,
+            partial,
+            num_rows,
+            num_cols,
+            dg.stride(0),
+            h.stride(0),
+            dh.stride(0),
+            g.stride(0),
+            BLOCK_R=tile["rows"],
+            BLOCK_K=tile["cols"],
+            num_warps=tile["warps"],
+        )
+    return dh, g, partial.sum(0)
+
+
+def forward(
+    x: Tensor,  # [R, C]
+    w1: Tensor,  # [K, C]
+    b1: Tensor,  # [K]
+    w2: Tensor,  # [C2, K]
+    b2: Tensor,  # [C2]
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:  # [R, C2], [R, K]
+    """Output, and the pre-activation when `save` asks for it."""
+    h = torch.addmm(b1, x, w1.t())
+    # without a backward to come, the activation may overwrite its input
+    g = gelu_forward(h, None if save else h)
+    y = torch.addmm(b2, g, w2.t())
+    return y, h if save else None
+
+
+def backward(
+    dy: Tensor,  # [R, C2]
+    x: Tensor,  # [R, C]
+    h: Tensor,  # [R, K]
+    w1: Tensor,  # [K, C]
+    w2: Tensor,  # [C2, K]
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w1, b1, w2 and b2; None where `needs` says so."""
+    dx = dw1 = db1 = dw2 = db2 = None
+    if any(needs[:3]):
+        dh, g, sums = gelu_backward_with_sums(torch.mm(dy, w2), h)
+        dx = torch.mm(dh, w1) if needs[0] else None
+        dw1 = torch.mm(dh.t(), x) if needs[1] else None
+        db1 = sums.to(w1.dtype) if needs[2] else None
+        dw2 = torch.mm(dy.t(), g) if needs[3] else None
+    elif needs[3]:
+        dw2 = torch.mm(dy.t(), gelu_forward(h))
+    if needs[4]:
+        db2 = dy.sum(0, dtype=torch.float32).to(w2.dtype)
+    return dx, dw1, db1, dw2, db2
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """Every configuration tuned for `arch` in the dtypes it serves."""
+    tuned = _tuned.configs("mlp", arch)
+    cases = []
+    for dtype, name in DTYPE_NAMES.items():
+        if arch < 80 and dtype == torch.bfloat16:
+            continue
+        pointer = f"*{name}"
+        block = tuned["gelu_forward"]
+        cases.append(
+            AotCase(
+                f"gelu-forward-{name}",
+                _gelu_forward_kernel,
+                {"h_ptr": pointer, "g_ptr": pointer, "num_elements": "i64"},
+                {"BLOCK": block["elements"]},
+                ("h_ptr", "g_ptr", "num_elements"),
+                block["warps"],
+            )
+        )
+        tile = tuned["gelu_backward"]
+        signature = dict.fromkeys(("dg_ptr", "h_ptr", "dh_ptr", "g_ptr"), pointer)
+        signature |= {"partial_ptr": "*fp32", "num_rows": "i32", "num_cols": "i32"}
+        signature |= {f"stride_{name}r": "i32" for name in ("dg", "h", "dh", "g")}
+        cases.append(
+            AotCase(
+                f"gelu-backward-{name}",
+                _gelu_backward_kernel,
+                signature,
+                {"BLOCK_R": tile["rows"], "BLOCK_K": tile["cols"]},
+                tuple(argument for argument in signature if argument != "num_rows"),
+                tile["warps"],
+            )
+        )
+    return cases
