@@ -42,8 +42,20 @@ _MODULES = (
 )
 
 if TYPE_CHECKING:
-    from . import audio, backend, config, data, equivalence, frontend, hub, inference
-    from . import models, ops, reference, training
+    from . import (
+        audio,
+        backend,
+        config,
+        data,
+        equivalence,
+        frontend,
+        hub,
+        inference,
+        models,
+        ops,
+        reference,
+        training,
+    )
     from .backend import use_backend
     from .equivalence import check_equivalence
     from .frontend import LogMel

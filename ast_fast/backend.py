@@ -39,7 +39,7 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run this call."""
 
 
-class use_backend:  # noqa: N801 - reads as a function, works as a context manager too
+class use_backend:
     """Choose the backend of every op: as a call for the whole process, in `with` for a block.
 
     Args:
@@ -159,7 +159,9 @@ def status() -> list[dict[str, str]]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op in OPS:
         for device_type in devices:
-            reasons = {name: _why_not(name, device_type, torch.float32) for name in ("triton", "cpp")}
+            reasons = {
+                name: _why_not(name, device_type, torch.float32) for name in ("triton", "cpp")
+            }
             native = "triton" if device_type == "cuda" else "cpp"
             chosen = native if reasons[native] is None else "reference"
             others = "; ".join(

@@ -83,7 +83,14 @@ def attention(
         lse = lse.detach()
     else:
         o, lse = attention_op(
-            q, k, v, key_lengths, scale, _use_deterministic(deterministic), allow_tf32(q.device.type), chosen
+            q,
+            k,
+            v,
+            key_lengths,
+            scale,
+            _use_deterministic(deterministic),
+            allow_tf32(q.device.type),
+            chosen,
         )
     return (o, lse[:, :, : q.shape[1]]) if return_lse else o
 
@@ -135,7 +142,9 @@ def _run_backward(do, q, k, v, o, lse, key_lengths, scale, deterministic, tf32, 
         for out, grad in zip(grads, computed, strict=True):
             out.copy_(grad)
     else:
-        _load(backend).backward(do, q, k, v, o, lse, scale, key_lengths, deterministic, *grads, tf32)
+        _load(backend).backward(
+            do, q, k, v, o, lse, scale, key_lengths, deterministic, *grads, tf32
+        )
 
 
 def _lse_shape(q: Tensor) -> tuple[int, int, int]:

@@ -123,9 +123,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     columns = reference.ops.varlen_columns(q.shape[0], cu_seqlens_q.numel() - 1)
-    return q.new_empty(q.shape), q.new_empty(
-        (q.shape[1], columns), dtype=statistics_dtype(q.dtype)
-    )
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], columns), dtype=statistics_dtype(q.dtype))
 
 
 @register("attention_varlen_backward")

@@ -182,9 +182,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     wave, lengths = ctx.saved_tensors
     if not ctx.needs_input_grad[0]:
         return (None,) * 8
-    dwave = log_mel_backward_op(
-        dy, wave, lengths, ctx.setting, ctx.mean, ctx.std, ctx.backend
-    )
+    dwave = log_mel_backward_op(dy, wave, lengths, ctx.setting, ctx.mean, ctx.std, ctx.backend)
     return (dwave,) + (None,) * 7
 
 

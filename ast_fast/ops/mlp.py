@@ -39,7 +39,10 @@ def mlp(
         [..., C2], in the dtype of x, or autocast's under autocast.
     """
     require(
-        w1.dim() == 2 and w2.dim() == 2 and x.shape[-1:] == w1.shape[1:] and b1.shape == w1.shape[:1],
+        w1.dim() == 2
+        and w2.dim() == 2
+        and x.shape[-1:] == w1.shape[1:]
+        and b1.shape == w1.shape[:1],
         f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} do not fit: "
         "expected [..., C], [K, C], [K]",
     )
@@ -100,9 +103,7 @@ def _(
     dy: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], backend: str
 ) -> list[Tensor]:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return [
-        x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
-    ]
+    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -114,7 +115,9 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, dy, dh):  # type: ignore[no-untyped-def]
     x, h, w1, w2 = ctx.saved_tensors
     if not ctx.saved:
-        raise RuntimeError("ast_fast::mlp ran with save=False and cannot run backward: pass save=True")
+        raise RuntimeError(
+            "ast_fast::mlp ran with save=False and cannot run backward: pass save=True"
+        )
     needs = list(ctx.needs_input_grad[:5])
     grads = mlp_backward_op(dy, x, h, w1, w2, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)

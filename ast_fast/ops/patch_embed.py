@@ -73,7 +73,9 @@ def patch_embed(
     Raises:
         ValueError: shapes do not fit each other.
     """
-    require(x.dim() == 3, f"x has shape {tuple(x.shape)}: expected [B, S, F], frames before mel bins")
+    require(
+        x.dim() == 3, f"x has shape {tuple(x.shape)}: expected [B, S, F], frames before mel bins"
+    )
     require(
         weight.dim() == 4 and weight.shape[1] == 1,
         f"weight has shape {tuple(weight.shape)}: expected [C, 1, pf, pt]",
@@ -90,7 +92,9 @@ def patch_embed(
         f"{f} x {t} patches; build the model for {x.shape[1]} frames or adapt its positions",
     )
     require(
-        prefix.dim() == 2 and prefix.shape[1:] == weight.shape[:1] and bias.shape == weight.shape[:1],
+        prefix.dim() == 2
+        and prefix.shape[1:] == weight.shape[:1]
+        and bias.shape == weight.shape[:1],
         f"prefix {tuple(prefix.shape)}, bias {tuple(bias.shape)}: expected [P, {weight.shape[0]}] "
         f"and [{weight.shape[0]}]",
     )

@@ -153,7 +153,9 @@ def attention_varlen(
         keys = slice(starts_k[clip], starts_k[clip + 1])
         length = rows.stop - rows.start
         clip_lse = F.pad(lse[None, :, column : column + length], (0, -length % LSE_BLOCK))
-        grads = attention(do[None, rows], q[None, rows], k[None, keys], v[None, keys], clip_lse, scale, None)
+        grads = attention(
+            do[None, rows], q[None, rows], k[None, keys], v[None, keys], clip_lse, scale, None
+        )
         dq[rows], dk[keys], dv[keys] = (grad[0] for grad in grads)
     return dq, dk, dv
 

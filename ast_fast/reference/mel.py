@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-
 from typing import NamedTuple
 
 import torch
@@ -72,9 +71,7 @@ class MelSizes(NamedTuple):
         return 1 + (num_samples - self.window_samples) // self.hop_samples
 
 
-def mel_sizes(
-    sample_rate_hz: int, num_mel_bins: int, window_ms: float, hop_ms: float
-) -> MelSizes:
+def mel_sizes(sample_rate_hz: int, num_mel_bins: int, window_ms: float, hop_ms: float) -> MelSizes:
     """Sizes in samples of a setting in milliseconds, rounded down as Kaldi does.
 
     Raises:
@@ -91,7 +88,9 @@ def mel_sizes(
             f"window_ms={window_ms:g} and hop_ms={hop_ms:g} at {sample_rate_hz} Hz give "
             f"{window_samples} and {hop_samples} samples: expected at least 2 and 1"
         )
-    return MelSizes(window_samples, hop_samples, 1 << (window_samples - 1).bit_length(), num_mel_bins)
+    return MelSizes(
+        window_samples, hop_samples, 1 << (window_samples - 1).bit_length(), num_mel_bins
+    )
 
 
 def mel_scale(frequency_hz: float) -> float:

@@ -83,7 +83,9 @@ def patch_embed(
 
     The convolution's first spatial axis is frequency; tokens are frequency-major.
     """
-    patches = x.transpose(1, 2).unfold(1, weight.shape[2], fstride).unfold(2, weight.shape[3], tstride)
+    patches = (
+        x.transpose(1, 2).unfold(1, weight.shape[2], fstride).unfold(2, weight.shape[3], tstride)
+    )
     b, f, t = patches.shape[:3]
     rows = patches.reshape(b, f * t, -1)
     tokens = F.linear(rows, weight.flatten(1), bias)
@@ -111,7 +113,11 @@ def attention(
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(stats) * scale
     if key_lengths is not None:
         scores = scores.masked_fill(~valid[:, None, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1) if k.shape[1] else scores.new_full(scores.shape[:3], -torch.inf)
+    lse = (
+        torch.logsumexp(scores, dim=-1)
+        if k.shape[1]
+        else scores.new_full(scores.shape[:3], -torch.inf)
+    )
     # a clip without keys: p = exp(-inf - inf) = 0 rather than exp(-inf + inf) = NaN
     lse = torch.where(lse == -torch.inf, torch.full_like(lse, torch.inf), lse)
     p = torch.exp(scores - lse[..., None]).to(v.dtype)
