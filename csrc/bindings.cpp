@@ -1,0 +1,336 @@
+// The one file that knows Python: picks the kernels of the best instruction set this CPU has and exposes them over raw
+// pointers and counts, so that building needs no torch. The adapters in ast_fast/cpp/ check shapes and own the memory.
+//
+// AST_FAST_CPU_ISA in the environment forces a lower instruction set (for tests). Threads: the count comes with every
+// call; in a child made by fork, where an OpenMP team would hang, everything runs on one thread.
+
+#include <pthread.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "api.h"
+#include "log_mel_tables.h"
+
+namespace py = pybind11;
+using namespace ast_fast;
+
+#define AST_DECLARE_FOR(isa, name, Args) extern "C" bool ast_fast_##isa##_##name(const Args&);
+#define AST_DECLARE_baseline(name, Args) AST_DECLARE_FOR(baseline, name, Args)
+#define AST_DECLARE_avx2(name, Args) AST_DECLARE_FOR(avx2, name, Args)
+#define AST_DECLARE_avx512(name, Args) AST_DECLARE_FOR(avx512, name, Args)
+#define AST_DECLARE_avx512bf16(name, Args) AST_DECLARE_FOR(avx512bf16, name, Args)
+
+AST_FOR_EACH_KERNEL(AST_DECLARE_baseline)
+#ifdef AST_HAS_AVX2
+AST_FOR_EACH_KERNEL(AST_DECLARE_avx2)
+#endif
+#ifdef AST_HAS_AVX512
+AST_FOR_EACH_KERNEL(AST_DECLARE_avx512)
+#endif
+#ifdef AST_HAS_AVX512BF16
+AST_FOR_EACH_KERNEL(AST_DECLARE_avx512bf16)
+#endif
+
+namespace {
+
+struct Kernels {
+  const char* isa;
+#define AST_MEMBER(name, Args) bool (*name)(const Args&);
+  AST_FOR_EACH_KERNEL(AST_MEMBER)
+#undef AST_MEMBER
+};
+
+#define AST_ENTRY_baseline(name, Args) ast_fast_baseline_##name,
+#define AST_ENTRY_avx2(name, Args) ast_fast_avx2_##name,
+#define AST_ENTRY_avx512(name, Args) ast_fast_avx512_##name,
+#define AST_ENTRY_avx512bf16(name, Args) ast_fast_avx512bf16_##name,
+
+const Kernels baseline_kernels = {"baseline", AST_FOR_EACH_KERNEL(AST_ENTRY_baseline)};
+#ifdef AST_HAS_AVX2
+const Kernels avx2_kernels = {"avx2", AST_FOR_EACH_KERNEL(AST_ENTRY_avx2)};
+#endif
+#ifdef AST_HAS_AVX512
+const Kernels avx512_kernels = {"avx512", AST_FOR_EACH_KERNEL(AST_ENTRY_avx512)};
+#endif
+#ifdef AST_HAS_AVX512BF16
+const Kernels avx512bf16_kernels = {"avx512bf16", AST_FOR_EACH_KERNEL(AST_ENTRY_avx512bf16)};
+#endif
+
+// the instruction sets this build has and this CPU runs, worst first
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> usable = {&baseline_kernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#ifdef AST_HAS_AVX2
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2) usable.push_back(&avx2_kernels);
+#endif
+#ifdef AST_HAS_AVX512
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) usable.push_back(&avx512_kernels);
+#endif
+#ifdef AST_HAS_AVX512BF16
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16_kernels);
+#endif
+#endif
+  return usable;
+}
+
+const Kernels* choose_kernels() {
+  const auto usable = usable_kernels();
+  const char* wanted = std::getenv("AST_FAST_CPU_ISA");
+  if (!wanted || !*wanted) return usable.back();
+  std::string names;
+  for (const Kernels* kernels : usable) {
+    if (std::string(kernels->isa) == wanted) return kernels;
+    names += std::string(names.empty() ? "" : ", ") + kernels->isa;
+  }
+  throw py::import_error("AST_FAST_CPU_ISA=" + std::string(wanted) + " is not available; this build on this CPU has: " +
+                         names);
+}
+
+const Kernels* kernels = nullptr;
+bool in_forked_child = false;
+
+int32_t team(int threads) { return in_forked_child || threads < 1 ? 1 : threads; }
+
+template <class Args>
+void call(bool (*kernel)(const Args&), const Args& args) {
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = kernel(args);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+DType type(int code) { return static_cast<DType>(code); }
+
+void layer_norm_forward(uintptr_t x, int x_type, int64_t x_stride, uintptr_t residual, int residual_type,
+                        int64_t residual_stride, uintptr_t weight, uintptr_t bias, double eps, uintptr_t y, int y_type,
+                        uintptr_t total, uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, int threads) {
+  LayerNormArgs a{};
+  a.x = at(x), a.residual = at(residual), a.weight = at<float>(weight), a.bias = at<float>(bias);
+  a.y = at(y), a.total = at(total), a.mean = at<float>(mean), a.rstd = at<float>(rstd);
+  a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride, a.eps = eps;
+  a.x_type = type(x_type), a.residual_type = type(residual_type), a.y_type = type(y_type), a.threads = team(threads);
+  call(kernels->layer_norm_forward, a);
+}
+
+void layer_norm_backward(uintptr_t dy, int dy_type, int64_t dy_stride, uintptr_t dtotal, int dtotal_type,
+                         int64_t dtotal_stride, uintptr_t x, int x_type, int64_t x_stride, uintptr_t weight,
+                         uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t partial, int64_t chunks,
+                         uintptr_t dweight, uintptr_t dbias, int64_t rows, int64_t cols, int threads) {
+  LayerNormGradArgs a{};
+  a.dy = at(dy), a.dtotal = at(dtotal), a.x = at(x), a.weight = at<float>(weight);
+  a.mean = at<float>(mean), a.rstd = at<float>(rstd), a.dx = at(dx), a.partial = at<float>(partial);
+  a.dweight = at<float>(dweight), a.dbias = at<float>(dbias), a.rows = rows, a.cols = cols, a.chunks = chunks;
+  a.dy_stride = dy_stride, a.dtotal_stride = dtotal_stride, a.x_stride = x_stride;
+  a.dy_type = type(dy_type), a.dtotal_type = type(dtotal_type), a.x_type = type(x_type), a.threads = team(threads);
+  call(kernels->layer_norm_backward, a);
+}
+
+void gelu_forward(uintptr_t h, int64_t h_stride, uintptr_t g, int dtype, int64_t rows, int64_t cols, int threads) {
+  GeluArgs a{};
+  a.h = at(h), a.g = at(g), a.h_stride = h_stride, a.rows = rows, a.cols = cols;
+  a.type = type(dtype), a.threads = team(threads);
+  call(kernels->gelu_forward, a);
+}
+
+void gelu_backward(uintptr_t dg, int64_t dg_stride, uintptr_t h, int64_t h_stride, uintptr_t dh, uintptr_t g,
+                   uintptr_t partial, int64_t chunks, uintptr_t dbias, int dtype, int64_t rows, int64_t cols,
+                   int threads) {
+  GeluArgs a{};
+  a.dg = at(dg), a.dg_stride = dg_stride, a.h = at(h), a.h_stride = h_stride, a.dh = at(dh), a.g = at(g);
+  a.partial = at<float>(partial), a.chunks = chunks, a.dbias = at<float>(dbias), a.rows = rows, a.cols = cols;
+  a.type = type(dtype), a.threads = team(threads);
+  call(kernels->gelu_backward, a);
+}
+
+void column_sum(uintptr_t x, int64_t stride, uintptr_t partial, int64_t chunks, uintptr_t sums, int dtype,
+                int64_t rows, int64_t cols, int threads) {
+  ColumnSumArgs a{};
+  a.x = at(x), a.stride = stride, a.partial = at<float>(partial), a.chunks = chunks, a.sums = at<float>(sums);
+  a.type = type(dtype), a.rows = rows, a.cols = cols, a.threads = team(threads);
+  call(kernels->column_sum, a);
+}
+
+PatchArgs patch_args(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t columns, int dtype,
+                     int64_t clips, int64_t frames, int64_t bins, py::tuple grid, int threads) {
+  PatchArgs a{};
+  a.x = at(x), a.dx = at(x), a.columns = at(columns), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
+  a.type = type(dtype), a.clips = clips, a.frames = frames, a.bins = bins, a.threads = team(threads);
+  int64_t* fields[] = {&a.f, &a.t, &a.pf, &a.pt, &a.fstride, &a.tstride, &a.prefix};
+  for (size_t i = 0; i < 7; ++i) *fields[i] = grid[i].cast<int64_t>();
+  return a;
+}
+
+void patch_gather(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t columns, int dtype, int64_t clips,
+                  int64_t frames, int64_t bins, py::tuple grid, int threads) {
+  call(kernels->patch_gather,
+       patch_args(x, stride_clip, stride_frame, columns, dtype, clips, frames, bins, grid, threads));
+}
+
+void patch_scatter(uintptr_t columns, uintptr_t dx, int dtype, int64_t clips, int64_t frames, int64_t bins,
+                   py::tuple grid, int threads) {
+  call(kernels->patch_scatter, patch_args(dx, 0, 0, columns, dtype, clips, frames, bins, grid, threads));
+}
+
+// (address, stride of a clip, of a row, of a head); packed tokens have no clip stride
+struct View {
+  uintptr_t address;
+  int64_t clip, row, head;
+  explicit View(const py::tuple& view)
+      : address(view[0].cast<uintptr_t>()),
+        clip(view[1].cast<int64_t>()),
+        row(view[2].cast<int64_t>()),
+        head(view[3].cast<int64_t>()) {}
+};
+
+// One list of clips serves both layouts: `lengths` (null or valid keys per clip) for padded clips, `cu_q` and `cu_k`
+// (running totals) for packed ones.
+struct Problem {
+  View vq, vk, vv, vo;
+  AttentionArgs args{};
+  std::vector<AttentionClip> clips;
+
+  Problem(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& o, uintptr_t lse,
+          int64_t lse_head, int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width, uintptr_t lengths,
+          uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads)
+      : vq(q), vk(k), vv(v), vo(o), clips(num_clips) {
+    AttentionArgs& a = args;
+    a.q = at(vq.address), a.k = at(vk.address), a.v = at(vv.address), a.o = at(vo.address), a.lse = at<float>(lse);
+    a.q_row = vq.row, a.k_row = vk.row, a.v_row = vv.row, a.o_row = vo.row;
+    a.q_head = vq.head, a.k_head = vk.head, a.v_head = vv.head, a.o_head = vo.head;
+    a.lse_head = lse_head, a.num_clips = num_clips, a.heads = heads, a.width = width, a.scale = scale;
+    a.type = type(dtype), a.threads = team(threads), a.clips = clips.data();
+    const int32_t *valid = at<int32_t>(lengths), *sums_q = at<int32_t>(cu_q), *sums_k = at<int32_t>(cu_k);
+    for (int64_t b = 0; b < num_clips; ++b) {
+      AttentionClip& clip = clips[b];
+      if (sums_q) {
+        clip.q = sums_q[b] * vq.row, clip.o = sums_q[b] * vo.row;
+        clip.k = sums_k[b] * vk.row, clip.v = sums_k[b] * vv.row;
+        clip.tq = sums_q[b + 1] - sums_q[b], clip.tk = clip.tk_padded = sums_k[b + 1] - sums_k[b];
+        clip.lse = (sums_q[b] + b * 128) / 128 * 128;
+      } else {
+        clip.q = b * vq.clip, clip.k = b * vk.clip, clip.v = b * vv.clip, clip.o = b * vo.clip;
+        clip.tq = tq, clip.tk = clip.tk_padded = tk, clip.lse = b * heads * lse_head;
+        if (valid) clip.tk = valid[b] < 0 ? 0 : valid[b] < tk ? valid[b] : tk;
+      }
+      a.max_tq = clip.tq > a.max_tq ? clip.tq : a.max_tq;
+      a.max_tk = clip.tk > a.max_tk ? clip.tk : a.max_tk;
+    }
+  }
+
+  void add_gradients(const py::tuple& d_o, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
+                     uintptr_t cu_q, uintptr_t cu_k) {
+    const View wo(d_o), wq(dq), wk(dk), wv(dv);
+    AttentionArgs& a = args;
+    a.d_o = at(wo.address), a.dq = at(wq.address), a.dk = at(wk.address), a.dv = at(wv.address);
+    a.do_row = wo.row, a.dq_row = wq.row, a.dk_row = wk.row, a.dv_row = wv.row;
+    a.do_head = wo.head, a.dq_head = wq.head, a.dk_head = wk.head, a.dv_head = wv.head;
+    const int32_t *sums_q = at<int32_t>(cu_q), *sums_k = at<int32_t>(cu_k);
+    for (int64_t b = 0; b < a.num_clips; ++b) {
+      AttentionClip& clip = clips[b];
+      clip.d_o = sums_q ? sums_q[b] * wo.row : b * wo.clip, clip.dq = sums_q ? sums_q[b] * wq.row : b * wq.clip;
+      clip.dk = sums_k ? sums_k[b] * wk.row : b * wk.clip, clip.dv = sums_k ? sums_k[b] * wv.row : b * wv.clip;
+    }
+  }
+};
+
+void attention_forward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintptr_t lse, int64_t lse_head,
+                       int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width, uintptr_t lengths,
+                       uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads) {
+  const Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
+                        threads);
+  call(kernels->attention_forward, problem.args);
+}
+
+void attention_backward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintptr_t lse, int64_t lse_head,
+                        int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width, uintptr_t lengths,
+                        uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads, py::tuple d_o,
+                        py::tuple dq, py::tuple dk, py::tuple dv) {
+  Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
+                  threads);
+  problem.add_gradients(d_o, dq, dk, dv, cu_q, cu_k);
+  call(kernels->attention_backward, problem.args);
+}
+
+LogMelArgs log_mel_args(const LogMelTablesOwner& owner, uintptr_t wave, int wave_type, int64_t wave_stride,
+                        uintptr_t lengths, uintptr_t out, int out_type, int64_t clips, int64_t samples,
+                        int64_t num_frames, double mean, double std, int threads) {
+  LogMelArgs a{};
+  a.tables = &owner.tables, a.wave = at(wave), a.lengths = at<int64_t>(lengths), a.out = at(out);
+  a.clips = clips, a.samples = samples, a.wave_stride = wave_stride, a.num_frames = num_frames;
+  a.scale = wave_type == I16 ? 1.0f / 32768.0f : 1.0f;
+  a.gain = (float)(0.5 / std), a.shift = (float)(-0.5 * mean / std);
+  a.wave_type = type(wave_type), a.out_type = type(out_type), a.threads = team(threads);
+  return a;
+}
+
+void log_mel_forward(const LogMelTablesOwner& owner, uintptr_t wave, int wave_type, int64_t wave_stride,
+                     uintptr_t lengths, uintptr_t out, int out_type, int64_t clips, int64_t samples,
+                     int64_t num_frames, double mean, double std, int threads) {
+  call(kernels->log_mel_forward, log_mel_args(owner, wave, wave_type, wave_stride, lengths, out, out_type, clips,
+                                              samples, num_frames, mean, std, threads));
+}
+
+void log_mel_backward(const LogMelTablesOwner& owner, uintptr_t dy, uintptr_t wave, int64_t wave_stride,
+                      uintptr_t lengths, uintptr_t dwave, int64_t clips, int64_t samples, int64_t num_frames,
+                      double mean, double std, int threads) {
+  LogMelArgs a =
+      log_mel_args(owner, wave, F32, wave_stride, lengths, dy, F32, clips, samples, num_frames, mean, std, threads);
+  a.dwave = at<float>(dwave);
+  call(kernels->log_mel_backward, a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of ast_fast over raw pointers; use ast_fast.ops or ast_fast.cpp instead.";
+  kernels = choose_kernels();
+  pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+  m.attr("F32") = (int)F32;
+  m.attr("BF16") = (int)BF16;
+  m.attr("I16") = (int)I16;
+  m.def("isa", [] { return kernels->isa; }, "The instruction set in use.");
+  m.def(
+      "isas",
+      [] {
+        py::list names;
+        for (const Kernels* each : usable_kernels()) names.append(each->isa);
+        return names;
+      },
+      "Every instruction set of this build that this CPU runs, worst first.");
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("layer_norm_forward", &layer_norm_forward);
+  m.def("layer_norm_backward", &layer_norm_backward);
+  m.def("gelu_forward", &gelu_forward);
+  m.def("gelu_backward", &gelu_backward);
+  m.def("column_sum", &column_sum);
+  m.def("patch_gather", &patch_gather);
+  m.def("patch_scatter", &patch_scatter);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+  m.def("log_mel_forward", &log_mel_forward);
+  m.def("log_mel_backward", &log_mel_backward);
+  py::class_<LogMelTablesOwner>(m, "LogMelTables")
+      .def(py::init([](uintptr_t window, uintptr_t filters, int64_t window_samples, int64_t hop_samples, int64_t n_fft,
+                       int64_t num_mel_bins, double preemphasis, bool remove_dc, double log_floor) {
+        return std::make_unique<LogMelTablesOwner>(at<double>(window), at<double>(filters), window_samples,
+                                                   hop_samples, n_fft, num_mel_bins, preemphasis, remove_dc,
+                                                   log_floor);
+      }));
+}

@@ -1,0 +1,102 @@
+// The half of log-mel that forward and backward share: W frames from the waveform to the half-size transform, and
+// the mel energies from the powers.
+#pragma once
+
+#include "fft.h"
+#include "vmath.h"
+
+namespace {
+
+using ast_fast::LogMelArgs;
+using ast_fast::LogMelTables;
+
+AST_INLINE int64_t frames_of(const LogMelTables& t, int64_t length) {
+  return length < t.window_samples ? 0 : 1 + (length - t.window_samples) / t.hop_samples;
+}
+
+// Frames first .. first + W - 1, lanes past `last` repeating it (their results are dropped).
+// Leaves the transform of the halved, windowed frames in `rows` (n_fft rows).
+template <class T>
+void transform_frames(const LogMelArgs& a, const T* wave, int64_t first, int64_t last, float* rows) {
+  const LogMelTables& t = *a.tables;
+  const int64_t window = t.window_samples, whole = window / W * W;
+  const T* lane[W];
+  for (int i = 0; i < W; ++i) lane[i] = wave + smaller(first + i, last) * t.hop_samples;
+
+  vf mean = {};
+  if (t.remove_dc) {
+    vf sums[W];
+    for (int i = 0; i < W; ++i) {
+      vf s0 = {}, s1 = {};
+      int64_t n = 0;
+      for (; n + 2 * W <= window; n += 2 * W) {
+        s0 += load(lane[i] + n);
+        s1 += load(lane[i] + n + W);
+      }
+      for (; n + W <= window; n += W) s0 += load(lane[i] + n);
+      if (n < window) s1 += load_part(lane[i] + n, window - n);
+      sums[i] = s0 + s1;
+    }
+    transpose(sums);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    mean = sums[0] * (a.scale / (float)window);
+  }
+
+  const int32_t* order = t.order;
+  vf before = {};
+  for (int64_t n = 0; n < window; n += W) {
+    vf tile[W];
+    if (n < whole) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) tile[i] = load(lane[i] + n);
+    } else {
+      for (int i = 0; i < W; ++i) tile[i] = load_part(lane[i] + n, window - n);
+    }
+    transpose(tile);
+    if (n == 0) before = tile[0] * a.scale - mean;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      const vf centred = tile[i] * a.scale - mean;
+      const vf value = (centred - before * t.preemphasis) * t.window[n + i];
+      before = centred;
+      if (n + i < window) *row_at(rows, 2 * order[(n + i) >> 1] + (i & 1)) = value;
+    }
+  }
+  for (int64_t n = window; n < t.n_fft; ++n) *row_at(rows, 2 * order[n >> 1] + (n & 1)) = vf{};
+  complex_fft(rows, t.n_fft / 2, t.twiddles);
+}
+
+// |spectrum|^2: entry k of the transform makes place for power k in row 2k; the last one (n_fft / 2) goes to row 1
+AST_INLINE void powers(const LogMelTables& t, const float* from, float* to) {
+  const int64_t half = t.n_fft / 2;
+  const vf* z = (const vf*)from;
+  const vf dc = (z[0] + z[1]) * 2.0f, nyquist = (z[0] - z[1]) * 2.0f;
+  vf* p = (vf*)to;
+  for (int64_t k = 1; 2 * k < half; ++k) {
+    Complex xk, xm;
+    split_pair(z + 2 * k, z + 2 * (half - k), t.split + 2 * k, &xk, &xm);
+    p[2 * k] = xk.re * xk.re + xk.im * xk.im;
+    p[2 * (half - k)] = xm.re * xm.re + xm.im * xm.im;
+  }
+  if (half >= 2) p[half] = (z[half] * z[half] + z[half + 1] * z[half + 1]) * 4.0f;
+  p[0] = dc * dc;
+  p[1] = nyquist * nyquist;
+}
+
+AST_INLINE int64_t power_row(int64_t bin, int64_t half) { return bin == half ? 1 : 2 * bin; }
+
+AST_INLINE vf mel_energy(const LogMelTables& t, const float* power, int64_t mel, const float* weights) {
+  const int64_t half = t.n_fft / 2, start = t.mel_start[mel], count = t.mel_count[mel];
+  vf even = {}, odd = {};
+  int64_t i = 0;
+  for (; i + 2 <= count && start + i + 1 < half; i += 2) {
+    const vf* p = (const vf*)(power + 2 * (start + i) * W);
+    even += p[0] * weights[i];
+    odd += p[2] * weights[i + 1];
+  }
+  for (; i < count; ++i) even += *(const vf*)(power + power_row(start + i, half) * W) * weights[i];
+  return even + odd;
+}
+
+}  // namespace
