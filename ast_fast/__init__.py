@@ -63,7 +63,29 @@ if TYPE_CHECKING:
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
 
-__all__ = [*_HOMES, *_MODULES, "__version__"]
+__all__ = [
+    "ASTModel",
+    "LogMel",
+    "__version__",
+    "audio",
+    "backend",
+    "check_equivalence",
+    "config",
+    "create_model",
+    "data",
+    "equivalence",
+    "frontend",
+    "hub",
+    "inference",
+    "list_models",
+    "models",
+    "ops",
+    "predict",
+    "reference",
+    "tag",
+    "training",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:
