@@ -16,6 +16,10 @@ NORMALISATION = {
 }
 
 
+# rates outside this are a broken header, not audio
+MIN_RATE_HZ, MAX_RATE_HZ = 2000, 1_000_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Base of all settings: conversion to and from plain dicts, unknown keys refused."""
@@ -57,6 +61,39 @@ def check(condition: bool, message: str) -> None:
     """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AudioConfig(Config):
+    """How audio files are read, and what happens to those that are not as expected."""
+
+    sample_rate_hz: int | None = 16000  # None: each file's own rate
+    other_rate: Literal["resample", "error"] = "resample"
+    channels: Literal["mean", "first", "error"] = "mean"  # of a file with several
+    non_finite: Literal["error", "zero"] = "error"  # NaN and Inf in a float file
+    truncated: Literal["error", "keep"] = "error"  # less audio than the header promises
+    min_ms: float = 25.0  # shorter clips are padded with zeros to this: one window
+    dtype: Literal["float32", "int16"] = "float32"
+    max_seconds: float = 3600.0
+    max_decoded_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        rate = self.sample_rate_hz
+        check(
+            rate is None or MIN_RATE_HZ <= rate <= MAX_RATE_HZ,
+            f"sample_rate_hz={rate}: expected {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz, or None",
+        )
+        check(self.min_ms >= 0, f"min_ms={self.min_ms}: expected 0 or more")
+        check(self.max_seconds > 0, f"max_seconds={self.max_seconds}: expected a positive length")
+        for name, allowed in (
+            ("other_rate", ("resample", "error")),
+            ("channels", ("mean", "first", "error")),
+            ("non_finite", ("error", "zero")),
+            ("truncated", ("error", "keep")),
+            ("dtype", ("float32", "int16")),
+        ):
+            value = getattr(self, name)
+            check(value in allowed, f"{name}={value!r}: expected one of {', '.join(allowed)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,427 @@
+"""Decode, resample and check audio files: a named error or a counted change, never a silent one.
+
+libsndfile (through soundfile) reads wav, flac, ogg, opus, mp3, aiff and more by content, whatever
+the suffix; torchcodec, where it is installed, reads what libsndfile cannot (m4a, video). Files are
+opened once, only if they are regular files, and decoded block by block, so that a lying header
+costs no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._containers import ReadAt, missing_audio
+from ._optional import optional_import, require_package
+from .config import MAX_RATE_HZ, MIN_RATE_HZ, AudioConfig
+
+Source = str | os.PathLike[str] | bytes | BinaryIO
+
+# fmt: off
+SUFFIXES = frozenset((
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf",
+    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm",
+))
+# fmt: on
+_BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together
+_MAX_CHANNELS = 256
+_FULL_SCALE = 1.0 - 1.5 / 32768.0
+_CLIPPED_SHARE = 0.01
+_MAX_NOTES = 20
+
+
+class AudioError(ValueError):
+    """An audio file cannot be used. The message names the file, the reason and what to do."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.reason)
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"
+
+
+class AudioNotFoundError(AudioError, FileNotFoundError):
+    """There is no such file."""
+
+
+class AudioDecodeError(AudioError):
+    """The file is not audio, or is broken."""
+
+
+class AudioEmptyError(AudioError):
+    """The file is well formed and holds no samples."""
+
+
+class AudioTruncatedError(AudioError):
+    """The file holds less audio than its header promises."""
+
+
+class AudioNonFiniteError(AudioError):
+    """Samples are NaN or infinite."""
+
+
+class AudioFormatError(AudioError):
+    """Rate or channels are not what was asked for, and converting was switched off."""
+
+
+class AudioTooLargeError(AudioError):
+    """The file is longer, or decodes to more bytes, than the limits allow."""
+
+
+@dataclasses.dataclass(slots=True)
+class AudioReport:
+    """Counts of what was read, changed and refused; reports of many clips add up.
+
+    Attributes:
+        clips: read and returned.
+        resampled: clips whose rate was changed.
+        downmixed: clips of several channels made mono.
+        padded: clips shorter than the minimum, filled with zeros.
+        truncated: clips kept although audio is missing from the file.
+        zeroed_clips: clips in which NaN or Inf became 0.
+        zeroed_samples: how many samples that were.
+        clipped: clips with more than 1 % of their samples at full scale (left as they are).
+        over_scale: float files with a peak above 1 (left as they are).
+        skipped: files refused, by class of error.
+        notes: the first messages, one a finding.
+    """
+
+    clips: int = 0
+    resampled: int = 0
+    downmixed: int = 0
+    padded: int = 0
+    truncated: int = 0
+    zeroed_clips: int = 0
+    zeroed_samples: int = 0
+    clipped: int = 0
+    over_scale: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_skipped(self) -> int:
+        """Files refused."""
+        return sum(self.skipped.values())
+
+    def note(self, text: str) -> None:
+        """Keep a message, up to a small number of them."""
+        if len(self.notes) < _MAX_NOTES:
+            self.notes.append(text)
+
+    def skip(self, error: AudioError) -> None:
+        """Count a refused file."""
+        kind = type(error).__name__
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        self.note(str(error))
+
+    def merge(self, other: AudioReport) -> None:
+        """Add another report to this one."""
+        for field in dataclasses.fields(self):
+            if field.name not in ("skipped", "notes"):
+                total = getattr(self, field.name) + getattr(other, field.name)
+                setattr(self, field.name, total)
+        for kind, count in other.skipped.items():
+            self.skipped[kind] = self.skipped.get(kind, 0) + count
+        for text in other.notes:
+            self.note(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        """One line: what was read and everything that was changed or refused."""
+        parts = [f"{self.clips} clips read"]
+        for count, text in (
+            (self.resampled, "resampled"),
+            (self.downmixed, "mixed down to mono"),
+            (self.padded, "padded to one window"),
+            (self.truncated, "kept although truncated"),
+            (self.zeroed_clips, f"with NaN or Inf zeroed ({self.zeroed_samples} samples)"),
+            (self.clipped, "clipped"),
+            (self.over_scale, "with a peak above 1"),
+        ):
+            if count:
+                parts.append(f"{count} {text}")
+        if self.skipped:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.skipped.items()))
+            parts.append(f"{self.num_skipped} skipped ({kinds})")
+        return ", ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AudioClip:
+    """Mono audio in memory.
+
+    Attributes:
+        wave: [N] float32 in [-1, 1], or int16.
+        sample_rate_hz: its rate.
+        report: what was changed on the way.
+    """
+
+    wave: Tensor
+    sample_rate_hz: int
+    report: AudioReport
+
+
+def load(source: Source, config: AudioConfig | None = None, **overrides: Any) -> AudioClip:
+    """Read one file (or bytes, or a binary file object) as mono audio at one rate.
+
+    Args:
+        source: path, bytes of a file, or a seekable binary file object.
+        config: rate, limits and what to do with files that are not as expected.
+        **overrides: settings of `AudioConfig`, by name.
+
+    Raises:
+        AudioError: one of its subclasses; `AudioNotFoundError` is a FileNotFoundError too.
+        ValueError: a setting is out of range.
+        MissingPackageError: soundfile (or soxr, to resample) is not installed.
+
+    >>> import io, wave
+    >>> file = io.BytesIO()
+    >>> with wave.open(file, "wb") as writer:
+    ...     writer.setparams((1, 2, 16000, 0, "NONE", ""))
+    ...     writer.writeframes(bytes(32000))
+    >>> load(file.getvalue()).wave.shape
+    torch.Size([16000])
+    """
+    config = (config or AudioConfig()).replace(**overrides)
+    name = source_name(source)
+    report = AudioReport(clips=1)
+    samples, rate_hz, subtype = _decode(source, name, config, report)  # [N, channels]
+    samples = _check_samples(samples, name, subtype, config, report)
+    wave = _to_mono(samples, name, config, report)
+    wave, rate_hz = _to_rate(wave, rate_hz, name, config, report)
+    least = int(rate_hz * config.min_ms * 0.001)
+    if wave.shape[0] < least:
+        report.padded = 1
+        report.note(f"{name}: {wave.shape[0]} samples, padded with zeros to {least}")
+        wave = np.pad(wave, (0, least - wave.shape[0]))
+    if config.dtype == "int16" and wave.dtype != np.int16:
+        # the same scale as float files: 1/32768 a step, rounded, and clipped at the ends
+        wave = np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
+    return AudioClip(torch.from_numpy(np.ascontiguousarray(wave)), rate_hz, report)
+
+
+def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
+    """Resample a float waveform [N] (or [N, channels]) with soxr's high-quality setting."""
+    if from_hz == to_hz:
+        return wave
+    soxr = require_package("soxr", "resampling", "audio")
+    return torch.from_numpy(soxr.resample(wave.numpy(), from_hz, to_hz, quality="HQ"))
+
+
+def source_name(source: Source) -> str:
+    """How messages name a source: file names through repr, so that no control character escapes."""
+    if isinstance(source, bytes):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, (str, os.PathLike)):
+        return repr(os.fspath(source))
+    return repr(getattr(source, "name", "<file object>"))
+
+
+@contextlib.contextmanager
+def _opened(source: Source, name: str) -> Iterator[tuple[Any, ReadAt, int]]:
+    """What soundfile opens, a reader of raw bytes and the size; only regular files pass."""
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            # O_NONBLOCK: opening a pipe must not wait for a writer
+            handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise AudioNotFoundError(name, "no such file; check the path") from error
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
+            raise AudioDecodeError(name, f"cannot be opened: {error}") from error
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+                raise AudioDecodeError(name, f"is {kind}: expected an audio file")
+            yield handle, lambda offset, count: os.pread(handle, count, offset), status.st_size
+        finally:
+            os.close(handle)
+        return
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    begin = file.tell()
+    size = file.seek(0, os.SEEK_END) - begin
+
+    def read_at(offset: int, count: int) -> bytes:
+        file.seek(begin + offset)
+        return file.read(count)
+
+    def rewound() -> BinaryIO:
+        file.seek(begin)
+        return file
+
+    yield rewound, read_at, size
+
+
+def _decode(
+    source: Source, name: str, config: AudioConfig, report: AudioReport
+) -> tuple[np.ndarray, int, str]:
+    """Samples [N, channels], rate and libsndfile's subtype."""
+    soundfile = require_package("soundfile", "reading audio files", "audio")
+    with _opened(source, name) as (handle, read_at, size):
+        if size == 0:
+            raise AudioEmptyError(name, "the file is empty (0 bytes)")
+        missing = missing_audio(read_at, size)
+        if missing is not None:
+            _truncated(name, missing, config, report)
+        try:
+            target = handle() if callable(handle) else handle
+            with soundfile.SoundFile(target, closefd=False) as file:
+                return _read(file, name, config, report)
+        except soundfile.LibsndfileError as error:
+            reason = str(error.error_string).strip().rstrip(".")
+            with_codec = _decode_with_torchcodec(source, read_at, size)
+            if with_codec is not None:
+                _check_limits(name, *with_codec[0].shape, with_codec[1], config)
+                return with_codec
+            head = read_at(0, 64).lstrip().lower()
+            if head.startswith((b"<!doctype", b"<html")):
+                reason = "this is a web page, not audio; download the file again"
+            raise AudioDecodeError(name, f"cannot be decoded: {reason}") from error
+        except (RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
+            if isinstance(error, AudioError):
+                raise
+            raise AudioDecodeError(name, f"cannot be decoded: {error}") from error
+
+
+def _read(
+    file: Any, name: str, config: AudioConfig, report: AudioReport
+) -> tuple[np.ndarray, int, str]:
+    rate_hz, channels, promised = int(file.samplerate), int(file.channels), int(file.frames)
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise AudioDecodeError(
+            name, f"the header claims {rate_hz} Hz: expected {MIN_RATE_HZ} to {MAX_RATE_HZ}"
+        )
+    if not 1 <= channels <= _MAX_CHANNELS:
+        raise AudioDecodeError(name, f"has {channels} channels: expected 1 to {_MAX_CHANNELS}")
+    whole = config.dtype == "int16" and file.subtype == "PCM_16" and channels == 1
+    dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
+    blocks, total = [], 0
+    while True:
+        block = file.read(_BLOCK_VALUES // channels, dtype=dtype, always_2d=True)
+        if not len(block):
+            break
+        blocks.append(block)
+        total += len(block)
+        _check_limits(name, total, channels, rate_hz, config)
+    if not total:
+        raise AudioEmptyError(name, "holds no samples (header only); record it again or drop it")
+    if total < promised < 1 << 40:  # beyond: unknown length
+        _truncated(name, f"the header promises {promised} samples, {total} decode", config, report)
+    return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks)), rate_hz, str(file.subtype)
+
+
+def _check_limits(name: str, frames: int, channels: int, rate_hz: int, config: AudioConfig) -> None:
+    if frames > config.max_seconds * rate_hz:
+        raise AudioTooLargeError(
+            name, f"is longer than max_seconds={config.max_seconds:g}; cut it or raise the limit"
+        )
+    if frames * channels * 4 > config.max_decoded_bytes:
+        raise AudioTooLargeError(
+            name,
+            f"decodes to more than max_decoded_bytes={config.max_decoded_bytes}; cut it or raise "
+            "the limit",
+        )
+
+
+def _truncated(name: str, reason: str, config: AudioConfig, report: AudioReport) -> None:
+    if config.truncated == "error":
+        raise AudioTruncatedError(
+            name, f"is truncated: {reason}; copy it again, or keep what there is (truncated='keep')"
+        )
+    if not report.truncated:
+        report.truncated = 1
+        report.note(f"{name}: truncated and kept: {reason}")
+
+
+def _decode_with_torchcodec(
+    source: Source, read_at: ReadAt, size: int
+) -> tuple[np.ndarray, int, str] | None:
+    """Decode with torchcodec if it is there and can; None otherwise."""
+    decoders = optional_import("torchcodec.decoders")
+    if decoders is None:
+        return None
+    if isinstance(source, (str, os.PathLike)):
+        content: str | bytes = str(Path(source))
+    else:
+        content = read_at(0, size)
+    try:
+        samples = decoders.AudioDecoder(content).get_all_samples()
+    except (RuntimeError, ValueError, OSError):
+        return None
+    return samples.data.T.contiguous().numpy(), int(samples.sample_rate), "torchcodec"
+
+
+def _check_samples(
+    samples: np.ndarray, name: str, subtype: str, config: AudioConfig, report: AudioReport
+) -> np.ndarray:
+    """Refuse or zero NaN and Inf; note clipping."""
+    if samples.dtype == np.int16:
+        at_full_scale = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
+    else:
+        finite = np.isfinite(samples)
+        bad = samples.size - int(np.count_nonzero(finite))
+        if bad and config.non_finite == "error":
+            raise AudioNonFiniteError(
+                name,
+                f"{bad} of {samples.size} samples are NaN or infinite; repair the file, or set "
+                "non_finite='zero'",
+            )
+        if bad:
+            samples = np.where(finite, samples, np.float32(0.0))
+            report.zeroed_clips, report.zeroed_samples = 1, bad
+            report.note(f"{name}: {bad} samples that were NaN or infinite are now 0")
+        size = np.abs(samples)
+        peak = float(size.max())
+        if subtype in ("FLOAT", "DOUBLE") and peak > 1.0:
+            report.over_scale = 1
+            report.note(f"{name}: a float file with a peak of {peak:.3g}: expected at most 1")
+        at_full_scale = int(np.count_nonzero(size >= _FULL_SCALE))
+    if at_full_scale > _CLIPPED_SHARE * samples.size:
+        share = 100.0 * at_full_scale / samples.size
+        report.clipped = 1
+        report.note(f"{name}: {share:.1f} % of the samples are at full scale: probably clipped")
+    return samples
+
+
+def _to_mono(
+    samples: np.ndarray, name: str, config: AudioConfig, report: AudioReport
+) -> np.ndarray:
+    channels = samples.shape[1]
+    if channels == 1:
+        return samples[:, 0]
+    if config.channels == "error":
+        raise AudioFormatError(name, f"has {channels} channels: expected mono; mix it down")
+    report.downmixed = 1
+    return samples[:, 0] if config.channels == "first" else samples.mean(axis=1)
+
+
+def _to_rate(
+    wave: np.ndarray, rate_hz: int, name: str, config: AudioConfig, report: AudioReport
+) -> tuple[np.ndarray, int]:
+    wanted = config.sample_rate_hz
+    if wanted is None or wanted == rate_hz:
+        return wave, rate_hz
+    if config.other_rate == "error":
+        raise AudioFormatError(name, f"has {rate_hz} Hz: expected {wanted}; resample it")
+    if wave.shape[0] * (wanted / rate_hz) * 4 > config.max_decoded_bytes:
+        raise AudioTooLargeError(name, f"resamples from {rate_hz} to {wanted} Hz beyond the limit")
+    report.resampled = 1
+    return resample(torch.from_numpy(np.ascontiguousarray(wave)), rate_hz, wanted).numpy(), wanted
