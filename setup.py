@@ -84,7 +84,15 @@ def compiles(cxx: list[str], flags: list[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("int probe();\nint probe() { return 0; }\n")
-        command = [*cxx, *flags, "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
+        command = [
+            *cxx,
+            *flags,
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(Path(folder, "probe.so")),
+        ]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -137,7 +145,9 @@ class BuildKernels(build_ext):
         for name in KERNELS:
             for isa, flags in isas.items():
                 special = [*KERNEL_FLAGS, *includes[:2], *flags, f"-DAST_ISA={isa}"]
-                jobs.append((ROOT / "csrc" / f"{name}.cpp", objects_dir / f"{name}.{isa}.o", special))
+                jobs.append(
+                    (ROOT / "csrc" / f"{name}.cpp", objects_dir / f"{name}.{isa}.o", special)
+                )
 
         headers = [path.stat().st_mtime for path in (ROOT / "csrc").glob("*.h")]
         newest_header = max([*headers, Path(__file__).stat().st_mtime])
@@ -148,7 +158,9 @@ class BuildKernels(build_ext):
                 newest_header, source.stat().st_mtime
             )
             if not fresh or self.force:
-                run_compiler([*cxx, *BASE_FLAGS, *openmp, *flags, "-c", str(source), "-o", str(target)])
+                run_compiler(
+                    [*cxx, *BASE_FLAGS, *openmp, *flags, "-c", str(source), "-o", str(target)]
+                )
 
         workers = int(os.environ.get("AST_FAST_BUILD_JOBS", "0")) or max(2, os.cpu_count() or 2)
         with ThreadPoolExecutor(workers) as pool:
@@ -157,7 +169,11 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [str(target_object) for _, target_object, _ in jobs]
-        link = ["-shared", "-Wl,--as-needed"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        link = (
+            ["-shared", "-Wl,--as-needed"]
+            if sys.platform != "darwin"
+            else ["-bundle", "-undefined", "dynamic_lookup"]
+        )
         stdlib = ["-lc++"] if sys.platform == "darwin" else ["-lstdc++", "-Wl,-s"]
         # written aside and moved: a process that has the old module mapped keeps it
         partial = target.with_suffix(".partial")

@@ -1,0 +1,123 @@
+"""Flash attention by the compiled kernels, for separate or fused q, k, v with any strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._common import CODES, threads, why_not
+
+WIDTHS = (32, 64, 96, 128)
+LSE_BLOCK = 128
+View = tuple[int, int, int, int]
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> str | None:
+    """Why the kernels cannot take these inputs, or None."""
+    if q.shape[-1] not in WIDTHS:
+        return f"the C++ attention takes head widths {WIDTHS}, got {q.shape[-1]}"
+    if not (q.dtype == k.dtype == v.dtype):
+        return "the C++ attention takes one dtype for q, k and v"
+    return why_not(q=q, k=k, v=v)
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if its last dim is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def view(x: Tensor) -> View:
+    """Address and strides of a clip, a row and a head of x [B, T, H, D]."""
+    strides = x.stride()
+    return x.data_ptr(), strides[0], strides[1], strides[2]
+
+
+def _lengths(key_lengths: Tensor | None) -> Tensor | None:
+    return None if key_lengths is None else key_lengths.to("cpu", torch.int32).contiguous()
+
+
+def forward(
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    scale: float,
+    key_lengths: Tensor | None,  # [B]
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
+    """Return o and the natural log-sum-exp, its padding +inf."""
+    clips, tq, heads, width = q.shape
+    columns = -(-tq // LSE_BLOCK) * LSE_BLOCK
+    o = torch.empty((clips, tq, heads, width), dtype=q.dtype)
+    lse = torch.empty((clips, heads, columns), dtype=torch.float32)
+    lse[:, :, tq:] = float("inf")
+    if o.numel():
+        q, k, v, lengths = dense(q), dense(k), dense(v), _lengths(key_lengths)
+        _C.attention_forward(
+            view(q),
+            view(k),
+            view(v),
+            view(o),
+            lse.data_ptr(),
+            columns,
+            clips,
+            tq,
+            k.shape[1],
+            heads,
+            width,
+            0 if lengths is None else lengths.data_ptr(),
+            0,
+            0,
+            scale,
+            CODES[q.dtype],
+            threads(),
+        )
+    return o, lse
+
+
+def backward(
+    do: Tensor,  # [B, Tq, H, D]
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    o: Tensor,  # [B, Tq, H, D]
+    lse: Tensor,  # [B, H, Tpad]
+    scale: float,
+    key_lengths: Tensor | None,  # [B]
+    deterministic: bool,
+    dq: Tensor,  # [B, Tq, H, D]
+    dk: Tensor,  # [B, Tk, H, D]
+    dv: Tensor,  # [B, Tk, H, D]
+    allow_tf32: bool = False,
+) -> None:
+    """Write the gradients into dq, dk and dv; always deterministic."""
+    clips, tq, heads, width = q.shape
+    if not q.numel() or not k.numel():
+        for grad in (dq, dk, dv):
+            grad.zero_()
+        return
+    do, q, k, v, o, lse = dense(do), dense(q), dense(k), dense(v), dense(o), lse.contiguous()
+    lengths = _lengths(key_lengths)
+    _C.attention_backward(
+        view(q),
+        view(k),
+        view(v),
+        view(o),
+        lse.data_ptr(),
+        lse.shape[2],
+        clips,
+        tq,
+        k.shape[1],
+        heads,
+        width,
+        0 if lengths is None else lengths.data_ptr(),
+        0,
+        0,
+        scale,
+        CODES[q.dtype],
+        threads(),
+        view(do),
+        view(dq),
+        view(dk),
+        view(dv),
+    )

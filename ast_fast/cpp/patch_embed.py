@@ -1,0 +1,138 @@
+"""Patch embedding on CPU: patches gathered into bounded scratch, one GEMM straight into the tokens.
+
+The scratch holds whole clips, including zero rows for the prefix tokens, so that a GEMM with
+`beta = 1` completes a clip's token matrix that was filled with bias, position and prefix before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._common import CODES, column_sum, threads, why_not
+
+# gathered patches of one block of clips; a 10 s clip at stride 10 takes 1.2 MB in float32
+_SCRATCH_BYTES = 8 << 20
+
+
+def unsupported(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs, or None."""
+    if x.dtype != weight.dtype:
+        return "the C++ patch embedding takes one dtype for x and weight"
+    return why_not(x=x, weight=weight, bias=bias, pos=pos, prefix=prefix)
+
+
+def _clips_per_block(tokens: int, width: int, itemsize: int) -> int:
+    return max(1, _SCRATCH_BYTES // max(1, tokens * width * itemsize))
+
+
+def _grid(
+    x: Tensor, weight: Tensor, fstride: int, tstride: int, prefix: int
+) -> tuple[int, int, int, int, int, int, int]:
+    """f, t, pf, pt, fstride, tstride, prefix: the order the kernels read."""
+    pf, pt = weight.shape[2], weight.shape[3]
+    f = (x.shape[2] - pf) // fstride + 1
+    t = (x.shape[1] - pt) // tstride + 1
+    return f, t, pf, pt, fstride, tstride, prefix
+
+
+def _gather(x: Tensor, columns: Tensor, grid: tuple[int, ...]) -> None:
+    _C.patch_gather(
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        columns.data_ptr(),
+        CODES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        x.shape[2],
+        grid,
+        threads(),
+    )
+
+
+def forward(
+    x: Tensor,  # [B, S, F]
+    weight: Tensor,  # [C, 1, pf, pt]
+    bias: Tensor,  # [C]
+    pos: Tensor,  # [P + f*t, C]
+    prefix: Tensor,  # [P, C]
+    fstride: int,
+    tstride: int,
+    allow_tf32: bool = False,
+) -> Tensor:  # [B, P + f*t, C]
+    """Return prefix tokens and projected patches, positions added."""
+    clips, num_prefix, width = x.shape[0], prefix.shape[0], weight.shape[0]
+    grid = _grid(x, weight, fstride, tstride, num_prefix)
+    tokens, area = num_prefix + grid[0] * grid[1], grid[2] * grid[3]
+    table = pos.to(torch.float32, copy=True)
+    table[:num_prefix] += prefix
+    table[num_prefix:] += bias
+    y = torch.empty((clips, tokens, width), dtype=weight.dtype)
+    if not y.numel():
+        return y
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        x = x.contiguous()
+    # time becomes the slower axis of a patch, as the gathered rows have it
+    matrix = weight[:, 0].transpose(1, 2).reshape(width, area).t()
+    block = _clips_per_block(tokens, area, x.element_size())
+    columns = torch.empty((min(block, clips), tokens, area), dtype=x.dtype)
+    for start in range(0, clips, block):
+        part = x[start : start + block]
+        rows = columns[: part.shape[0]]
+        _gather(part, rows, grid)
+        target = y[start : start + block]
+        target.copy_(table)
+        target.view(-1, width).addmm_(rows.view(-1, area), matrix)
+    return y
+
+
+def backward(
+    dy: Tensor,  # [B, P + f*t, C]
+    x: Tensor,  # [B, S, F]
+    weight: Tensor,  # [C, 1, pf, pt]
+    fstride: int,
+    tstride: int,
+    num_prefix: int,
+    needs_dx: bool,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dweight, dbias, dpos, dprefix and, if needed, dx."""
+    clips, tokens, width = dy.shape
+    grid = _grid(x, weight, fstride, tstride, num_prefix)
+    area = grid[2] * grid[3]
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs_dx else None
+    dy = dy.contiguous()
+    if clips:
+        dpos = column_sum(dy.view(clips, -1)).view(tokens, width)
+    else:
+        dpos = torch.zeros((tokens, width))
+    dweight = torch.zeros((width, area), dtype=torch.float32)
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        x = x.contiguous()
+    block = _clips_per_block(tokens, area, x.element_size())
+    columns = torch.empty((min(block, clips), tokens, area), dtype=x.dtype)
+    matrix = weight[:, 0].transpose(1, 2).reshape(width, area)
+    for start in range(0, clips if dy.numel() else 0, block):
+        part = x[start : start + block]
+        rows = columns[: part.shape[0]].view(-1, area)
+        grads = dy[start : start + block].view(-1, width)
+        _gather(part, rows, grid)
+        dweight += grads.t() @ rows
+        if dx is not None:
+            torch.mm(grads, matrix, out=rows)
+            _C.patch_scatter(
+                rows.data_ptr(),
+                dx[start : start + block].data_ptr(),
+                CODES[x.dtype],
+                part.shape[0],
+                x.shape[1],
+                x.shape[2],
+                grid,
+                threads(),
+            )
+    dtype = weight.dtype
+    dbias = column_sum(dpos[num_prefix:]) if tokens > num_prefix else torch.zeros(width)
+    shaped = dweight.view(width, grid[3], grid[2]).transpose(1, 2).reshape(weight.shape)
+    return shaped.to(dtype), dbias.to(dtype), dpos.to(dtype), dpos[:num_prefix].to(dtype), dx
