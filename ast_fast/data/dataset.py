@@ -1,0 +1,230 @@
+"""Clips as datasets: files of a manifest, or waveforms already in memory, and how they batch.
+
+A file that cannot be read does not end an epoch: its place in the batch stays empty, and the batch
+says which file it was and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..audio import AudioError, AudioReport, load
+from ..config import AudioConfig
+from .manifest import Manifest
+from .sampler import BatchSampler
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Clip:
+    """One item: waveform [N], labels, its index, and what reading it changed."""
+
+    wave: Tensor
+    labels: tuple[int, ...]
+    index: int
+    report: AudioReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skip:
+    """An item that could not be read."""
+
+    index: int
+    report: AudioReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """Clips padded to the longest.
+
+    Attributes:
+        wave: [B, N] float32 or int16; zeros after each clip's end.
+        lengths: [B] int64, valid samples.
+        targets: [B] int64 class indices, or [B, classes] float32 for multi-label sets.
+        indices: [B] int64, places in the dataset.
+        report: what reading changed, and what was skipped.
+    """
+
+    wave: Tensor
+    lengths: Tensor
+    targets: Tensor
+    indices: Tensor
+    report: AudioReport
+
+    def __len__(self) -> int:
+        return self.wave.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("wave", "lengths", "targets", "indices")
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (the loader calls this by name)."""
+        pinned = {
+            name: getattr(self, name).pin_memory()
+            for name in ("wave", "lengths", "targets", "indices")
+        }
+        return dataclasses.replace(self, **pinned)
+
+
+class ClipSet(Protocol):
+    """What training and evaluation need of a dataset."""
+
+    classes: tuple[str, ...]
+    labels: list[tuple[int, ...]]
+    sample_rate_hz: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Clip | Skip: ...
+
+
+class AudioDataset(Dataset[Any]):
+    """The files of a manifest.
+
+    Args:
+        manifest: files and labels.
+        audio: how to read them; one sample rate for all.
+        cache: keep each waveform in memory after it was first read.
+        strict: raise the AudioError of a bad file rather than skip and count it.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        audio: AudioConfig | None = None,
+        *,
+        cache: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.manifest = manifest
+        self.audio = audio or AudioConfig()
+        if self.audio.sample_rate_hz is None:
+            raise ValueError("audio.sample_rate_hz is None: expected one rate for the whole set")
+        self.sample_rate_hz = self.audio.sample_rate_hz
+        self.classes = manifest.classes
+        self.labels = manifest.labels
+        self.strict = strict
+        self._cache: dict[int, Tensor] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, index: int) -> Clip | Skip:
+        labels = self.labels[index]
+        if self._cache is not None and index in self._cache:
+            return Clip(self._cache[index], labels, index, AudioReport(clips=1))
+        try:
+            clip = load(self.manifest.file(index), self.audio)
+        except AudioError as error:
+            if self.strict:
+                raise
+            report = AudioReport()
+            report.skip(error)
+            return Skip(index, report)
+        if self._cache is not None:
+            self._cache[index] = clip.wave
+        return Clip(clip.wave, labels, index, clip.report)
+
+
+class WaveformDataset(Dataset[Any]):
+    """Clips that are in memory already.
+
+    Args:
+        waves: waveforms [N], float32 or int16, all of one dtype.
+        labels: class indices of each.
+        classes: class names.
+        sample_rate_hz: rate of all.
+    """
+
+    def __init__(
+        self,
+        waves: Sequence[Tensor],
+        labels: Sequence[tuple[int, ...]],
+        classes: tuple[str, ...],
+        sample_rate_hz: int = 16000,
+    ) -> None:
+        if len(waves) != len(labels):
+            raise ValueError(f"labels: got {len(labels)} for {len(waves)} waves")
+        self.waves = list(waves)
+        self.labels = list(labels)
+        self.classes = classes
+        self.sample_rate_hz = sample_rate_hz
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    def __getitem__(self, index: int) -> Clip:
+        return Clip(self.waves[index], self.labels[index], index, AudioReport(clips=1))
+
+
+class Collate:
+    """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets."""
+
+    def __init__(self, num_classes: int, multi_label: bool = False) -> None:
+        self.num_classes = num_classes
+        self.multi_label = multi_label
+
+    def __call__(self, items: Sequence[Clip | Skip]) -> Batch:
+        """Pad the clips to the longest; places that could not be read stay out and are counted."""
+        report = AudioReport()
+        for item in items:
+            report.merge(item.report)
+        clips = [item for item in items if isinstance(item, Clip)]
+        lengths = [clip.wave.shape[0] for clip in clips]
+        dtype = clips[0].wave.dtype if clips else torch.float32
+        wave = torch.zeros(len(clips), max(lengths, default=0), dtype=dtype)
+        for row, clip in zip(wave, clips, strict=True):
+            row[: clip.wave.shape[0]] = clip.wave
+        if self.multi_label:
+            targets = torch.zeros(len(clips), self.num_classes)
+            for row, clip in zip(targets, clips, strict=True):
+                row[list(clip.labels)] = 1.0
+        else:
+            for clip in clips:
+                if len(clip.labels) != 1:
+                    raise ValueError(
+                        f"clip {clip.index} has {len(clip.labels)} labels: expected one; train "
+                        "with loss='binary_cross_entropy' for several"
+                    )
+            targets = torch.tensor([clip.labels[0] for clip in clips], dtype=torch.int64)
+        return Batch(
+            wave,
+            torch.tensor(lengths, dtype=torch.int64),
+            targets,
+            torch.tensor([clip.index for clip in clips], dtype=torch.int64),
+            report,
+        )
+
+
+def make_loader(
+    dataset: ClipSet,
+    sampler: BatchSampler,
+    *,
+    multi_label: bool = False,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """A loader over the rest of the sampler's epoch."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=Collate(len(dataset.classes), multi_label),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # fork after OpenMP ran is safe only with one thread, which is what loader workers use
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
