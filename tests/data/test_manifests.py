@@ -1,0 +1,188 @@
+"""Manifests: what is read, and what hostile or careless rows are refused with their line."""
+
+import json
+import time
+import tracemalloc
+
+import pytest
+
+from ast_fast.data import ManifestError, audio_files, read_class_labels, read_folder, read_manifest
+from ast_fast.data.manifest import safe_cell
+
+
+def write(folder, text, name="list.csv", encoding="utf-8"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return path
+
+
+def rows(path, **options):
+    manifest = read_manifest(path, check_files=False, **options)
+    named = [tuple(manifest.classes[i] for i in labels) for labels in manifest.labels]
+    return list(zip(manifest.paths, named, strict=True))
+
+
+EXPECTED = [("a/1.wav", ("dog",)), ("b 2.wav", ("cat", "dog"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.csv", "path,labels\na/1.wav,dog\nb 2.wav,cat;dog\n"),
+        ("bom.csv", "\ufeffpath,labels\r\na/1.wav,dog\r\n\r\nb 2.wav,cat; dog\r\n"),
+        ("quotes.csv", 'label,id,filename\n"dog",1,"a/1.wav"\n"cat;dog",2,"b 2.wav"\n'),
+        (
+            "l.jsonl",
+            '{"path": "a/1.wav", "label": "dog"}\n\n{"wav": "b 2.wav", "labels": ["cat", "dog"]}\n',
+        ),
+        (
+            "original.json",
+            '{"data": [{"wav": "a/1.wav", "labels": "dog"}, '
+            '{"wav": "b 2.wav", "labels": "cat,dog", "video_id": "x"}]}',
+        ),
+    ],
+)
+def test_all_dialects_give_the_same_manifest(name, text, tmp_path):
+    assert rows(write(tmp_path, text, name)) == EXPECTED
+
+
+def test_the_originals_class_file_gives_names_and_mids(tmp_path):
+    table = write(
+        tmp_path, 'index,mid,display_name\n0,/m/x,"Speech, male"\n1,/m/y,Dog\n', "classes.csv"
+    )
+    names, mids = read_class_labels(table)
+    assert names == ("Speech, male", "Dog") and mids == {"/m/x": 0, "/m/y": 1}
+    data = write(tmp_path, '{"data": [{"wav": "1.wav", "labels": "/m/y,/m/x"}]}', "d.json")
+    manifest = read_manifest(data, classes=names, aliases=mids, check_files=False)
+    assert manifest.labels == [(1, 0)] and manifest.class_counts() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("index,mid,display_name\n1,/m/x,Dog\n", "line 2: index '1': expected 0"),
+        ("number,name\n0,Dog\n", "expected index,mid,display_name"),
+        ("index,mid,display_name\n", "holds no classes"),
+    ],
+)
+def test_broken_class_files_name_the_line(text, says, tmp_path):
+    with pytest.raises(ManifestError, match=says):
+        read_class_labels(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("../secret.wav,dog", "leaves its folder"),
+        ("a/../../secret.wav,dog", "leaves its folder"),
+        ("/etc/passwd,dog", "not relative"),
+        ("~/x.wav,dog", "not relative"),
+        ("C:x.wav,dog", "not relative"),
+        ("a\\..\\x.wav,dog", "backslash"),
+        ("a\0b.wav,dog", "NUL"),
+        (",dog", "empty"),
+        ("a.wav,", "has no label"),
+        ("a.wav", "1 fields: expected 2"),
+        ("a.wav,dog,extra", "3 fields: expected 2"),
+        ("a.wav," + "x" * 70000, "at most 65536"),
+        ('"a.wav,dog', "unexpected end"),
+    ],
+)
+def test_hostile_rows_are_refused_with_their_line(row, says, tmp_path):
+    path = write(tmp_path, f"path,labels\nok.wav,dog\n{row}\n")
+    with pytest.raises(ManifestError, match=says) as caught:
+        read_manifest(path, check_files=False)
+    assert "line 3" in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_other_broken_manifests_are_refused(tmp_path):
+    cases = {
+        "a.csv": (b"path,labels\n\xff\xfe.wav,dog\n", "not UTF-8"),
+        "b.csv": (b"path,labels\n", "holds no clips"),
+        "c.csv": (b"name,sound\na.wav,dog\n", "line 2: has name, sound: expected 'path'"),
+        "d.csv": (
+            b"path,labels,id\na.wav,x,1\nb.wav,x,1\n",
+            "line 3: id '1' was already on line 2",
+        ),
+        "e.jsonl": (b'{"path": "a.wav", "label": "x"}\n{broken\n', "line 2: is not JSON"),
+        "f.jsonl": (b'["a.wav", "x"]\n', "line 1: got list"),
+        "g.jsonl": (b'{"path": 5, "label": "x"}\n', "line 1: path and id: expected text"),
+        "h.jsonl": (b'{"path": "a.wav", "label": 3}\n', "labels is int"),
+        "i.jsonl": (b'{"path": "' + b"a" * 300000 + b'", "label": "x"}\n', "300027 bytes"),
+        "j.json": (b'{"clips": []}', "expected"),
+        "k.json": (b"[" * 100000, "is not JSON"),
+        "l.yaml": (b"path: a.wav\n", "suffix '.yaml'"),
+    }
+    for name, (content, says) in cases.items():
+        with pytest.raises(ManifestError, match=says):
+            read_manifest(write(tmp_path, content, name), check_files=False)
+    with pytest.raises(FileNotFoundError):
+        read_manifest(tmp_path / "absent.csv")
+
+
+def test_unknown_labels_are_refused_when_the_classes_are_given(tmp_path):
+    path = write(tmp_path, "path,labels\na.wav,dog\nb.wav,wolf\n")
+    with pytest.raises(ManifestError, match=r"line 3: label 'wolf' is not among the 2 classes"):
+        read_manifest(path, classes=("cat", "dog"), check_files=False)
+
+
+def test_missing_files_and_links_out_of_the_root_are_refused(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir(), outside.mkdir()
+    (outside / "secret.wav").write_bytes(b"x")
+    (inside / "ok.wav").write_bytes(b"x")
+    (inside / "near.wav").symlink_to(inside / "ok.wav")
+    (inside / "far.wav").symlink_to(outside / "secret.wav")
+    (inside / "door").symlink_to(outside)
+    head = "path,labels\nok.wav,dog\nnear.wav,dog\n"
+    assert len(read_manifest(write(inside, head))) == 2
+    for bad in ("far.wav", "door/secret.wav"):
+        with pytest.raises(ManifestError, match=r"line 4: .* link that leaves the root"):
+            read_manifest(write(inside, f"{head}{bad},dog\n"))
+        # a link that appears after the manifest was read is caught when the file is opened
+        later = read_manifest(write(inside, f"{head}{bad},dog\n"), check_files=False)
+        with pytest.raises(ManifestError, match="line 4"):
+            later.file(2)
+    with pytest.raises(ManifestError, match=r"line 4: there is no file .gone\.wav."):
+        read_manifest(write(inside, f"{head}gone.wav,dog\n"))
+
+
+def test_the_root_can_lie_elsewhere(tmp_path):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.wav").write_bytes(b"x")
+    path = write(tmp_path, "path,labels\na.wav,dog\n")
+    manifest = read_manifest(path, root=tmp_path / "audio")
+    assert manifest.file(0) == tmp_path / "audio" / "a.wav"
+    with pytest.raises(ManifestError, match="not a folder"):
+        read_manifest(path, root=tmp_path / "nowhere")
+
+
+def test_a_folder_per_class_leaves_out_links_and_hidden_files(tmp_path):
+    for name in ("cat/1.wav", "dog/a/2.FLAC", "dog/.hidden.wav", "dog/notes.txt", ".git/3.wav"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    (tmp_path / "cat" / "link.wav").symlink_to(tmp_path / "cat" / "1.wav")
+    manifest = read_folder(tmp_path)
+    assert manifest.classes == ("cat", "dog")
+    assert manifest.paths == ["cat/1.wav", "dog/a/2.FLAC"] and manifest.labels == [(0,), (1,)]
+    assert [file.name for file in audio_files(tmp_path)] == ["1.wav", "2.FLAC"]
+    with pytest.raises(ManifestError, match="one folder per class"):
+        read_folder(tmp_path / "cat")
+
+
+def test_formula_like_cells_are_defused():
+    assert safe_cell("=HYPERLINK()") == "'=HYPERLINK()" and safe_cell("dog") == "dog"
+
+
+def test_fifty_thousand_rows_open_fast_and_small(tmp_path):
+    lines = [json.dumps({"path": f"clips/{i:07}.wav", "label": str(i % 50)}) for i in range(50000)]
+    path = write(tmp_path, "\n".join(lines), "big.jsonl")
+    start = time.perf_counter()
+    assert len(read_manifest(path, check_files=False)) == 50000
+    assert time.perf_counter() - start < 4.0  # 0.25 s on a quiet core
+    tracemalloc.start()
+    manifest = read_manifest(path, check_files=False)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 15e6 and manifest.class_counts()[0] == 1000
