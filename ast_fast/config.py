@@ -221,9 +221,14 @@ class TrainConfig(Config):
     grad_clip: float = 1.0  # largest gradient norm; 0 switches clipping off
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     precision: Literal["float32", "bfloat16"] = "float32"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1  # processes, one a device
     seed: int = 0
     num_workers: int = 0
-    keep_checkpoints: int = 2
+    class_balanced: bool = False  # draw clips so that every class comes up as often
+    log_every: int = 10  # steps between lines of the log
+    checkpoint_every: int = 0  # steps between checkpoints; 0: at the end of each epoch only
+    keep_checkpoints: int = 2  # newest ones kept, beside the best
     augment: AugmentConfig = AugmentConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -231,3 +236,20 @@ class TrainConfig(Config):
         check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
         check(self.lr > 0, f"lr={self.lr}: expected a positive rate")
+        check(self.grad_clip >= 0, f"grad_clip={self.grad_clip}: expected 0 (off) or more")
+        check(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"betas={self.betas}: expected two numbers in [0, 1)",
+        )
+        for name in ("devices", "log_every", "keep_checkpoints"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("warmup_steps", "weight_decay", "num_workers", "checkpoint_every", "seed"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected 0 or more")
+        for name, allowed in (
+            ("schedule", ("constant", "cosine")),
+            ("loss", ("cross_entropy", "binary_cross_entropy")),
+            ("precision", ("float32", "bfloat16")),
+            ("accelerator", ("auto", "cpu", "cuda")),
+        ):
+            value = getattr(self, name)
+            check(value in allowed, f"{name}={value!r}: expected one of {', '.join(allowed)}")
