@@ -46,8 +46,11 @@ BASE_FLAGS = [
     # no errno, no traps: needed to vectorise; unlike -ffast-math they leave NaN, Inf and denormals as they are
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 ]
-# the last two: the ABI note on vectors (all of ours are local), and a false alarm in GCC 12's AVX-512 headers
-KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# no ABI notes on vectors (all of ours are local), no false alarms from GCC 12's AVX-512 headers
+KERNEL_FLAGS = [
+    *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 X86_ISAS = {
