@@ -1,0 +1,4 @@
+"""Measurements of ast_fast beside its peers: correct first, interleaved, with the spread.
+
+Not installed with the package: run from the root of a checkout (`python -m benchmarks.run --help`).
+"""

@@ -1,0 +1,176 @@
+"""What one measurement is: inputs, an oracle, and the candidates that compute the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+# computes on input set number i and returns the outputs the case names
+Run = Callable[[int], Sequence[Tensor]]
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+class Skipped(Exception):  # noqa: N818 - an outcome, not an error
+    """A candidate cannot take part; the message says why, for the record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run was asked for."""
+
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("f32", "bf16")
+    backend: str = "cpp"  # of our own ops
+    quick: bool = False  # few shapes
+    tiny: bool = False  # shapes for a dry run: only the control flow matters
+    peers: tuple[str, ...] | None = None  # None: all that can be imported
+    only: str = ""  # part of a case's title
+
+    @property
+    def ours(self) -> str:
+        """Our name in tables."""
+        return f"ast_fast[{self.backend}]"
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this run is on a GPU."""
+        return self.device == "cuda"
+
+    def wants(self, peer: str) -> bool:
+        """Whether a peer was asked for: by its name, or by what stands before its first dash."""
+        return self.peers is None or peer in self.peers or peer.split("-")[0] in self.peers
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One implementation. `prepare` may build models or graphs; what it returns is what is timed."""
+
+    name: str
+    prepare: Callable[[list[Inputs]], Run]
+    # its error is the yardstick of the budget: ours may be twice it
+    yardstick: bool = False
+    # what is checked, where that is not what is timed: a smaller model, or gradients before a step
+    prepare_gate: Callable[[Inputs], Run] | None = None
+    timed: bool = True  # False: takes part in the check alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row group of a table: candidates[0] is ours, the rest are peers."""
+
+    suite: str
+    name: str
+    mode: str
+    shape: dict[str, int]
+    dtype: str
+    outputs: tuple[str, ...]
+    make_inputs: Callable[[int], Inputs]  # seed -> inputs on the device
+    oracle: Callable[[Inputs], Sequence[Tensor]]  # float64; a shorter dim 0 checks the first clips
+    candidates: tuple[Candidate, ...]
+    floor: float  # smallest budget of the error, whatever the yardstick's
+    measure: str = "rel_l2"  # or max_abs
+    clips: int | None = None  # for clips a second
+    flops: float | None = None
+    bytes: float | None = None  # fewest bytes that device memory must move
+    bound: str = "gemm"  # which ceiling the share is of: gemm or copy
+    # inputs of the check where the timed ones would make the oracle too slow
+    make_gate_inputs: Callable[[int], Inputs] | None = None
+    graph: bool = False  # also worth timing as a CUDA graph
+
+    @property
+    def title(self) -> str:
+        """Name, mode, shape and dtype in one line."""
+        sizes = " ".join(f"{key}{value}" for key, value in self.shape.items())
+        return f"{self.suite}/{self.name} {self.mode} {sizes} {self.dtype}"
+
+
+def generator(seed: int, device: str) -> torch.Generator:
+    """A seeded generator on a device."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def wide(inputs: Inputs) -> Inputs:
+    """The same rounded numbers in float64, cut from any graph."""
+    return {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def forward_run(function: Callable[..., Sequence[Tensor]], inputs: list[Inputs]) -> Run:
+    """Time a function of the inputs without a graph."""
+
+    def run(index: int) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return function(**inputs[index % len(inputs)])
+
+    return run
+
+
+def backward_run(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: list[Inputs],
+    wrt: Sequence[str],
+    upstream: Sequence[str],
+) -> Run:
+    """Time the backward alone: one forward per input set, its graph kept.
+
+    Args:
+        function: forward; gets every input that is not an upstream gradient.
+        inputs: input sets.
+        wrt: inputs whose gradients are the outputs.
+        upstream: inputs that hold the gradients of the function's outputs, in order.
+    """
+    graphs = []
+    for given in inputs:
+        leaves = {
+            name: tensor.detach().requires_grad_(name in wrt)
+            for name, tensor in given.items()
+            if name not in upstream
+        }
+        outputs = function(**leaves)
+        graphs.append((outputs, [leaves[name] for name in wrt], [given[name] for name in upstream]))
+
+    def run(index: int) -> Sequence[Tensor]:
+        outputs, leaves, dys = graphs[index % len(graphs)]
+        return torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
+
+    return run
+
+
+def candidate(
+    name: str,
+    function: Callable[..., Sequence[Tensor]],
+    mode: str,
+    wrt: Sequence[str] = (),
+    upstream: Sequence[str] = (),
+    yardstick: bool = False,
+) -> Candidate:
+    """A candidate from one forward function, for mode `forward` or `backward`."""
+
+    def prepare(inputs: list[Inputs]) -> Run:
+        if mode == "backward":
+            return backward_run(function, inputs, wrt, upstream)
+        kept = [{k: v for k, v in given.items() if k not in upstream} for given in inputs]
+        return forward_run(function, kept)
+
+    return Candidate(name, prepare, yardstick)
+
+
+def oracle(
+    function: Callable[..., Sequence[Tensor]],
+    mode: str,
+    wrt: Sequence[str] = (),
+    upstream: Sequence[str] = (),
+) -> Callable[[Inputs], Sequence[Tensor]]:
+    """The same in float64 on the same rounded inputs."""
+
+    def compute(inputs: Inputs) -> Sequence[Tensor]:
+        return candidate("oracle", function, mode, wrt, upstream).prepare([wide(inputs)])(0)
+
+    return compute

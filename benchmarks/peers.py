@@ -1,0 +1,162 @@
+"""The peers: other implementations of the same computations, imported only when they are measured.
+
+A peer whose package is absent is skipped by name, with the reason in its row. `Skipped` is raised
+from inside a candidate's `prepare`, so that nothing here costs anything until it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import Skipped
+
+# what --peers takes: a name, or the part before the first dash for a whole group
+PEERS = {
+    "torch": "plain PyTorch ops, eager",
+    "torch-compile": "the same under torch.compile",
+    "sdpa": "F.scaled_dot_product_attention, PyTorch's own choice of backend",
+    "sdpa-cudnn": "its cuDNN backend",
+    "sdpa-flash": "its FlashAttention backend",
+    "sdpa-efficient": "its memory-efficient backend",
+    "sdpa-math": "its unfused backend",
+    "sdpa-padded": "packed clips padded to the longest, with a mask",
+    "varlen": "torch.nn.attention.varlen.varlen_attn",
+    "loop": "one call a clip",
+    "transformers": "transformers' AST with SDPA; for the front end its feature extractor",
+    "transformers-eager": "transformers' AST with eager attention",
+    "transformers-compile": "transformers' AST with SDPA under torch.compile",
+    "timm": "timm's transformer blocks in the original AST's forward",
+    "torchaudio": "torchaudio.compliance.kaldi.fbank, a clip at a time",
+    "kaldi-native-fbank": "kaldi-native-fbank, a clip at a time",
+    "onnxruntime": "the plain PyTorch AST exported to ONNX",
+    "openvino": "the plain PyTorch AST converted to OpenVINO",
+}
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Peers of a comma-separated list; None for all.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if text is None or text == "all":
+        return None
+    wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+    groups = {name.split("-")[0] for name in PEERS}
+    unknown = [
+        name for name in wanted if name not in PEERS and name not in groups and name != "none"
+    ]
+    if unknown:
+        raise ValueError(
+            f"--peers {text!r}: unknown peer {', '.join(unknown)}; "
+            f"expected some of all, none, {', '.join(PEERS)}"
+        )
+    return wanted
+
+
+def need(module: str) -> ModuleType:
+    """The module, or `Skipped` with the reason: absent, or present and broken."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Skipped(f"{module} does not import ({type(error).__name__}: {error})") from error
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` of a function, static shapes; `Skipped` where there is no compiler for it."""
+    if not hasattr(torch, "compile"):
+        raise Skipped("this PyTorch has no torch.compile")
+    return torch.compile(function, dynamic=False)
+
+
+SDPA_BACKENDS = {
+    "sdpa-cudnn": "CUDNN_ATTENTION",
+    "sdpa-flash": "FLASH_ATTENTION",
+    "sdpa-efficient": "EFFICIENT_ATTENTION",
+    "sdpa-math": "MATH",
+}
+
+
+def sdpa(name: str) -> Callable[..., Sequence[Tensor]]:
+    """`F.scaled_dot_product_attention` on [B, T, H, D] views, held to one backend unless `sdpa`.
+
+    The backward of a graph made under a held backend uses that backend too.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        if name == "sdpa":
+            return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2),)
+        attention = importlib.import_module("torch.nn.attention")
+        backend = getattr(attention.SDPBackend, SDPA_BACKENDS[name])
+        with attention.sdpa_kernel([backend]):
+            return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2),)
+
+    return run
+
+
+def torchaudio_fbank(num_mel_bins: int = 128, rate: int = 16000) -> Callable[[Tensor], Tensor]:
+    """torchaudio's Kaldi fbank as AST calls it: [B, N] -> [B, S, F], raw energies."""
+    kaldi = need("torchaudio.compliance.kaldi")
+
+    def run(wave: Tensor) -> Tensor:
+        clips = [
+            kaldi.fbank(
+                clip[None],
+                htk_compat=True,
+                sample_frequency=rate,
+                use_energy=False,
+                window_type="hanning",
+                num_mel_bins=num_mel_bins,
+                dither=0.0,
+                frame_shift=10,
+            )
+            for clip in wave
+        ]
+        return torch.stack(clips)
+
+    return run
+
+
+def kaldi_native_fbank(num_mel_bins: int = 128, rate: int = 16000) -> Callable[[Tensor], Tensor]:
+    """kaldi-native-fbank with the same options: [B, N] -> [B, S, F], raw energies."""
+    knf = need("kaldi_native_fbank")
+    numpy = need("numpy")
+    options = knf.FbankOptions()
+    options.frame_opts.dither = 0.0
+    options.frame_opts.samp_freq = rate
+    options.frame_opts.window_type = "hanning"
+    options.frame_opts.snip_edges = True
+    options.mel_opts.num_bins = num_mel_bins
+    options.mel_opts.low_freq = 20.0
+    options.mel_opts.high_freq = 0.0
+    options.use_energy = False
+
+    def one(clip: Tensor) -> Tensor:
+        fbank = knf.OnlineFbank(options)
+        fbank.accept_waveform(rate, clip.numpy())
+        fbank.input_finished()
+        frames = [fbank.get_frame(number) for number in range(fbank.num_frames_ready)]
+        return torch.from_numpy(numpy.stack(frames))
+
+    return lambda wave: torch.stack([one(clip) for clip in wave])
+
+
+def feature_extractor() -> Callable[[Tensor], Tensor]:
+    """transformers' ASTFeatureExtractor: [B, N] -> [B, 1024, 128], normalised."""
+    transformers = need("transformers")
+    extractor = transformers.ASTFeatureExtractor()
+
+    def run(wave: Tensor) -> Tensor:
+        clips = [clip.cpu().numpy() for clip in wave]
+        features = extractor(clips, sampling_rate=16000, return_tensors="pt")["input_values"]
+        return features.to(wave.device)
+
+    return run

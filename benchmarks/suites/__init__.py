@@ -1,0 +1,32 @@
+"""The suites: what is measured, one file each. `load(name)` gives the cases of one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+from ..case import Case, Settings
+
+# most important first: the order in which a limited run takes them
+SUITES = ("attention", "training", "inference", "block", "frontend", "patch_embed", "decisions")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Suites of a comma-separated list; `all` stands for every one of them.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = sorted(set(wanted) - {*SUITES, "all"})
+    if unknown or not wanted:
+        raise ValueError(
+            f"--suite {text!r}: unknown suite {', '.join(unknown) or '(none given)'}; "
+            f"expected some of all, {', '.join(SUITES)}"
+        )
+    return SUITES if "all" in wanted else tuple(name for name in SUITES if name in wanted)
+
+
+def load(name: str, settings: Settings) -> Iterator[Case]:
+    """The cases of one suite on these settings."""
+    return importlib.import_module(f"{__name__}.{name}").cases(settings)

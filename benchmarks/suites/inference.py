@@ -1,0 +1,284 @@
+"""Whole models, features or waveforms to logits, at batch 1 (latency) and more (throughput)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, Skipped, generator
+from ..gate import MODEL_FLOORS
+from ..models import (
+    DEPTH,
+    State,
+    forward_flops,
+    oracle,
+    ours,
+    plain,
+    weights,
+    with_timm,
+    with_transformers,
+)
+from ..peers import compiled, feature_extractor, need, torchaudio_fbank
+from .frontend import RATE, waves
+
+Build = Callable[[str, int, int, State], nn.Module]
+
+# on a CPU the check runs on this many of the identical blocks, where float64 is quick enough
+GATE_DEPTH = {"cpu": 3, "cuda": DEPTH}
+
+
+def depth_of(settings: Settings) -> int:
+    """Blocks of a model that is timed."""
+    return 2 if settings.tiny else DEPTH
+
+
+def gate_depth(settings: Settings) -> int:
+    """Blocks of a model that is checked."""
+    return min(depth_of(settings), GATE_DEPTH[settings.device])
+
+
+def on(model: nn.Module, settings: Settings, dtype: str) -> nn.Module:
+    """The model on the device in a dtype; autocast keeps float32 weights."""
+    return model.to(settings.device, DTYPES.get(dtype, torch.float32))
+
+
+def shapes(settings: Settings) -> list[tuple[str, int, int, bool]]:
+    """Size, frames, clips, and whether every peer takes part or transformers' SDPA path alone."""
+    if settings.tiny:
+        return [("tiny", 36, 2, True)]
+    if settings.cuda:
+        full = [("base", 1024, 32, True), ("base", 1024, 1, True), ("small", 1024, 64, False)]
+        return (
+            full[:2]
+            if settings.quick
+            else [*full, ("base", 512, 64, False), ("base", 128, 128, False)]
+        )
+    if settings.quick:
+        return [("tiny", 128, 1, False), ("small", 128, 4, False)]
+    return [
+        *(("base", 1024, 1, False), ("base", 512, 1, True), ("base", 128, 1, True)),
+        *(("base", 128, 4, False), ("small", 1024, 1, False), ("small", 512, 4, False)),
+        *(("small", 128, 4, False), ("tiny", 1024, 1, False), ("tiny", 512, 4, False)),
+        *(("tiny", 128, 1, False), ("tiny", 128, 4, False)),
+    ]
+
+
+def _candidate(
+    name: str,
+    build: Build,
+    settings: Settings,
+    size: str,
+    frames: int,
+    dtype: str,
+    *,
+    compile_: bool = False,
+    timed: bool = True,
+) -> Candidate:
+    def model(depth: int) -> nn.Module:
+        state = weights(size, frames, depth)
+        return on(build(size, frames, depth, state), settings, dtype).eval()
+
+    def runner(depth: int, inputs: list[Inputs]) -> Run:
+        network = model(depth)
+        call = compiled(network) if compile_ else network
+
+        def run(index: int) -> tuple[Tensor]:
+            with torch.no_grad():
+                return (call(inputs[index % len(inputs)]["x"]),)
+
+        return run
+
+    return Candidate(
+        name,
+        lambda inputs: runner(depth_of(settings), inputs),
+        yardstick=name == "torch",
+        prepare_gate=lambda given: runner(gate_depth(settings), [given]),
+        timed=timed,
+    )
+
+
+def _exported(name: str, settings: Settings, size: str, frames: int) -> Candidate:
+    """The plain model in a runtime of its own; float32, same number of threads."""
+    start = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name]
+
+    def runner(depth: int, inputs: list[Inputs]) -> Run:
+        if settings.cuda:
+            raise Skipped("measured on the CPU only")
+        state = weights(size, frames, depth)
+        network = plain(size, frames, depth, state).eval()
+        infer = start(network, inputs[0]["x"])
+        return lambda index: (infer(inputs[index % len(inputs)]["x"]),)
+
+    return Candidate(
+        name,
+        lambda inputs: runner(depth_of(settings), inputs),
+        prepare_gate=lambda given: runner(gate_depth(settings), [given]),
+    )
+
+
+def _onnxruntime(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    runtime = need("onnxruntime")
+    need("onnxscript")
+    program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    entry = session.get_inputs()[0].name
+    return lambda given: torch.from_numpy(session.run(None, {entry: given.numpy()})[0])
+
+
+def _openvino(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    library = need("openvino")
+    converted = library.convert_model(network, example_input=x)
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = library.Core().compile_model(converted, "CPU", settings)
+    return lambda given: torch.from_numpy(request([given.numpy()])[0])
+
+
+def _spectrograms(
+    settings: Settings, frames: int, clips: int, dtype: str
+) -> Callable[[int], Inputs]:
+    def make(seed: int) -> Inputs:
+        draw = generator(seed, settings.device)
+        x = torch.randn(clips, frames, 128, device=settings.device, generator=draw) * 0.5
+        return {"x": x.to(DTYPES[dtype])}
+
+    return make
+
+
+def _oracle(size: str, frames: int, settings: Settings, dtype: str):  # type: ignore[no-untyped-def]
+    def compute(inputs: Inputs) -> tuple[Tensor]:
+        depth = gate_depth(settings)
+        # the weights as this dtype rounds them: what is measured is arithmetic, not storage
+        state = {k: v.to(DTYPES[dtype]) for k, v in weights(size, frames, depth).items()}
+        network = oracle(size, frames, depth, state).to(settings.device)
+        with torch.no_grad():
+            return (network(inputs["x"][:1].double()),)
+
+    return compute
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Features to logits over sizes and lengths, then waveforms to logits at the full length."""
+    for dtype in (d for d in settings.dtypes if d in DTYPES):
+        for size, frames, clips, everyone in shapes(settings):
+            yield _features(settings, size, frames, clips, dtype, everyone)
+        if not settings.tiny:
+            size = "base" if settings.cuda else "tiny"
+            for clips in [32, 1] if settings.cuda else [1]:
+                yield _waveforms(settings, size, clips, dtype)
+
+
+def _features(
+    settings: Settings, size: str, frames: int, clips: int, dtype: str, everyone: bool
+) -> Case:
+    def make(name: str, build: Build, **options: bool) -> Candidate:
+        return _candidate(name, build, settings, size, frames, dtype, **options)
+
+    peers = [
+        make("torch", plain, timed=everyone or settings.cuda),
+        make("transformers", with_transformers("sdpa")),
+    ]
+    if everyone:
+        peers += [
+            make("transformers-eager", with_transformers("eager")),
+            make("timm", with_timm),
+        ]
+    if everyone and not (settings.quick and not settings.cuda):
+        peers += [
+            make("transformers-compile", with_transformers("sdpa"), compile_=True),
+            make("torch-compile", plain, compile_=True),
+        ]
+    if everyone and dtype == "f32":
+        peers += [_exported(name, settings, size, frames) for name in ("onnxruntime", "openvino")]
+    return Case(
+        suite="inference",
+        name=f"{size}_features",
+        mode="forward",
+        shape={"B": clips, "S": frames},
+        dtype=dtype,
+        outputs=("logits",),
+        make_inputs=_spectrograms(settings, frames, clips, dtype),
+        oracle=_oracle(size, frames, settings, dtype),
+        candidates=(make(settings.ours, ours), *peers),
+        floor=MODEL_FLOORS[dtype][0],
+        clips=clips,
+        flops=clips * forward_flops(size, frames, depth_of(settings)),
+        graph=clips == 1,
+    )
+
+
+def _waveforms(settings: Settings, size: str, clips: int, dtype: str) -> Case:
+    """10 s of sound at 16 kHz, padded to 1024 frames."""
+    frames = 1024
+    cast = DTYPES[dtype]
+
+    def entry(
+        name: str, build: Build, features: Callable[[], Callable[[Tensor], Tensor]]
+    ) -> Candidate:
+        def runner(depth: int, inputs: list[Inputs]) -> Run:
+            network = on(build(size, frames, depth, weights(size, frames, depth)), settings, dtype)
+            network.eval()
+            extract = features()
+
+            def run(index: int) -> tuple[Tensor]:
+                with torch.no_grad():
+                    wave = inputs[index % len(inputs)]["wave"]
+                    if name == settings.ours:
+                        return (network.forward_waveform(wave),)
+                    return (network(extract(wave).to(cast)),)
+
+            return run
+
+        return Candidate(
+            name,
+            lambda inputs: runner(depth_of(settings), inputs),
+            yardstick=name == "torch",
+            prepare_gate=lambda given: runner(gate_depth(settings), [given]),
+        )
+
+    def torch_features() -> Callable[[Tensor], Tensor]:
+        fbank = torchaudio_fbank()
+        mean, std = need("ast_fast.config").NORMALISATION["audioset"]
+
+        def run(wave: Tensor) -> Tensor:
+            raw = fbank(wave)
+            padded = torch.nn.functional.pad(raw, (0, 0, 0, frames - raw.shape[1]))
+            return (padded - mean) / (2 * std)
+
+        return run
+
+    def oracle_of(inputs: Inputs) -> tuple[Tensor]:
+        mel = need("ast_fast.reference.mel").mel_tables()
+        mean, std = need("ast_fast.config").NORMALISATION["audioset"]
+        wave = inputs["wave"][:1].cpu().double()
+        x = need("ast_fast.reference.ops").log_mel(wave, None, mel, frames, mean, std)
+        return _oracle(size, frames, settings, dtype)({"x": x.to(settings.device)})
+
+    return Case(
+        suite="inference",
+        name=f"{size}_waveform",
+        mode="forward",
+        shape={"B": clips, "N": 10 * RATE},
+        dtype=dtype,
+        outputs=("logits",),
+        make_inputs=waves(clips, 10.0, settings.device, torch.float32),
+        oracle=oracle_of,
+        candidates=(
+            entry(settings.ours, ours, lambda: lambda wave: wave),
+            entry("torch", plain, torch_features),
+            entry("transformers", with_transformers("sdpa"), feature_extractor),
+        ),
+        # both round the features to the model's dtype on the way
+        floor=max(MODEL_FLOORS[dtype][0], 1e-4),
+        clips=clips,
+        flops=clips * forward_flops(size, frames, depth_of(settings)),
+    )

@@ -1,0 +1,161 @@
+"""A training step: forward, binary cross-entropy, backward, AdamW.
+
+What is checked is the loss and the whole gradient before the first step, on one clip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, generator
+from ..gate import MODEL_FLOORS
+from ..models import LABELS, forward_flops, gradients, oracle, ours, plain, weights, with_timm
+from ..models import with_transformers
+from ..peers import compiled
+from .inference import Build, depth_of, gate_depth, on
+
+
+def _shapes(settings: Settings) -> list[tuple[str, int, int, bool]]:
+    """Size, frames, clips, and whether every peer takes part."""
+    if settings.tiny:
+        return [("tiny", 36, 1, True)]
+    if settings.cuda:
+        full = [("base", 1024, 32, True), ("small", 1024, 64, False), ("base", 1024, 12, False)]
+        return (
+            full[:1]
+            if settings.quick
+            else [*full, ("base", 512, 48, False), ("base", 128, 128, False)]
+        )
+    if settings.quick:
+        return [("tiny", 128, 1, False)]
+    return [
+        *(("base", 512, 1, False), ("base", 128, 1, True), ("small", 1024, 1, False)),
+        *(("small", 128, 4, False), ("tiny", 1024, 1, False), ("tiny", 512, 4, False)),
+        *(("base", 1024, 1, False), ("tiny", 128, 4, False)),
+    ]
+
+
+def _loss(model: nn.Module, inputs: Inputs, settings: Settings, dtype: str) -> Tensor:
+    amp = dtype == "bf16-amp"
+    scope = torch.autocast(settings.device, torch.bfloat16) if amp else contextlib.nullcontext()
+    with scope:
+        logits = model(inputs["x"])
+    return F.binary_cross_entropy_with_logits(logits.float(), inputs["y"])
+
+
+def _flat(model: nn.Module, order: Sequence[str]) -> Tensor:
+    found = gradients(model)
+    missing = sorted(set(order) ^ set(found))
+    if missing:
+        raise ValueError(f"gradients differ in names: {', '.join(missing[:4])}")
+    return torch.cat([found[name].flatten().double() for name in order])
+
+
+def _candidate(
+    name: str, build: Build, settings: Settings, size: str, frames: int, dtype: str, compile_: bool
+) -> Candidate:
+    def model(depth: int) -> nn.Module:
+        return on(build(size, frames, depth, weights(size, frames, depth)), settings, dtype).train()
+
+    def prepare(inputs: list[Inputs]) -> Run:
+        network = model(depth_of(settings))
+        call = compiled(network) if compile_ else network
+        optimiser = torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=1e-2, fused=True)
+
+        def run(index: int) -> tuple[Tensor]:
+            optimiser.zero_grad(set_to_none=True)
+            loss = _loss(call, inputs[index % len(inputs)], settings, dtype)
+            loss.backward()
+            optimiser.step()
+            return (loss.detach(),)
+
+        return run
+
+    def prepare_gate(inputs: Inputs) -> Run:
+        depth = gate_depth(settings)
+        network = model(depth)
+        order = sorted(weights(size, frames, depth))
+        call = compiled(network) if compile_ else network
+
+        def run(_: int) -> tuple[Tensor, Tensor]:
+            loss = _loss(call, inputs, settings, dtype)
+            loss.backward()
+            return loss.detach(), _flat(network, order)
+
+        return run
+
+    return Candidate(name, prepare, yardstick=name == "torch", prepare_gate=prepare_gate)
+
+
+def _inputs(settings: Settings, frames: int, clips: int, dtype: str):  # type: ignore[no-untyped-def]
+    def make(seed: int) -> Inputs:
+        draw = generator(seed, settings.device)
+        x = torch.randn(clips, frames, 128, device=settings.device, generator=draw) * 0.5
+        y = torch.rand(clips, LABELS, device=settings.device, generator=draw) < 0.02
+        return {"x": x.to(DTYPES.get(dtype, torch.float32)), "y": y.float()}
+
+    return make
+
+
+def _oracle(settings: Settings, size: str, frames: int, dtype: str):  # type: ignore[no-untyped-def]
+    def compute(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        depth = gate_depth(settings)
+        rounded = DTYPES.get(dtype, torch.float32)
+        state = {name: tensor.to(rounded) for name, tensor in weights(size, frames, depth).items()}
+        network = oracle(size, frames, depth, state).to(settings.device)
+        loss = F.binary_cross_entropy_with_logits(
+            network(inputs["x"].double()), inputs["y"].double()
+        )
+        loss.backward()
+        return loss.detach(), _flat(network, sorted(state))
+
+    return compute
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Every size and length in each precision; `bf16-amp` is autocast over float32 weights."""
+    dtypes = [dtype for dtype in settings.dtypes if dtype != "f16"]
+    if "bf16" in dtypes and "bf16-amp" not in dtypes:
+        dtypes.append("bf16-amp")
+    for dtype in dtypes:
+        for size, frames, clips, everyone in _shapes(settings):
+            yield _case(settings, size, frames, clips, dtype, everyone)
+
+
+def _case(
+    settings: Settings, size: str, frames: int, clips: int, dtype: str, everyone: bool
+) -> Case:
+    def make(name: str, build: Build, compile_: bool = False) -> Candidate:
+        return _candidate(name, build, settings, size, frames, dtype, compile_)
+
+    plainly = make("torch", plain)
+    if not (everyone or settings.cuda):
+        plainly = Candidate("torch", plainly.prepare, True, plainly.prepare_gate, timed=False)
+    peers = [plainly, make("transformers", with_transformers("sdpa"))]
+    if everyone:
+        peers += [make("transformers-eager", with_transformers("eager")), make("timm", with_timm)]
+    if everyone and not (settings.quick and not settings.cuda):
+        peers += [
+            make("transformers-compile", with_transformers("sdpa"), True),
+            make("torch-compile", plain, True),
+        ]
+    return Case(
+        suite="training",
+        name=f"{size}_step",
+        mode="step",
+        shape={"B": clips, "S": frames},
+        dtype=dtype,
+        outputs=("loss", "gradient"),
+        make_inputs=_inputs(settings, frames, clips, dtype),
+        make_gate_inputs=_inputs(settings, frames, 1, dtype),
+        oracle=_oracle(settings, size, frames, dtype),
+        candidates=(make(settings.ours, ours), *peers),
+        floor=MODEL_FLOORS[dtype][1],
+        clips=clips,
+        flops=3.0 * clips * forward_flops(size, frames, depth_of(settings)),
+    )
