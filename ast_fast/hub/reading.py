@@ -1,0 +1,244 @@
+"""Read weights from a file or directory of any dialect, without running code from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .._optional import optional_import
+from .errors import CheckpointError
+from .keys import State, dialect_of, to_ours
+from .settings import settings_of_transformers
+from .sizes import sizes_of
+
+FORMAT = "ast_fast"  # key of our settings in config.json and in the safetensors metadata
+_MAX_JSON_BYTES = 16 * 2**20
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HINT = "download it again, or convert it with the program that wrote it"
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The local path of a file, a directory or a Hugging Face hub id (fetched if it is one).
+
+    Raises:
+        CheckpointError: nothing is there, and it is no hub id or the hub is out of reach.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(source)
+    if (
+        name.count("/") != 1
+        or name.startswith((".", "/", "~"))
+        or path.suffix in (".pth", ".pt", ".bin")
+    ):
+        raise CheckpointError(
+            f"{name!r} does not exist: expected a file, a directory or a hub id owner/name"
+        )
+    hub = optional_import("huggingface_hub")
+    if hub is None:
+        raise CheckpointError(
+            f"{name!r} does not exist here, and reading it from the Hugging Face hub needs "
+            "huggingface_hub: pip install 'ast-fast[hf]', or pass a local directory"
+        )
+    try:
+        return Path(
+            hub.snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{name!r} does not exist here and cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}: {error}): download https://huggingface.co/{name} on a machine "
+            "with network and pass the directory"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON object.
+    """
+    try:
+        size = file.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{str(file)!r} has {size} bytes: expected settings of at most 16 MiB"
+            )
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(file)!r} cannot be read as JSON ({error}): {_HINT}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{str(file)!r} holds a {type(values).__name__}: expected a JSON object"
+        )
+    return values
+
+
+def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
+    """Tensors of one file under the names it uses, and its metadata (safetensors only).
+
+    Raises:
+        CheckpointError: the file is missing, broken, hostile or holds something else.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{str(file)!r} does not exist: expected a file of weights")
+    if file.stat().st_size == 0:
+        raise CheckpointError(f"{str(file)!r} is empty: {_HINT}")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                # a copy: a memory map would change or vanish with the file
+                return {key: opened.get_tensor(key).clone() for key in opened.keys()}, dict(  # noqa: SIM118
+                    opened.metadata() or {}
+                )
+        except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"{str(file)!r} is no readable safetensors file ({error}): {_HINT}"
+            ) from error
+    return _unwrap(_load_pickle(file), file), {}
+
+
+def _load_pickle(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{str(file)!r} holds more than tensors, or is damaged; it was not run "
+            f"({_first_line(error)}): save its state_dict alone, with torch.save(model.state_dict(), ...)"
+        ) from error
+    except (
+        OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError,
+        AttributeError, ImportError, MemoryError, OverflowError, RecursionError, AssertionError,
+        zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise CheckpointError(
+            f"{str(file)!r} cannot be read ({type(error).__name__}: {_first_line(error)}): {_HINT}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _unwrap(loaded: Any, file: Path) -> State:
+    # training scripts put the weights beside other things under one of these names
+    for name in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise CheckpointError(
+            f"{str(file)!r} holds a {type(loaded).__name__}: expected a state dict, names to tensors"
+        )
+    others = [
+        key
+        for key, value in loaded.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise CheckpointError(
+            f"{str(file)!r} holds more than tensors ({', '.join(map(repr, others[:5]))}): expected a state dict"
+        )
+    return dict(loaded)
+
+
+def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dict[str, Any]]:
+    """Weights under our names, and what is known about them.
+
+    Args:
+        path: a file (.pth, .pt, .bin, .safetensors) or a directory (ours or transformers').
+        sizes: settings of `ModelConfig` that the file does not tell (fstride, input_fdim, ...).
+
+    Returns:
+        The state dict, and a dict with `dialect` ("ast_fast", "original", "timm", "transformers"),
+        `files` read, `model` (settings for `ModelConfig`; empty for timm's image models) and
+        `frontend` (settings for `LogMelConfig`, or None).
+
+    Raises:
+        CheckpointError: it cannot be read or is no AST; names the file and the fix.
+    """
+    path = Path(path)
+    settings: dict[str, Any] = {}
+    files = [path]
+    config: dict[str, Any] = {}
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            config = read_json(path / "config.json")
+        files = _weight_files(path)
+    state: State = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        tensors, metadata = read_tensors(file)
+        state.update(tensors)
+    try:
+        dialect = dialect_of(state)
+        state = to_ours(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(path)!r}: {error}") from error
+    info: dict[str, Any] = {"dialect": dialect, "files": files, "model": {}, "frontend": None}
+    own = _own_settings(path, config, metadata)
+    if own is not None:
+        settings = own
+        info["dialect"] = "ast_fast"
+    elif dialect == "transformers" and path.is_dir():
+        settings = settings_of_transformers(path, config)
+    if settings:
+        info["model"], info["frontend"] = settings["model"], settings.get("frontend")
+    elif dialect != "timm" or "mlp_head.1.weight" in state:
+        info["model"] = sizes_of(state, files[0], sizes)
+        if dialect == "transformers":
+            info["model"].update(eps=1e-12, head_eps=1e-12)
+    return state, info
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in _WEIGHTS:
+        if (directory / name).is_file():
+            return [directory / name]
+    for name in _WEIGHTS:
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            parts = read_json(index).get("weight_map")
+            names = sorted(set(parts.values())) if isinstance(parts, dict) else []
+            # a part is a file of this directory: an index may not point elsewhere
+            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+                raise CheckpointError(
+                    f"{str(index)!r} names no files of its own directory: {_HINT}"
+                )
+            return [directory / n for n in names]
+    raise CheckpointError(
+        f"{str(directory)!r} holds no weights: expected {' or '.join(_WEIGHTS)} beside config.json"
+    )
+
+
+def _own_settings(
+    path: Path, config: dict[str, Any], metadata: dict[str, str]
+) -> dict[str, Any] | None:
+    """Our settings: those inside the weights win, since file and settings are then one."""
+    if FORMAT in metadata:
+        try:
+            settings = json.loads(metadata[FORMAT])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{str(path)!r} carries unreadable settings ({error}): {_HINT}"
+            ) from error
+    elif FORMAT in config:
+        settings = config[FORMAT]
+    else:
+        return None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise CheckpointError(f"{str(path)!r} carries settings without a model: {_HINT}")
+    return settings

@@ -1,0 +1,139 @@
+"""Write weights so that a crash at any moment leaves the old or the new ones loadable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+from .keys import to_transformers
+from .reading import FORMAT
+from .settings import as_json, settings_for_transformers
+
+_log = logging.getLogger("ast_fast.hub")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new file beside the target, put it on disk, then give it the target's name.
+
+    Raises:
+        CheckpointError: the disk is full or the directory cannot be written; the old file stays.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".partial", dir=target.parent
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(target.parent)!r} cannot be written ({error}): choose another directory"
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(target)!r} could not be written ({error}); what was there before is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # the only way to read it; mkstemp makes files private, a checkpoint follows the user's habit
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_tensors(state: Mapping[str, Tensor], metadata: dict[str, str]) -> Callable[[Path], None]:
+    # safetensors refuses views and shared memory: every tensor is stored whole and by itself
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+
+    return write
+
+
+def _write_text(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def write_pretrained(
+    directory: str | os.PathLike[str], state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Path:
+    """Write model.safetensors and config.json.
+
+    The settings are inside the weights too, so that a crash between the two files does no harm:
+    the weights' own settings count.
+
+    Args:
+        directory: made if absent; may be the one the weights came from.
+        state: our keys.
+        settings: {"model": ..., "frontend": ...}.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is kept.
+    """
+    directory = Path(directory)
+    content = {"version": 1, **settings}
+    metadata = {FORMAT: as_json(content)}
+    replace_file(directory / "model.safetensors", _write_tensors(state, metadata))
+    replace_file(directory / "config.json", _write_text(as_json({FORMAT: content})))
+    return directory
+
+
+def write_transformers(
+    directory: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    model: Mapping[str, Any],
+    frontend: Mapping[str, Any],
+) -> Path:
+    """Write a directory that transformers (4 and 5) loads as `ASTForAudioClassification`.
+
+    Args:
+        directory: made if absent.
+        state: our keys; the dead image heads are left out.
+        model: `ModelConfig` as a dict.
+        frontend: `LogMelConfig` as a dict.
+
+    Raises:
+        ValueError: transformers' AST cannot express the model.
+        CheckpointError: it cannot be written.
+    """
+    files = settings_for_transformers(model, frontend)
+    if model["eps"] != model["head_eps"]:
+        _log.warning(
+            "transformers' AST has one LayerNorm epsilon: the head's %g becomes %g",
+            model["head_eps"],
+            model["eps"],
+        )
+    directory = Path(directory)
+    replace_file(directory / "model.safetensors", _write_tensors(to_transformers(state), {}))
+    for name, values in files.items():
+        replace_file(directory / name, _write_text(as_json(values)))
+    return directory

@@ -1,0 +1,284 @@
+"""Patch embedding, transformer blocks and trunk of AST, built from the fused ops.
+
+Modules keep timm's names (`blocks.N.attn.qkv` ...), so that checkpoints, hooks, LoRA and the like
+find what they look for. On the fast path the residual stream is read and written once per half
+block, by `add_layer_norm`, which also normalises it for the next half. A block that carries hooks,
+or whose parts were replaced, runs through its modules instead.
+Dimensions: B clips, S frames, F mel bins, T tokens, H heads, D head width, C width, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.modules.module as torch_module
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from . import ops
+from .config import ModelConfig
+from .positions import trunc_normal_
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook sits on the module, on any part of it, or on every module of the process."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return _carries_hooks(module)
+
+
+def _carries_hooks(module: nn.Module) -> bool:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return True
+    return any(part is not None and _carries_hooks(part) for part in module._modules.values())
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` computed by `ops.layer_norm`: under autocast it gives autocast's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., C]."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """`total = x + residual`; returns the normalised total and the total."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class PatchEmbed(nn.Module):
+    """Projection of overlapping patches: `proj` is a convolution over [B, 1, F, S].
+
+    Its first spatial axis is frequency, its second time.
+    """
+
+    def __init__(self, proj: nn.Conv2d, num_patches: int) -> None:
+        super().__init__()
+        self.proj = proj
+        self.num_patches = num_patches
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Patches of [B, 1, F, S] as tokens [B, f*t, C], without positions."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `proj` is what it was built as, so that `ops.patch_embed` may stand in for it."""
+        return type(self.proj) is nn.Conv2d and self.proj.bias is not None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.deterministic = True
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Fused q, k and v [B, T, 3, H, D] of normalised tokens [B, T, C]."""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        o = ops.attention_qkv(self.split(x), self.scale, deterministic=self.deterministic)
+        return self.proj(o.flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Attention probabilities [B, H, T, T] of normalised tokens, written out in full."""
+        q, k, _ = self.split(x).unbind(2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
+        return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        fc1, fc2 = self.fc1, self.fc2
+        plain = type(fc1) is nn.Linear and type(fc2) is nn.Linear and type(self.act) is nn.GELU
+        if plain and not has_hooks(self):
+            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return fc2(self.act(fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `x += attn(norm1(x)); x += mlp(norm2(x))`."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]: the residual stream before and after the block."""
+        if self.is_plain:
+            update, x = self.halves(x, self.norm1(x))
+            return x + update
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def halves(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Fast path: the MLP's output, not yet added, and the stream it belongs to.
+
+        Args:
+            x: residual stream [B, T, C].
+            normed: `norm1(x)`, which the caller got when it last touched the stream.
+        """
+        normed, x = self.norm2.after_add(self.attn(normed), x)
+        return self.mlp(normed), x
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the two norms may be fused with the additions before them."""
+        return (
+            type(self.norm1) is LayerNorm and type(self.norm2) is LayerNorm and not has_hooks(self)
+        )
+
+
+class Trunk(nn.Module):
+    """The transformer of AST, named as timm's distilled vision transformer.
+
+    Args:
+        config: sizes.
+        image_grid: side of the patch grid of the image model that the original builds first. Its
+            random draws are then made too, so that equal seeds give equal weights, and `patch_embed`
+            is left with an image convolution that the caller replaces (`set_patches`). None: draw
+            only what is kept.
+    """
+
+    def __init__(self, config: ModelConfig, image_grid: int | None = None) -> None:
+        super().__init__()
+        dim, num_prefix = config.embed_dim, config.num_prefix_tokens
+        self.num_prefix_tokens = num_prefix
+        self.grad_checkpointing = False
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
+        if num_prefix == 2:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+        proj = patch_conv(config) if image_grid is None else nn.Conv2d(3, dim, 16, 16)
+        self.patch_embed = PatchEmbed(proj, config.grid[0] * config.grid[1])
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, config.eps) for _ in range(config.depth)
+        )
+        self.norm = LayerNorm(dim, eps=config.eps)
+        if config.dead_heads:
+            self.head = nn.Linear(dim, 1000)
+        self._initialise(config, image_grid)
+
+    def _initialise(self, config: ModelConfig, image_grid: int | None) -> None:
+        # in timm's order: table with one prefix token, class token, linear layers, then what
+        # distillation adds, with a table of its own
+        dim = config.embed_dim
+        image_tokens = 0 if image_grid is None else image_grid**2
+        if image_tokens:
+            trunc_normal_(torch.empty(1, image_tokens + 1, dim))
+        trunc_normal_(self.cls_token)
+        self.apply(_initialise_linear)
+        if config.num_prefix_tokens == 2:
+            if config.dead_heads:
+                self.head_dist = nn.Linear(dim, 1000)
+            trunc_normal_(self.dist_token)
+            if image_tokens:
+                trunc_normal_(torch.empty(1, image_tokens + 2, dim))
+            if config.dead_heads:
+                _initialise_linear(self.head_dist)
+        for name, head in self.named_children():
+            if name.startswith("head"):
+                # unused in forward: trainable without a gradient, they would stop distributed training
+                head.requires_grad_(False)
+        if image_grid is None:
+            trunc_normal_(self.pos_embed)
+
+    def set_patches(self, proj: nn.Conv2d, num_patches: int) -> None:
+        """Replace the patch convolution."""
+        self.patch_embed.proj, self.patch_embed.num_patches = proj, num_patches
+
+    def prefix(self) -> Tensor:
+        """Class and distillation tokens [P, C]."""
+        if self.num_prefix_tokens == 1:
+            return self.cls_token[0]
+        return torch.cat((self.cls_token[0], self.dist_token[0]))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens with positions [B, T, C] of spectrograms [B, S, F]."""
+        patches = self.patch_embed
+        if patches.is_plain and not has_hooks(patches):
+            proj = patches.proj
+            tokens = ops.patch_embed(
+                x, proj.weight, proj.bias, self.pos_embed[0], self.prefix(), *proj.stride
+            )
+        else:
+            tokens = patches(x.unsqueeze(1).transpose(2, 3))
+            prefix = self.prefix().to(tokens.dtype).expand(x.shape[0], -1, -1)
+            tokens = torch.cat((prefix, tokens), dim=1) + self.pos_embed
+        # under autocast only matrix products are narrow: the residual stream keeps the parameters'
+        # dtype, as the original's does
+        return tokens.to(self.pos_embed.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens after the final norm [B, T, C] of spectrograms [B, S, F]."""
+        stream = self.embed(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in self.blocks:
+                stream = torch.utils.checkpoint.checkpoint(block, stream, use_reentrant=False)
+            return self.norm(stream)
+        return self.run_blocks(stream, list(self.blocks), self.norm)
+
+    def run_blocks(self, stream: Tensor, blocks: list[nn.Module], last_norm: nn.Module) -> Tensor:
+        """`last_norm` of the stream after the blocks, each norm fused with the addition before it."""
+        normed = None  # norm of the stream, where the step before already computed it
+        for index, block in enumerate(blocks):
+            if not _is_plain_block(block):
+                stream, normed = block(stream), None
+                continue
+            normed = block.norm1(stream) if normed is None else normed
+            update, stream = block.halves(stream, normed)
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            if following is None:
+                norm = last_norm
+                fuse = type(norm) is LayerNorm and not has_hooks(norm)
+            else:
+                fuse = _is_plain_block(following)
+                norm = following.norm1 if fuse else None
+            if fuse:
+                normed, stream = norm.after_add(update, stream)
+            else:
+                stream, normed = stream + update, None
+        return last_norm(stream) if normed is None else normed
+
+
+def patch_conv(config: ModelConfig) -> nn.Conv2d:
+    """The patch projection, frequency before time, with PyTorch's own initialisation."""
+    return nn.Conv2d(
+        1,
+        config.embed_dim,
+        kernel_size=(config.patch_fdim, config.patch_tdim),
+        stride=(config.fstride, config.tstride),
+    )
+
+
+def _is_plain_block(module: nn.Module) -> bool:
+    return type(module) is Block and module.is_plain
+
+
+def _initialise_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight)
+        nn.init.zeros_(module.bias)
