@@ -77,6 +77,8 @@ def attention(
     _check(q, k, v, key_lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(device=q.device, dtype=torch.int32)
     chosen = backend.choose("attention", _load, q, k, v, key_lengths)
     if chosen == "reference":
         o, lse = reference.ops.attention(q, k, v, scale, key_lengths)
@@ -120,6 +122,8 @@ def attention_qkv(
     q, k, v = qkv.unbind(2)
     _check(q, k, v, key_lengths)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(device=qkv.device, dtype=torch.int32)
     chosen = backend.choose("attention", _load, q, k, v, key_lengths)
     if chosen == "reference":
         return reference.ops.attention(q, k, v, scale, key_lengths)[0]
