@@ -40,6 +40,14 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def without_autocast(function: Callable[..., Any], lead: Tensor, *arguments: Any) -> Any:
+    """Call a function of plain PyTorch whose inner products autocast must not round."""
+    if autocast_dtype(lead.device.type) is None:
+        return function(lead, *arguments)
+    with torch.autocast(lead.device.type, enabled=False):
+        return function(lead, *arguments)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics are float32, and float64 for the oracle."""
     return torch.float64 if dtype == torch.float64 else torch.float32

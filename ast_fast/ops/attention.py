@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import allow_tf32, cast_for_autocast, register, require, statistics_dtype
+from ._common import (
+    allow_tf32,
+    cast_for_autocast,
+    register,
+    require,
+    statistics_dtype,
+    without_autocast,
+)
 
 LSE_BLOCK = reference.ops.LSE_BLOCK
 
@@ -81,7 +88,7 @@ def attention(
         key_lengths = key_lengths.to(device=q.device, dtype=torch.int32)
     chosen = backend.choose("attention", _load, q, k, v, key_lengths)
     if chosen == "reference":
-        o, lse = reference.ops.attention(q, k, v, scale, key_lengths)
+        o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
         lse = lse.detach()
     else:
         o, lse = attention_op(
@@ -126,7 +133,7 @@ def attention_qkv(
         key_lengths = key_lengths.to(device=qkv.device, dtype=torch.int32)
     chosen = backend.choose("attention", _load, q, k, v, key_lengths)
     if chosen == "reference":
-        return reference.ops.attention(q, k, v, scale, key_lengths)[0]
+        return without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)[0]
     tf32 = allow_tf32(qkv.device.type)
     return attention_qkv_op(
         qkv, key_lengths, scale, _use_deterministic(deterministic), tf32, chosen
@@ -135,7 +142,7 @@ def attention_qkv(
 
 def _forward(q, k, v, key_lengths, scale, tf32, backend):  # type: ignore[no-untyped-def]
     if backend == "reference":
-        o, lse = reference.ops.attention(q, k, v, scale, key_lengths)
+        o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
         return o.contiguous(), lse
     return _load(backend).forward(q, k, v, scale, key_lengths, tf32)
 

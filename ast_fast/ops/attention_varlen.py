@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import allow_tf32, cast_for_autocast, register, require, statistics_dtype
+from ._common import (
+    allow_tf32,
+    cast_for_autocast,
+    register,
+    require,
+    statistics_dtype,
+    without_autocast,
+)
 
 
 def _load(name: str) -> ModuleType:
@@ -70,7 +77,8 @@ def attention_varlen(
     q, k, v = cast_for_autocast(q, k, v)
     chosen = backend.choose("attention_varlen", _load, q, k, v, cu_seqlens_q, cu_seqlens_k)
     if chosen == "reference":
-        return reference.ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
+        run = reference.ops.attention_varlen
+        return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
     return attention_varlen_op(
         q,
         k,
@@ -102,7 +110,8 @@ def attention_varlen_op(
 ) -> tuple[Tensor, Tensor]:
     """Registered op: o and the padded log-sum-exp."""
     if backend == "reference":
-        return reference.ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        run = reference.ops.attention_varlen
+        return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     return _load(backend).forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, allow_tf32
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from ..reference.mel import LOG_FLOOR, MelTables, mel_sizes, mel_tables
-from ._common import register, require
+from ._common import register, require, without_autocast
 
 
 def _load(name: str) -> ModuleType:
@@ -101,7 +101,8 @@ def log_mel(
     chosen = backend.choose("log_mel", _load, wave, lengths, sizes)
     if chosen == "reference":
         tables = mel_tables(sample_rate_hz, num_mel_bins, *settings)
-        return reference.ops.log_mel(wave, lengths, tables, num_frames, mean, std, out_dtype)
+        arguments = (lengths, tables, num_frames, mean, std, out_dtype)
+        return without_autocast(reference.ops.log_mel, wave, *arguments)
     setting = [float(sample_rate_hz), float(num_mel_bins), *map(float, settings)]
     return log_mel_op(wave, lengths, setting, num_frames, mean, std, out_dtype, chosen)
 
@@ -126,7 +127,8 @@ def log_mel_op(
 ) -> Tensor:
     """Registered op; `setting` holds the arguments of `mel_tables` in order."""
     run = reference.ops.log_mel if backend == "reference" else _load(backend).forward
-    return run(wave, lengths, _tables(setting), num_frames, mean, std, out_dtype)
+    arguments = (lengths, _tables(setting), num_frames, mean, std, out_dtype)
+    return without_autocast(run, wave, *arguments)
 
 
 @log_mel_op.register_fake
