@@ -68,7 +68,8 @@ void prepare_queries(const AttentionArgs& a, const Item& item, Memory<typename U
 // P and dS of one pair of query rows, from scores and dP, in the layouts that the three products read
 template <class Unit>
 AST_INLINE void probabilities(float* scores, float* grads, int64_t row, int64_t count, const float* lse,
-                              const float* delta, float scale, const Memory<typename Unit::Word>& mem) {
+                              const float* delta, float scale,
+                              [[maybe_unused]] const Memory<typename Unit::Word>& mem) {
   const float c = scale * LOG2E;
   float* s0 = scores + row * SCORE_STRIDE;
   float* s1 = s0 + SCORE_STRIDE;

@@ -69,10 +69,10 @@ void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t 
       for (int64_t key = count; key < whole; ++key) scores[key] = -__builtin_inff();
       vf most[2] = {load(scores), load(scores + W)};
       for (int64_t i = NR; i < whole; i += NR) {
-        most[0] = max(most[0], load(scores + i));
-        most[1] = max(most[1], load(scores + i + W));
+        most[0] = at_least(most[0], load(scores + i));
+        most[1] = at_least(most[1], load(scores + i + W));
       }
-      const float here = horizontal_max(max(most[0], most[1])) * c;
+      const float here = horizontal_max(at_least(most[0], most[1])) * c;
       const float now = here > top[r] ? here : top[r];
       float* output = mem.output + r * ROW_STRIDE;
       if (start == 0) {

@@ -46,7 +46,26 @@ AST_INLINE vi splat_int(int32_t value) { return vi{} + value; }
 AST_INLINE vf as_float(vi value) { return (vf)value; }
 AST_INLINE vi as_int(vf value) { return (vi)value; }
 AST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
-AST_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+// the larger of a constant and x, and the smaller; a NaN in x stays (x86 returns the second operand then)
+AST_INLINE vf at_least(vf low, vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)low, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return x < low ? low : x;
+#endif
+}
+AST_INLINE vf at_most(vf high, vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)high, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)high, (__m256)x);
+#else
+  return x > high ? high : x;
+#endif
+}
 
 AST_INLINE vf load(const float* p) { return *(const vf_any*)p; }
 AST_INLINE vf load(const bf16* p) {
