@@ -1,0 +1,179 @@
+"""A whole model against its oracle: logits, loss and the gradient of every parameter.
+
+The gradient compared is the network's: both sides get the oracle's gradient at the logits, scaled to a
+largest entry of 1. The loss above the logits is plain PyTorch on both sides; with each side's own loss
+gradient, a well trained model (softmax minus target near zero) would amplify the rounding of its logits
+without bound, and a check would say nothing about the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from . import plain
+
+LossFunction = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """What one implementation gave: logits, loss (if asked) and gradients by parameter name."""
+
+    logits: Tensor
+    loss: float | None
+    grads: dict[str, Tensor]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of torch.compile, data parallelism and Fabric."""
+    while not hasattr(model, "config"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(
+                f"model is {type(model).__name__}: expected an ast_fast.ASTModel (or a wrapper with it "
+                "inside), which has a config and a reference twin"
+            )
+        model = inner
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name that want a gradient."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast in a dtype; without one, autocast off."""
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@contextlib.contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Random state of CPU and device as before, whatever happens inside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def oracle_features(model: nn.Module, inputs: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Features for the oracle in `dtype`: a spectrogram [B, S, F] as it is, a waveform [B, N] transformed."""
+    if inputs.dim() == 3:
+        return inputs.to(dtype)
+    wave = inputs.to(dtype) / 32768.0 if inputs.dtype == torch.int16 else inputs.to(dtype)
+    front = model.frontend_config
+    tables = reference.mel.mel_tables(
+        front.sample_rate_hz,
+        front.num_mel_bins,
+        front.window_ms,
+        front.hop_ms,
+        front.low_freq_hz,
+        front.high_freq_hz,
+        front.preemphasis,
+        front.remove_dc,
+    )
+    frames = front.num_frames or tables.num_frames(wave.shape[1])
+    if lengths is not None:
+        lengths = lengths.to(wave.device)
+    return reference.ops.log_mel(wave, lengths, tables, frames, front.mean, front.std, dtype)
+
+
+def _outcome(
+    logits: Tensor,
+    loss_fn: LossFunction | None,
+    parameters: dict[str, Tensor],
+    upstream: Tensor | None,
+) -> Outcome:
+    loss = None if loss_fn is None else float(loss_fn(logits.detach()))
+    grads: dict[str, Tensor] = {}
+    if upstream is not None and parameters:
+        found = torch.autograd.grad(
+            logits, list(parameters.values()), upstream.to(logits.dtype), allow_unused=True
+        )
+        for (name, parameter), grad in zip(parameters.items(), found, strict=True):
+            grads[name] = torch.zeros_like(parameter) if grad is None else grad.detach()
+    return Outcome(logits.detach(), loss, grads)
+
+
+def run_oracle(
+    model: nn.Module,
+    inputs: Tensor,
+    lengths: Tensor | None,
+    loss_fn: LossFunction | None,
+    dtype: torch.dtype,
+    gradients: bool,
+) -> tuple[Outcome, Tensor | None]:
+    """The reference model with the same weights, and the gradient at the logits that all sides get."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(gradients):
+        twin = reference.ASTModel.from_model(model, dtype)
+        wanted = set(trainable(model)) if gradients else set()
+        parameters = {n: p.requires_grad_(n in wanted) for n, p in twin.named_parameters()}
+        logits = twin(oracle_features(model, inputs, lengths, dtype))
+        upstream = _upstream(logits, loss_fn) if wanted else None
+        used = {name: p for name, p in parameters.items() if name in wanted}
+        return _outcome(logits, loss_fn, used, upstream), upstream
+
+
+def _upstream(logits: Tensor, loss_fn: LossFunction | None) -> Tensor:
+    if loss_fn is None:
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+        return draw.to(logits)
+    leaf = logits.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_fn(leaf), leaf)
+    return slope / (slope.abs().max() or 1.0)
+
+
+def run_fast(
+    call: nn.Module,
+    inputs: Tensor,
+    lengths: Tensor | None,
+    loss_fn: LossFunction | None,
+    upstream: Tensor | None,
+    autocast_dtype: torch.dtype | None,
+) -> Outcome:
+    """The user's model as it is called in training; `.grad` fields stay as they are."""
+    model = unwrap(call)
+    device = next(model.parameters()).device
+    with torch.set_grad_enabled(upstream is not None):
+        with autocasting(device, autocast_dtype):
+            logits = call(inputs) if inputs.dim() == 3 else model.forward_waveform(inputs, lengths)
+        return _outcome(logits, loss_fn, trainable(model), upstream)
+
+
+def run_plain(
+    model: nn.Module,
+    inputs: Tensor,
+    lengths: Tensor | None,
+    loss_fn: LossFunction | None,
+    upstream: Tensor | None,
+    autocast_dtype: torch.dtype | None,
+) -> Outcome:
+    """Plain PyTorch with the model's own weights, dtype and autocast.
+
+    A waveform's features come from the float64 front end, so that only the network differs.
+    """
+    device = next(model.parameters()).device
+    config = model.config
+    features = inputs
+    if inputs.dim() != 3:
+        features = oracle_features(model, inputs, lengths, torch.float64)
+        features = features.to(next(model.parameters()).dtype)
+    with torch.set_grad_enabled(upstream is not None):
+        with autocasting(device, autocast_dtype):
+            logits = plain.ast_logits(
+                dict(model.named_parameters()),
+                features,
+                num_heads=config.num_heads,
+                strides=(config.fstride, config.tstride),
+                eps=config.eps,
+                head_eps=config.head_eps,
+            )
+        return _outcome(logits, loss_fn, trainable(model), upstream)
