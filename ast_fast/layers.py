@@ -9,7 +9,10 @@ Dimensions: B clips, S frames, F mel bins, T tokens, H heads, D head width, C wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import torch.nn.modules.module as torch_module
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -19,22 +22,24 @@ from .config import ModelConfig
 from .positions import trunc_normal_
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook sits on the module, on any part of it, or on every module of the process."""
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of these modules does more than its class's forward.
+
+    That is so when a hook sits on it (parts do not count) or on every module of the process, or
+    when its forward was replaced, as offloading does.
+    """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    return _carries_hooks(module)
-
-
-def _carries_hooks(module: nn.Module) -> bool:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return True
-    return any(part is not None and _carries_hooks(part) for part in module._modules.values())
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,8 +71,15 @@ class PatchEmbed(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether `proj` is what it was built as, so that `ops.patch_embed` may stand in for it."""
-        return type(self.proj) is nn.Conv2d and self.proj.bias is not None
+        """Whether `ops.patch_embed` may stand in for this module."""
+        proj = self.proj
+        return (
+            type(proj) is nn.Conv2d
+            and proj.bias is not None
+            and proj.padding == (0, 0)
+            and proj.dilation == (1, 1)
+            and not is_hooked(self, proj)
+        )
 
 
 class Attention(nn.Module):
@@ -91,6 +103,18 @@ class Attention(nn.Module):
         o = ops.attention_qkv(self.split(x), self.scale, deterministic=self.deterministic)
         return self.proj(o.flatten(2))
 
+    def first(self, x: Tensor, keep: int) -> Tensor:
+        """What `forward` gives for the first `keep` tokens: [B, T, C] to [B, keep, C].
+
+        Only they ask; all tokens answer.
+        """
+        dim, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
+        heads = (self.num_heads, self.head_dim)
+        q = F.linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
+        k, v = F.linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
+        o = ops.attention(q, k, v, self.scale, deterministic=self.deterministic)
+        return self.proj(o.flatten(2))
+
     def weights(self, x: Tensor) -> Tensor:
         """Attention probabilities [B, H, T, T] of normalised tokens, written out in full."""
         q, k, _ = self.split(x).unbind(2)
@@ -111,7 +135,7 @@ class Mlp(nn.Module):
         """[..., C] to [..., C]."""
         fc1, fc2 = self.fc1, self.fc2
         plain = type(fc1) is nn.Linear and type(fc2) is nn.Linear and type(self.act) is nn.GELU
-        if plain and not has_hooks(self):
+        if plain and not is_hooked(fc1, self.act, fc2):
             return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return fc2(self.act(fc1(x)))
 
@@ -128,27 +152,47 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]: the residual stream before and after the block."""
-        if self.is_plain:
+        if type(self.norm2) is LayerNorm and not is_hooked(self.norm2):
             update, x = self.halves(x, self.norm1(x))
             return x + update
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-    def halves(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def halves(self, x: Tensor, normed: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
         """Fast path: the MLP's output, not yet added, and the stream it belongs to.
 
         Args:
             x: residual stream [B, T, C].
             normed: `norm1(x)`, which the caller got when it last touched the stream.
+            keep: compute the first tokens only, if no other is used further on.
         """
-        normed, x = self.norm2.after_add(self.attn(normed), x)
+        if keep is None:
+            update = self.attn(normed)
+        else:
+            update, x = self.attn.first(normed, keep), x[:, :keep]
+        normed, x = self.norm2.after_add(update, x)
         return self.mlp(normed), x
 
     @property
     def is_plain(self) -> bool:
-        """Whether the two norms may be fused with the additions before them."""
+        """Whether the trunk may fuse the block's norms with the additions before them."""
         return (
-            type(self.norm1) is LayerNorm and type(self.norm2) is LayerNorm and not has_hooks(self)
+            type(self) is Block
+            and type(self.norm1) is LayerNorm
+            and type(self.norm2) is LayerNorm
+            and not is_hooked(self, self.norm1, self.norm2)
+        )
+
+    @property
+    def can_keep_first(self) -> bool:
+        """Whether nobody looks at tokens that the block's output does not need."""
+        attn, mlp = self.attn, self.mlp
+        return (
+            self.is_plain
+            and type(attn) is Attention
+            and type(attn.qkv) is nn.Linear
+            and type(mlp) is Mlp
+            and not is_hooked(attn, attn.qkv, attn.proj, mlp, mlp.fc1, mlp.act, mlp.fc2)
         )
 
 
@@ -219,7 +263,7 @@ class Trunk(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Tokens with positions [B, T, C] of spectrograms [B, S, F]."""
         patches = self.patch_embed
-        if patches.is_plain and not has_hooks(patches):
+        if patches.is_plain:
             proj = patches.proj
             tokens = ops.patch_embed(
                 x, proj.weight, proj.bias, self.pos_embed[0], self.prefix(), *proj.stride
@@ -232,32 +276,51 @@ class Trunk(nn.Module):
         # dtype, as the original's does
         return tokens.to(self.pos_embed.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens after the final norm [B, T, C] of spectrograms [B, S, F]."""
+    def forward(self, x: Tensor, prefix_only: bool = False) -> Tensor:
+        """Tokens after the final norm of spectrograms [B, S, F].
+
+        Args:
+            x: [B, S, F].
+            prefix_only: give the prefix tokens [B, P, C] alone rather than all [B, T, C]. The last
+                block then leaves out what they do not depend on: all its queries and MLP rows but
+                theirs, about a fourteenth of the whole model's work.
+        """
         stream = self.embed(x)
         if self.grad_checkpointing and torch.is_grad_enabled():
             for block in self.blocks:
                 stream = torch.utils.checkpoint.checkpoint(block, stream, use_reentrant=False)
-            return self.norm(stream)
-        return self.run_blocks(stream, list(self.blocks), self.norm)
+            tokens = self.norm(stream)
+        else:
+            keep = self.num_prefix_tokens if prefix_only else None
+            tokens = self.run_blocks(stream, list(self.blocks), self.norm, keep)
+        return tokens[:, : self.num_prefix_tokens] if prefix_only else tokens
 
-    def run_blocks(self, stream: Tensor, blocks: list[nn.Module], last_norm: nn.Module) -> Tensor:
-        """`last_norm` of the stream after the blocks, each norm fused with the addition before it."""
+    def run_blocks(
+        self, stream: Tensor, blocks: list[Any], last_norm: nn.Module, keep: int | None = None
+    ) -> Tensor:
+        """`last_norm` of the stream after the blocks, each norm fused with the addition before it.
+
+        Args:
+            stream: [B, T, C].
+            blocks: to be run in order.
+            last_norm: applied after the last of them.
+            keep: only the first tokens are asked for; more may come back.
+        """
+        plain = [type(block) is Block and block.is_plain for block in blocks]
+        fuse_last = type(last_norm) is LayerNorm and not is_hooked(last_norm)
         normed = None  # norm of the stream, where the step before already computed it
         for index, block in enumerate(blocks):
-            if not _is_plain_block(block):
+            last = index + 1 == len(blocks)
+            if not plain[index]:
                 stream, normed = block(stream), None
                 continue
-            normed = block.norm1(stream) if normed is None else normed
-            update, stream = block.halves(stream, normed)
-            following = blocks[index + 1] if index + 1 < len(blocks) else None
-            if following is None:
-                norm = last_norm
-                fuse = type(norm) is LayerNorm and not has_hooks(norm)
-            else:
-                fuse = _is_plain_block(following)
-                norm = following.norm1 if fuse else None
-            if fuse:
+            if normed is None:
+                normed = block.norm1(stream)
+            short = last and keep is not None and fuse_last and block.can_keep_first
+            update, stream = block.halves(stream, normed, keep if short else None)
+            following = last_norm if last else blocks[index + 1]
+            if fuse_last if last else plain[index + 1]:
+                norm = following if last else following.norm1
                 normed, stream = norm.after_add(update, stream)
             else:
                 stream, normed = stream + update, None
@@ -272,10 +335,6 @@ def patch_conv(config: ModelConfig) -> nn.Conv2d:
         kernel_size=(config.patch_fdim, config.patch_tdim),
         stride=(config.fstride, config.tstride),
     )
-
-
-def _is_plain_block(module: nn.Module) -> bool:
-    return type(module) is Block and module.is_plain
 
 
 def _initialise_linear(module: nn.Module) -> None:

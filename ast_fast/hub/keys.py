@@ -62,7 +62,7 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> State:
 
 
 def dialect_of(state: Mapping[str, Tensor]) -> str:
-    """ "original", "timm" or "transformers", by the names alone.
+    """Which of "original", "timm" and "transformers" it is, by the names alone.
 
     Raises:
         CheckpointError: none of them.

@@ -167,7 +167,7 @@ class ASTModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, label_dim] of spectrograms [B, S, F]."""
         self._check_input(x)
-        return self._head(self.v(x))
+        return self._head(self.v(x, prefix_only=True))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens [B, P + f*t, C] after the final norm: class, distillation, then patches."""
