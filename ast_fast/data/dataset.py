@@ -7,6 +7,7 @@ says which file it was and why.
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -221,10 +222,12 @@ def make_loader(
         collate_fn=Collate(len(dataset.classes), multi_label),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # fork after OpenMP ran is safe only with one thread, which is what loader workers use
-        worker_init_fn=_one_thread,
+        worker_init_fn=_quiet_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def _quiet_worker(_: int) -> None:
+    # OpenMP in a forked process hangs with more than one thread
     torch.set_num_threads(1)
+    # Ctrl-C is the main process's to handle: it saves its state, then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,107 @@
+"""What a run says: lines of JSON in its folder, and progress for the person watching."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from .._optional import optional_import
+
+
+class RunLog:
+    """`log.jsonl`: one JSON object a line, with the step it belongs to.
+
+    Args:
+        path: the file; lines of an earlier part of the run are kept.
+        resume_step: drop lines of later steps, which will be done again.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        rows = [row for row in read_log(path) if row.get("step", 0) <= resume_step]
+        partial = path.with_name(f".{path.name}-{os.getpid()}")
+        text = "".join(json.dumps(row) + "\n" for row in rows if resume_step)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line, at once visible to readers."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere, nothing if not wanted.
+
+    Args:
+        total: steps.
+        done: steps done before.
+        title: what is counted.
+        enabled: False is silent.
+        stream: where it goes; standard error by default.
+    """
+
+    PLAIN_SECONDS = 10.0
+
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        title: str = "",
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.stream = stream or sys.stderr
+        self.enabled = enabled
+        self.total, self.done, self.title = total, done, title
+        self._said_at = time.monotonic()
+        self._bar = None
+        tqdm = optional_import("tqdm") if enabled and self.stream.isatty() else None
+        if tqdm is not None:
+            self._bar = tqdm.tqdm(
+                total=total, initial=done, desc=title, unit="step", file=self.stream, leave=True
+            )
+
+    def step(self, **values: str) -> None:
+        """One step is done; `values` are shown beside it."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update()
+        elif self.enabled and time.monotonic() - self._said_at > self.PLAIN_SECONDS:
+            self._said_at = time.monotonic()
+            shown = "  ".join(f"{name} {value}" for name, value in values.items())
+            self.say(f"{self.title}: step {self.done} of {self.total}  {shown}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        elif self.enabled:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

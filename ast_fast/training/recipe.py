@@ -1,0 +1,78 @@
+"""Everything that decides a training run, as one value that TOML and the command line can spell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import AudioConfig, Config, LogMelConfig, TrainConfig, check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Config):
+    """A run: model, front end, how files are read, and the training itself.
+
+    Attributes:
+        model: a name of `ast_fast.list_models()`, or a pretrained directory to start from.
+        frontend: log-mel settings; its sizes are the model's input sizes.
+        audio: how files are read; the sample rate is the front end's.
+        train: optimisation, logging, checkpoints.
+    """
+
+    model: str = "ast_mini_p16_s10"
+    frontend: LogMelConfig = LogMelConfig(num_frames=128)  # noqa: RUF009 - frozen
+    audio: AudioConfig = AudioConfig()  # noqa: RUF009
+    train: TrainConfig = TrainConfig()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        check(
+            self.audio.sample_rate_hz == self.frontend.sample_rate_hz,
+            f"audio.sample_rate_hz={self.audio.sample_rate_hz} and frontend.sample_rate_hz="
+            f"{self.frontend.sample_rate_hz} differ: set both to the same rate",
+        )
+        check(
+            self.frontend.num_frames is not None,
+            "frontend.num_frames is not set: expected the model's input length in frames",
+        )
+
+
+def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run from a TOML file and `section.name=value` overrides, which win.
+
+    Values are TOML too: numbers, true, "text"; a bare word is taken as text.
+
+    Raises:
+        ValueError: a key is unknown or a value does not fit; names the file or the override.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: is not TOML: {error}") from error
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set {text!r}: expected section.name=value, as train.epochs=3")
+        place = values
+        *sections, last = name.strip().split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {text!r}: {section!r} is a value, not a section")
+        place[last] = _value(value.strip())
+    try:
+        return RunConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path or 'settings'}: {error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return tomllib.loads(f"value = {json.dumps(text)}")["value"]
