@@ -4,12 +4,21 @@ A kernel file lists its cases with `aot_cases(arch)`; `compile_case` compiles on
 with the installed Triton and reads back what decides whether it can run at all: registers, stack
 (spills), shared memory, and which special instructions the compiler used. `problems` holds a report
 against the limits of the chip. Nothing here needs a driver.
+
+    python -m ast_fast.kernels._aot attention --arch 80 90     a table of one kernel file
+    python -m ast_fast.kernels._aot attention --json FILE      the same as JSON, all architectures
+    python -m ast_fast.kernels._aot --serve                    one request a line, for the tests
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,3 +156,75 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     if len(usage) != 1:
         raise RuntimeError(f"cuobjdump described {len(usage)} kernels, expected 1: {done.stdout}")
     return int(usage[0][0]), int(usage[0][1])
+
+
+def describe(module: str, arch: int, index: int) -> dict[str, Any]:
+    """Compile case `index` of `aot_cases(arch)` of a kernel file; what came of it, ready for JSON."""
+    case = importlib.import_module(f"ast_fast.kernels.{module}").aot_cases(arch)[index]
+    found: dict[str, Any] = {"module": module, "case": case.name, "arch": arch}
+    try:
+        report = compile_case(case, arch)
+    # the compiler fails in as many ways as it has passes, and the report of a gate must name them all
+    except Exception as error:
+        return {**found, "problems": [f"{type(error).__name__}: {error}"[-2000:]]}
+    return {
+        **found,
+        "registers": report.registers,
+        "stack": report.stack,
+        "shared": report.shared,
+        "tensor_memory": report.tensor_memory,
+        "instructions": sorted(report.instructions),
+        "problems": problems(case, report),
+    }
+
+
+def serve() -> None:
+    """Answer requests [module, arch, index] of standard input, one JSON line each."""
+    # the compiler writes to standard output as it pleases: the answers keep a copy of it
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps({"triton": triton.__version__}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(describe(*json.loads(line))), file=answers, flush=True)
+
+
+def main() -> None:
+    """The table of one kernel file, or the server of the tests."""
+    parser = argparse.ArgumentParser(prog="python -m ast_fast.kernels._aot")
+    parser.add_argument("module", nargs="?", help="a kernel file without .py: attention")
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
+    parser.add_argument("--json", type=Path, help="file that takes the figures")
+    parser.add_argument("--serve", action="store_true")
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
+    if not options.module:
+        parser.error("name a kernel file, or give --serve")
+    figures: dict[str, dict[str, Any]] = {}
+    for arch in options.arch:
+        cases = importlib.import_module(f"ast_fast.kernels.{options.module}").aot_cases(arch)
+        for index, case in enumerate(cases):
+            found = describe(options.module, arch, index)
+            print(
+                f"sm_{arch:<4}{case.name:44}{found.get('registers', '-'):>4} registers"
+                f"{found.get('stack', '-'):>5} stack{found.get('shared', '-'):>8} shared  "
+                f"{'; '.join(found['problems']) or 'ok'}",
+                flush=True,
+            )
+            figures.setdefault(f"sm_{arch}", {})[case.name] = {
+                name: found.get(name) for name in ("registers", "stack", "shared", "tensor_memory")
+            }
+    if options.json:
+        text = json.dumps({"triton": triton.__version__, "figures": figures}, indent=1)
+        # one case a line
+        text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", _on_one_line, text)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "{" + re.sub(r"\s+", " ", match.group(1)) + "}"
+
+
+if __name__ == "__main__":
+    main()

@@ -205,15 +205,17 @@ def attention_forward_kernel(
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, True,
         )  # fmt: skip
 
-    # without keys the output is 0 and lse is +inf, so that backward sees probabilities of 0
-    total = tl.where(n_k > 0, total, 1.0)
+    # without keys, or with scores of -inf alone, the output is 0 and lse is +inf, so that backward sees
+    # probabilities of 0
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
     o_base = clip_base(o_ptr, clip, q_first, head, stride_ob, stride_ot, stride_oh)
     store_rows(o_base, stride_ot, start_m, n_q, acc / total[:, None], BLOCK_M, D, BLOCK_D)
 
     rows = start_m + tl.arange(0, BLOCK_M)
     column = scratch_column(q_starts, clip, packed)
     lse_base = lse_ptr + clip.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
-    lse = tl.where((rows < n_q) & (n_k > 0), (peak + tl.math.log2(total)) * LN2, float("inf"))
+    lse = tl.where((rows >= n_q) | nothing, float("inf"), (peak + tl.math.log2(total)) * LN2)
     tl.store(lse_base + column + rows, lse)
     end = start_m + BLOCK_M
     if end >= n_q:
