@@ -68,11 +68,24 @@ AST_INLINE vf at_most(vf high, vf x) {
 }
 
 AST_INLINE vf load(const float* p) { return *(const vf_any*)p; }
+// (GCC 12 splits the generic conversion of 16 lanes in two, hence the intrinsics)
 AST_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   return (vf)(__builtin_convertvector((vh)(*(const vh_any*)p), vu) << 16);
+#endif
 }
 AST_INLINE vf load(const int16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
   return __builtin_convertvector(__builtin_convertvector((vs)(*(const vs_any*)p), vi), vf);
+#endif
 }
 AST_INLINE void store(float* p, vf value) { *(vf_any*)p = value; }
 
@@ -83,7 +96,14 @@ AST_INLINE vu bf16_bits(vf value) {
   return (vu)((value == value) ? (vi)rounded : (vi)(vu{} + 0x7fc0u));
 }
 AST_INLINE void store(bf16* p, vf value) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  // the conversion instruction would flush denormals, so those rare vectors go the long way
+  const int denormals = _mm512_fpclass_ps_mask((__m512)value, 0x20);
+  if (__builtin_expect(denormals == 0, 1))
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+  else
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bf16_bits(value)));
+#elif defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bf16_bits(value)));
 #elif defined(__AVX2__)
   const __m256i wide = (__m256i)bf16_bits(value);
