@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ Run = Callable[[int], Sequence[Tensor]]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-class Skipped(Exception):  # noqa: N818 - an outcome, not an error
+class Skipped(Exception):
     """A candidate cannot take part; the message says why, for the record."""
 
 
@@ -42,8 +43,8 @@ class Settings:
         return self.device == "cuda"
 
     def wants(self, peer: str) -> bool:
-        """Whether a peer was asked for: by its name, or by what stands before its first dash."""
-        return self.peers is None or peer in self.peers or peer.split("-")[0] in self.peers
+        """Whether a peer was asked for, by its name or a pattern such as `sdpa*`."""
+        return self.peers is None or any(fnmatch.fnmatchcase(peer, name) for name in self.peers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .case import Case, Inputs, Run
+from .case import Case, Inputs, Run, Skipped
 from .timing import describe
 
 PEER_FACTOR = 10.0
@@ -36,7 +36,7 @@ class Verdict:
     error: float
     worst: str
     reason: str = ""  # why it is wrong or failed; empty when fine
-    failed: bool = False  # it raised
+    status: str = "ok"  # or wrong, failed, skipped
 
 
 def error_of(out: Tensor, expected: Tensor, measure: str) -> float:
@@ -59,18 +59,21 @@ def judge(case: Case, run: Run, expected: Sequence[Tensor]) -> Verdict:
     """Run once and take the worst output's error."""
     try:
         outputs = run(0)
-        if case_is_cuda(expected):
+        if on_gpu(expected):
             torch.cuda.synchronize()
         if len(outputs) != len(expected):
-            return Verdict(math.inf, "", f"{len(outputs)} outputs, expected {len(expected)}")
+            reason = f"{len(outputs)} outputs, expected {len(expected)}"
+            return Verdict(math.inf, "", reason, "wrong")
         errors = [error_of(o, e, case.measure) for o, e in zip(outputs, expected, strict=True)]
+    except Skipped as reason:
+        return Verdict(math.inf, "", str(reason), "skipped")
     except Exception as error:
-        return Verdict(math.inf, "", describe(error), failed=True)
+        return Verdict(math.inf, "", describe(error), "failed")
     worst = max(range(len(errors)), key=lambda number: errors[number])
     return Verdict(errors[worst], f"{case.outputs[worst]} {case.measure}")
 
 
-def case_is_cuda(tensors: Sequence[Tensor]) -> bool:
+def on_gpu(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors are on a GPU."""
     return any(tensor.is_cuda for tensor in tensors)
 
@@ -89,6 +92,7 @@ def expected_outputs(case: Case, inputs: Inputs) -> list[Tensor]:
 def decide(verdict: Verdict, allowed: float, peer: bool) -> Verdict:
     """Mark the verdict wrong where the error is over the budget."""
     limit = allowed * (PEER_FACTOR if peer else 1.0)
-    if not verdict.reason and not verdict.error <= limit:
+    if verdict.status == "ok" and not verdict.error <= limit:
+        verdict.status = "wrong"
         verdict.reason = f"wrong result: {verdict.worst} {verdict.error:.3g}, budget {limit:.3g}"
     return verdict

@@ -88,11 +88,10 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
         if name not in runs:
             continue
         decide(verdict, allowed, peer=name != ours)
-        status = "failed" if verdict.failed else "wrong" if verdict.reason else "ok"
-        row = rows[name] = blank(case, name, status, verdict.reason)
+        row = rows[name] = blank(case, name, verdict.status, verdict.reason)
         row.error = verdict.error if math.isfinite(verdict.error) else None
         row.budget, row.worst = allowed, verdict.worst
-        if status != "ok":
+        if verdict.status != "ok":
             runs.pop(name, None)
     return rows, {name: run for name, run in runs.items() if name in verdicts}, inputs
 

@@ -7,6 +7,7 @@ ast_fast. The builders give models that compute the same function, ready to be t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +162,7 @@ class _Timm(nn.Module):
         transformer = need("timm.models.vision_transformer")
         width, heads = SIZES[size]
         self.v = _Trunk(width, heads, 0, num_tokens(frames))
-        norm = lambda c: nn.LayerNorm(c, eps=1e-6)  # noqa: E731
+        norm = functools.partial(nn.LayerNorm, eps=1e-6)
         self.v.blocks = nn.ModuleList(
             transformer.Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )

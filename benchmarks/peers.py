@@ -6,6 +6,7 @@ from inside a candidate's `prepare`, so that nothing here costs anything until i
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .case import Skipped
 
-# what --peers takes: a name, or the part before the first dash for a whole group
+# what --peers takes: names, or patterns such as sdpa*
 PEERS = {
     "torch": "plain PyTorch ops, eager",
     "torch-compile": "the same under torch.compile",
@@ -41,7 +42,7 @@ PEERS = {
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
-    """Peers of a comma-separated list; None for all.
+    """Peers, or patterns of them, of a comma-separated list; None for all.
 
     Raises:
         ValueError: a name is unknown.
@@ -49,10 +50,7 @@ def names(text: str | None) -> tuple[str, ...] | None:
     if text is None or text == "all":
         return None
     wanted = tuple(name.strip() for name in text.split(",") if name.strip())
-    groups = {name.split("-")[0] for name in PEERS}
-    unknown = [
-        name for name in wanted if name not in PEERS and name not in groups and name != "none"
-    ]
+    unknown = [name for name in wanted if name != "none" and not fnmatch.filter(PEERS, name)]
     if unknown:
         raise ValueError(
             f"--peers {text!r}: unknown peer {', '.join(unknown)}; "

@@ -5,6 +5,7 @@ Gradients go to separate leaves, so that no candidate pays for joining them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,6 +18,9 @@ from ..peers import need, sdpa
 
 MODES = ("forward", "backward")
 WRT = ("q", "k", "v")
+
+Function = Callable[..., Sequence[Tensor]]
+Oracle = Callable[[Inputs], Sequence[Tensor]]
 
 
 def _shapes(settings: Settings) -> list[tuple[int, int, int, int]]:
@@ -50,7 +54,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return (torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v),)
 
 
-def _first_clips(compute: Callable[[Inputs], Sequence[Tensor]], clips: int):  # type: ignore[no-untyped-def]
+def _first_clips(compute: Oracle, clips: int) -> Oracle:
     """The oracle on the first clips only: the others are checked by their shape, not their values."""
 
     def run(inputs: Inputs) -> Sequence[Tensor]:
@@ -59,38 +63,40 @@ def _first_clips(compute: Callable[[Inputs], Sequence[Tensor]], clips: int):  # 
     return run
 
 
+def dense_case(settings: Settings, dtype: str, b: int, t: int, h: int, d: int, mode: str) -> Case:
+    """One shape of dense attention."""
+    make = functools.partial(_candidate, mode)
+    names = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient"] if settings.cuda else []
+    large = b * h * t * t > 2**28
+    products = 4 if mode == "forward" else 10
+    return Case(
+        suite="attention",
+        name="attention",
+        mode=mode,
+        shape={"B": b, "T": t, "H": h, "D": d},
+        dtype=dtype,
+        outputs=("o",) if mode == "forward" else ("dq", "dk", "dv"),
+        make_inputs=_inputs(dtype, settings.device, b, t, h, d),
+        oracle=_first_clips(oracle(_plain, mode, WRT, ("do",)), 2),
+        candidates=(
+            make(settings.ours, _ours),
+            make("sdpa", sdpa("sdpa"), yardstick=True),
+            *(make(name, sdpa(name)) for name in names),
+            # the unfused scores of the largest cases do not fit in memory
+            *([] if large else [make("sdpa-math", sdpa("sdpa-math"))]),
+        ),
+        floor=FLOORS[dtype][mode == "backward"],
+        clips=b,
+        flops=float(products) * b * h * t * t * d,
+        graph=b == 1,
+    )
+
+
 def _dense(settings: Settings) -> Iterator[Case]:
     for dtype in (d for d in settings.dtypes if d in DTYPES):
         for b, t, h, d in _shapes(settings):
             for mode in MODES:
-
-                def make(name: str, function, **options):  # type: ignore[no-untyped-def]
-                    return candidate(name, function, mode, WRT, ("do",), **options)  # noqa: B023
-
-                names = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient"] if settings.cuda else []
-                large = b * h * t * t > 2**28
-                products = 4 if mode == "forward" else 10
-                yield Case(
-                    suite="attention",
-                    name="attention",
-                    mode=mode,
-                    shape={"B": b, "T": t, "H": h, "D": d},
-                    dtype=dtype,
-                    outputs=("o",) if mode == "forward" else ("dq", "dk", "dv"),
-                    make_inputs=_inputs(dtype, settings.device, b, t, h, d),
-                    oracle=_first_clips(oracle(_plain, mode, WRT, ("do",)), 2),
-                    candidates=(
-                        make(settings.ours, _ours),
-                        make("sdpa", sdpa("sdpa"), yardstick=True),
-                        *(make(name, sdpa(name)) for name in names),
-                        # the unfused scores of the largest cases do not fit in memory
-                        *([] if large else [make("sdpa-math", sdpa("sdpa-math"))]),
-                    ),
-                    floor=FLOORS[dtype][mode == "backward"],
-                    clips=b,
-                    flops=float(products) * b * h * t * t * d,
-                    graph=b == 1,
-                )
+                yield dense_case(settings, dtype, b, t, h, d, mode)
 
 
 def _lengths(settings: Settings) -> list[int]:
@@ -103,7 +109,9 @@ def _lengths(settings: Settings) -> list[int]:
     return [top, *draws[1:]]
 
 
-def _packed_inputs(dtype: str, device: str, lengths: list[int], h: int, d: int):  # type: ignore[no-untyped-def]
+def _packed_inputs(
+    dtype: str, device: str, lengths: list[int], h: int, d: int
+) -> Callable[[int], Inputs]:
     starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
 
     def make(seed: int) -> Inputs:
@@ -117,14 +125,14 @@ def _packed_inputs(dtype: str, device: str, lengths: list[int], h: int, d: int):
     return make
 
 
-def _packed_ours(longest: int):  # type: ignore[no-untyped-def]
+def _packed_ours(longest: int) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor]:
         return (need("ast_fast.ops").attention_varlen(q, k, v, starts, starts, longest, longest),)
 
     return run
 
 
-def _packed_torch(longest: int):  # type: ignore[no-untyped-def]
+def _packed_torch(longest: int) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor]:
         module = need("torch.nn.attention.varlen")
         if not q.is_cuda:
@@ -134,7 +142,7 @@ def _packed_torch(longest: int):  # type: ignore[no-untyped-def]
     return run
 
 
-def _loop(lengths: list[int], attend: Callable[..., Sequence[Tensor]]):  # type: ignore[no-untyped-def]
+def _loop(lengths: list[int], attend: Function) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor]:
         parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
         clips = [attend(*(part[None] for part in clip))[0][0] for clip in parts]
@@ -143,7 +151,7 @@ def _loop(lengths: list[int], attend: Callable[..., Sequence[Tensor]]):  # type:
     return run
 
 
-def _padded(lengths: list[int]):  # type: ignore[no-untyped-def]
+def _padded(lengths: list[int]) -> Function:
     """Pad to the longest clip, mask, pack again: what a user without packed attention does."""
     longest = max(lengths)
     valid = torch.arange(longest) < torch.tensor(lengths)[:, None]  # [B, T]
@@ -162,15 +170,17 @@ def _padded(lengths: list[int]):  # type: ignore[no-untyped-def]
     return run
 
 
+def _candidate(mode: str, name: str, function: Function, yardstick: bool = False) -> Candidate:
+    return candidate(name, function, mode, WRT, ("do",), yardstick)
+
+
 def _packed(settings: Settings) -> Iterator[Case]:
     lengths = _lengths(settings)
     h, d = (2, 32) if settings.tiny else (12, 64) if settings.cuda else (6, 64)
     squares = sum(length * length for length in lengths)
     for dtype in (d for d in settings.dtypes if d in DTYPES):
         for mode in MODES:
-
-            def make(name: str, function, **options) -> Candidate:  # type: ignore[no-untyped-def]
-                return candidate(name, function, mode, WRT, ("do",), **options)  # noqa: B023
+            make = functools.partial(_candidate, mode)
 
             yield Case(
                 suite="attention",

@@ -175,34 +175,41 @@ def cases(settings: Settings) -> Iterator[Case]:
     """LayerNorms and MLP, then whole blocks."""
     for dtype in (d for d in settings.dtypes if d in DTYPES):
         for size in _rows(settings):
-            yield from _ops(settings, dtype, size)
+            for mode in MODES:
+                for name in OPS:
+                    yield op_case(settings, name, dtype, size, mode)
         yield from _blocks(settings, dtype)
 
 
-def _ops(settings: Settings, dtype: str, size: tuple[int, int, int]) -> Iterator[Case]:
+OPS = ("layer_norm", "add_layer_norm", "mlp")
+
+
+def op_case(
+    settings: Settings, name: str, dtype: str, size: tuple[int, int, int], mode: str
+) -> Case:
+    """One of `OPS` on [B, T, C]."""
     b, t, c = size
-    x, vector = size, (c,)
+    vector, back = (c,), mode == "backward"
     one = float(b * t * c * DTYPES[dtype].itemsize)
-    norm = {"x": x, "weight": vector, "bias": vector}
-    added = {"x": x, "residual": x, "weight": vector, "bias": vector}
-    mlp = {"x": x, "w1": (4 * c, c), "b1": (4 * c,), "w2": (c, 4 * c), "b2": vector}
-    for mode in MODES:
-        back = mode == "backward"
-        yield _case(
-            *(settings, "layer_norm", mode, dtype, size, norm),
+    if name == "layer_norm":
+        return _case(
+            *(settings, name, mode, dtype, size, {"x": size, "weight": vector, "bias": vector}),
             *(_layer_norm_ours, _layer_norm_torch, ("y",)),
             bytes_=(3 if back else 2) * one,
         )
-        yield _case(
-            *(settings, "add_layer_norm", mode, dtype, size, added),
+    if name == "add_layer_norm":
+        added = {"x": size, "residual": size, "weight": vector, "bias": vector}
+        return _case(
+            *(settings, name, mode, dtype, size, added),
             *(_add_layer_norm_ours, _add_layer_norm_torch, ("y", "total")),
             bytes_=4 * one,
         )
-        yield _case(
-            *(settings, "mlp", mode, dtype, size, mlp),
-            *(_mlp_ours, _mlp_torch, ("y",)),
-            flops=(32.0 if back else 16.0) * b * t * c * c,
-        )
+    mlp = {"x": size, "w1": (4 * c, c), "b1": (4 * c,), "w2": (c, 4 * c), "b2": vector}
+    return _case(
+        *(settings, name, mode, dtype, size, mlp),
+        *(_mlp_ours, _mlp_torch, ("y",)),
+        flops=(32.0 if back else 16.0) * b * t * c * c,
+    )
 
 
 def _blocks(settings: Settings, dtype: str) -> Iterator[Case]:

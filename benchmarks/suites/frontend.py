@@ -10,7 +10,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..case import Candidate, Case, Inputs, Run, Settings, Skipped, forward_run, generator
+from ..case import (
+    Candidate,
+    Case,
+    Inputs,
+    Run,
+    Settings,
+    Skipped,
+    candidate,
+    forward_run,
+    generator,
+    oracle,
+)
 from ..peers import compiled, feature_extractor, kaldi_native_fbank, need, torchaudio_fbank
 
 RATE = 16000
@@ -176,4 +187,44 @@ def _case(
         bytes=float(batch * (samples * dtype.itemsize + written * 128 * 4)),
         bound="copy",
         graph=batch == 1,
+    )
+
+
+def mel_case(settings: Settings, batch: int, seconds: float, bins: int, mode: str) -> Case:
+    """Raw energies of any number of mel bins, or the gradient of the waveform, against the twin."""
+    samples = int(seconds * RATE)
+    frames = 1 + (samples - 400) // 160
+
+    def make(seed: int) -> Inputs:
+        given = waves(batch, seconds, settings.device, torch.float32)(seed)
+        dy = torch.randn(batch, frames, bins, generator=generator(seed, "cpu"))
+        return given | {"dy": dy.to(settings.device)}
+
+    def ours(wave: Tensor) -> tuple[Tensor]:
+        return (need("ast_fast.ops").log_mel(wave, num_mel_bins=bins),)
+
+    def plain(wave: Tensor) -> tuple[Tensor]:
+        tables = need("ast_fast.reference.mel").mel_tables(num_mel_bins=bins)
+        return (need("ast_fast.reference.ops").log_mel(wave, None, tables, frames, 0.0, 0.5),)
+
+    backward = mode == "backward"
+    return Case(
+        suite="frontend",
+        name="log_mel",
+        mode=mode,
+        shape={"B": batch, "N": samples, "F": bins},
+        dtype="f32",
+        outputs=("dwave",) if backward else ("features",),
+        make_inputs=make,
+        oracle=oracle(plain, mode, ("wave",), ("dy",)),
+        candidates=(
+            candidate(settings.ours, ours, mode, ("wave",), ("dy",)),
+            candidate("torch", plain, mode, ("wave",), ("dy",), yardstick=True),
+        ),
+        # gradients of near-silent bins divide by their energy: their relative error is the front end's
+        floor=1e-4 if backward else 1e-3,
+        measure="rel_l2" if backward else "max_abs",
+        clips=batch,
+        bytes=float(batch * (samples + frames * bins) * 4),
+        bound="copy",
     )

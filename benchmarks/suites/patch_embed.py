@@ -72,35 +72,42 @@ def cases(settings: Settings) -> Iterator[Case]:
         sizes = sizes[:1] if settings.cuda else [(1, 1024, 192)]
     if settings.tiny:
         sizes = [(1, 36, 32)]
-    mels = 36 if settings.tiny else 128
     for dtype in (d for d in settings.dtypes if d in DTYPES):
-        for b, s, c in sizes:
-            f, t = ((side - PATCH) // STRIDE + 1 for side in (mels, s))
+        for size in sizes:
             for mode in ("forward", "backward"):
-                entries = [
-                    candidate(settings.ours, _ours, mode, WRT, ("dy",)),
-                    candidate("torch", _conv, mode, WRT, ("dy",), yardstick=True),
-                    candidate("torch-unfold", _unfold, mode, WRT, ("dy",)),
-                ]
-                if settings.cuda:
-                    entries.append(_searched(mode))
-                item = DTYPES[dtype].itemsize
-                yield Case(
-                    suite="patch_embed",
-                    name="patch_embed",
-                    mode=mode,
-                    shape={"B": b, "S": s, "C": c},
-                    dtype=dtype,
-                    outputs=("y",) if mode == "forward" else tuple(f"d{name}" for name in WRT),
-                    make_inputs=_inputs(dtype, settings.device, b, s, mels, c, f * t),
-                    oracle=oracle(_unfold, mode, WRT, ("dy",)),
-                    candidates=tuple(entries),
-                    floor=FLOORS[dtype][mode == "backward"],
-                    clips=b,
-                    flops=2.0 * b * f * t * c * PATCH**2,
-                    bytes=float(b * (s * mels + (2 + f * t) * c) * item),
-                    bound="copy",
-                )
+                yield patch_case(settings, dtype, *size, mode)
+
+
+def patch_case(
+    settings: Settings, dtype: str, b: int, s: int, c: int, mode: str, with_dx: bool = False
+) -> Case:
+    """One shape; `with_dx` asks for the spectrogram's gradient too."""
+    mels = 36 if settings.tiny else 128
+    f, t = ((side - PATCH) // STRIDE + 1 for side in (mels, s))
+    wrt = ("x", *WRT) if with_dx else WRT
+    entries = [
+        candidate(settings.ours, _ours, mode, wrt, ("dy",)),
+        candidate("torch", _conv, mode, wrt, ("dy",), yardstick=True),
+        candidate("torch-unfold", _unfold, mode, wrt, ("dy",)),
+    ]
+    if settings.cuda:
+        entries.append(_searched(mode))
+    return Case(
+        suite="patch_embed",
+        name="patch_embed",
+        mode=mode,
+        shape={"B": b, "S": s, "C": c},
+        dtype=dtype,
+        outputs=("y",) if mode == "forward" else tuple(f"d{name}" for name in wrt),
+        make_inputs=_inputs(dtype, settings.device, b, s, mels, c, f * t),
+        oracle=oracle(_unfold, mode, wrt, ("dy",)),
+        candidates=tuple(entries),
+        floor=FLOORS[dtype][mode == "backward"],
+        clips=b,
+        flops=2.0 * b * f * t * c * PATCH**2,
+        bytes=float(b * (s * mels + (2 + f * t) * c) * DTYPES[dtype].itemsize),
+        bound="copy",
+    )
 
 
 def _inputs(dtype: str, device: str, b: int, s: int, mels: int, c: int, patches: int):  # type: ignore[no-untyped-def]

@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, generator
 from ..gate import MODEL_FLOORS
-from ..models import LABELS, forward_flops, gradients, oracle, ours, plain, weights, with_timm
-from ..models import with_transformers
+from ..models import (
+    LABELS,
+    forward_flops,
+    gradients,
+    oracle,
+    ours,
+    plain,
+    weights,
+    with_timm,
+    with_transformers,
+)
 from ..peers import compiled
 from .inference import Build, depth_of, gate_depth, on
 

@@ -1,0 +1,236 @@
+"""The jobs of a GPU run: small, named, serialisable, and each able to fail alone.
+
+A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s` and what its
+kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import ceilings, environment, harness, suites, tuned
+from .case import DTYPES, Settings
+from .record import Row
+from .timing import Limits, describe
+
+Job = dict[str, Any]
+
+_CHECK_LIMIT_S = 150
+_CASE_LIMIT_S = 180
+
+
+def device_job() -> Job:
+    """Where we are and what the machine can do."""
+    return {"kind": "device", "title": "device and ceilings", "group": "device", "limit_s": 120}
+
+
+def check_jobs(settings: Settings, precision: str) -> Iterator[Job]:
+    """One job per op case of the equivalence checks, then the whole models."""
+    for index, name in enumerate(_op_case_names(settings)):
+        yield {
+            "kind": "op",
+            "title": f"check {name} {precision}",
+            "group": "checks",
+            "limit_s": _CHECK_LIMIT_S,
+            "index": index,
+            "precision": precision,
+        }
+    dtype = {"tf32": "f32"}.get(precision, precision)
+    # the front end computes in float32 whatever the model does
+    also = ("frontend",) if precision == settings.dtypes[0] else ()
+    for suite in ("inference", "training", *also):
+        for index, title in enumerate(_titles(suite, settings, (dtype,))[:2]):
+            yield {
+                "kind": "gate",
+                "title": f"check {title}" + (" tf32" if precision == "tf32" else ""),
+                "group": "checks",
+                "limit_s": _CHECK_LIMIT_S,
+                "suite": suite,
+                "index": index,
+                "dtype": dtype,
+                "precision": precision,
+            }
+
+
+def tuned_jobs(settings: Settings, capability: int) -> Iterator[Job]:
+    """One job per committed kernel configuration."""
+    for number, label in enumerate(tuned.labels(capability)):
+        yield {
+            "kind": "tuned",
+            "title": f"configuration {label}",
+            "group": "tuned",
+            "limit_s": _CHECK_LIMIT_S,
+            "index": number,
+            "capability": capability,
+        }
+
+
+def case_jobs(settings: Settings, suite: str) -> Iterator[Job]:
+    """One job per case of a suite, 16-bit first."""
+    seen: set[str] = set()
+    for dtype in settings.dtypes:
+        for index, title in enumerate(_titles(suite, settings, (dtype,))):
+            if title in seen:  # the front end's cases are the same for every dtype
+                continue
+            seen.add(title)
+            yield {
+                "kind": "case",
+                "title": title,
+                "group": suite,
+                "limit_s": _CASE_LIMIT_S,
+                "suite": suite,
+                "index": index,
+                "dtype": dtype,
+            }
+
+
+def probe_jobs() -> Iterator[Job]:
+    """What must not end a run: a Python error, the death of a process, a hang. For dry runs."""
+    for action in ("raise", "exit", "hang"):
+        title = f"probe: {action}"
+        yield {"kind": "probe", "title": title, "group": "checks", "limit_s": 3, "action": action}
+
+
+def _titles(suite: str, settings: Settings, dtypes: tuple[str, ...]) -> list[str]:
+    narrowed = _narrow(settings, dtypes)
+    return [case.title for case in suites.load(suite, narrowed)]
+
+
+def _narrow(settings: Settings, dtypes: tuple[str, ...]) -> Settings:
+    return dataclasses.replace(settings, dtypes=dtypes)
+
+
+def _op_cases(settings: Settings) -> list[Any]:
+    from ast_fast.equivalence import cases
+
+    found = list(cases.op_cases(full=settings.cuda))
+    return found[:3] if settings.tiny else found
+
+
+def _op_case_names(settings: Settings) -> list[str]:
+    try:
+        return [f"{case.op} {case.shape}" for case in _op_cases(settings)]
+    except (ImportError, AttributeError) as error:
+        # the suites' own gates still stand between a wrong kernel and a reported speed
+        return [f"equivalence cases ({describe(error)})"]
+
+
+class Runner:
+    """Runs jobs in this process; returns rows, and facts for the file's head."""
+
+    def __init__(self, settings: Settings, limits: Limits) -> None:
+        self.settings = settings
+        self.limits = limits
+        self.ceilings: dict[str, float] = {}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Rows of one job as plain values; errors become failed rows."""
+        kinds: dict[str, Callable[[Job], dict[str, Any]]] = {
+            "device": self._device,
+            "op": self._op,
+            "gate": self._gate,
+            "tuned": self._tuned,
+            "case": self._case,
+            "probe": self._probe,
+        }
+        self.ceilings = job.get("ceilings", self.ceilings)
+        started = time.monotonic()
+        try:
+            answer = kinds[job["kind"]](job)
+        except Exception as error:
+            answer = {"rows": [vars(failed_row(job, describe(error)))]}
+        return {**answer, "seconds": time.monotonic() - started}
+
+    def _device(self, job: Job) -> dict[str, Any]:
+        facts = environment.collect(self.settings.device)
+        tops = ceilings.measure(self.settings.device, tuple(DTYPES), self.settings.tiny)
+        return {"rows": [], "environment": facts, "ceilings": tops}
+
+    def _op(self, job: Job) -> dict[str, Any]:
+        from ast_fast.equivalence import run_ops
+
+        case = _op_cases(self.settings)[job["index"]]
+        return {
+            "rows": [vars(row) for row in op_rows(case, job["precision"], self.settings, run_ops)]
+        }
+
+    def _gate(self, job: Job) -> dict[str, Any]:
+        from ast_fast.equivalence import run_ops
+
+        with run_ops.tf32(job["precision"] == "tf32"):
+            case = self._find(job)
+            rows, _, _ = harness.check(case, self.settings)
+        for row in rows.values():
+            row.suite = "checks"
+            if job["precision"] == "tf32":
+                row.dtype = "tf32"
+        return {"rows": [vars(row) for row in rows.values()]}
+
+    def _tuned(self, job: Job) -> dict[str, Any]:
+        variant = tuned.variants(job["capability"])[job["index"]]
+        rows = tuned.run(variant, self.settings, self.limits, self.ceilings)
+        return {"rows": [vars(row) for row in rows]}
+
+    def _case(self, job: Job) -> dict[str, Any]:
+        case = self._find(job)
+        rows = harness.measure(case, self.settings, self.ceilings, self.limits, say=lambda _: None)
+        return {"rows": [vars(row) for row in rows]}
+
+    def _find(self, job: Job) -> harness.Case:
+        narrowed = _narrow(self.settings, (job["dtype"],))
+        return list(suites.load(job["suite"], narrowed))[job["index"]]
+
+    def _probe(self, job: Job) -> dict[str, Any]:
+        if job["action"] == "raise":
+            raise RuntimeError("asked to raise")
+        if job["action"] == "exit":
+            os._exit(7)
+        time.sleep(3600)
+        return {"rows": []}
+
+
+def failed_row(job: Job, reason: str, status: str = "failed") -> Row:
+    """The row of a job that gave none."""
+    return Row(
+        suite=job["group"],
+        case=job["title"],
+        mode="check" if job["group"] in ("checks", "tuned") else "job",
+        shape={},
+        dtype=job.get("dtype", job.get("precision", "")),
+        provider="ast_fast",
+        status=status,
+        reason=reason,
+    )
+
+
+def op_rows(case: Any, precision: str, settings: Settings, run_ops: Any) -> list[Row]:
+    """One op case of the equivalence checks as rows: a row a tensor."""
+    import torch
+
+    dtype = DTYPES["f32" if precision == "tf32" else precision]
+    found = run_ops.run_op_case(
+        case, torch.device(settings.device), dtype, settings.backend, precision == "tf32"
+    )
+    rows = []
+    for item in found:
+        note = f"worst entry {item.error[0]:.3g} of {item.budget[0]:.3g}, rel l2 {item.error[1]:.3g} of "
+        note += f"{item.budget[1]:.3g}"
+        row = Row(
+            suite="checks",
+            case=f"{item.what} {item.shape}",
+            mode="check",
+            shape={},
+            dtype=precision,
+            provider=f"ast_fast[{item.backend}]",
+            status="ok" if item.ok else "wrong",
+            reason="" if item.ok else f"over budget: {note}",
+            error=item.error[1],
+            budget=item.budget[1],
+            worst="relative l2",
+        )
+        rows.append(row)
+    return rows

@@ -1,0 +1,157 @@
+"""Workers that survive what jobs do to them: each runs in a process that is replaced when it dies."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .jobs import Job, failed_row
+
+ROOT = Path(__file__).resolve().parent.parent
+_START_LIMIT_S = 240
+
+
+class Died(RuntimeError):
+    """The worker ended or was ended; the message says how."""
+
+
+class Worker:
+    """One process of worker.py."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._send(setup)
+        self._receive(_START_LIMIT_S)
+
+    def ask(self, job: Job, limit_s: float) -> dict[str, Any]:
+        """The answer to a job.
+
+        Raises:
+            Died: the process ended, or took longer than the limit and was ended.
+        """
+        self._send(job)
+        return self._receive(limit_s)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise Died(f"the process ended: {self._tail()}") from error
+
+    def _receive(self, limit_s: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        overdue = threading.Event()
+
+        def end() -> None:
+            overdue.set()
+            self._process.kill()
+
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        line = self._process.stdout.readline()
+        timer.cancel()
+        if line:
+            return json.loads(line)
+        status = self._process.wait()
+        if overdue.is_set():
+            raise Died(f"took longer than {limit_s:.0f} s and was ended")
+        raise Died(f"the process ended with status {status}: {self._tail()}")
+
+    def _tail(self) -> str:
+        """The last lines it wrote to standard error."""
+        self._errors.seek(0)
+        text = self._errors.read()[-4000:].decode(errors="replace")
+        return " | ".join(line.strip() for line in text.splitlines()[-3:] if line.strip())[-300:]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+Finished = Callable[[Job, dict[str, Any]], None]
+
+
+def run(
+    jobs: list[Job], setup: dict[str, Any], finished: Finished, *, slots: int, deadline: float
+) -> list[Job]:
+    """Run jobs in order on `slots` workers at a time; `finished` is called for each, one at a time.
+
+    Args:
+        jobs: what to do; no job starts once `deadline` has passed, and none outlasts it by much.
+        setup: first message to each worker.
+        finished: gets the job and its answer.
+        slots: workers side by side; 1 where times are measured.
+        deadline: on the monotonic clock.
+
+    Returns:
+        The jobs that did not start.
+    """
+    waiting = collections.deque(jobs)
+    lock = threading.Lock()
+    faults: queue.Queue[BaseException] = queue.Queue()
+
+    def take() -> Job | None:
+        with lock:
+            if not waiting or time.monotonic() >= deadline or not faults.empty():
+                return None
+            return waiting.popleft()
+
+    def slot() -> None:
+        worker: Worker | None = None
+        try:
+            while (job := take()) is not None:
+                try:
+                    if worker is None:
+                        worker = Worker(setup)
+                    left = max(5.0, deadline - time.monotonic())
+                    answer = worker.ask(job, min(job["limit_s"], left + 10.0))
+                except Died as error:
+                    answer = {"rows": [vars(failed_row(job, str(error)))], "lost": True}
+                with lock:
+                    finished(job, answer)
+                if answer.get("lost") and worker is not None:
+                    worker.close()
+                    worker = None
+        except BaseException as error:
+            faults.put(error)
+        finally:
+            if worker is not None:
+                worker.close()
+
+    threads = [threading.Thread(target=slot, daemon=True) for _ in range(max(1, slots))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not faults.empty():
+        raise faults.get()
+    return list(waiting)

@@ -1,0 +1,64 @@
+"""A process that runs jobs one at a time, so that a crash or a sticky CUDA error ends only it.
+
+Jobs come as JSON lines on standard input, answers leave as JSON lines on what was standard output;
+anything a library prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+STICKY = 3  # exit status: the device's context is lost
+
+
+def serve() -> int:
+    """Answer jobs until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    setup: dict[str, Any] = json.loads(sys.stdin.readline())
+
+    import torch
+
+    from .case import Settings
+    from .jobs import Runner
+    from .timing import Limits
+
+    options = setup["settings"]
+    for name in ("dtypes", "peers"):
+        if options[name] is not None:
+            options[name] = tuple(options[name])
+    settings = Settings(**options)
+    if setup["threads"]:
+        torch.set_num_threads(setup["threads"])
+    from ast_fast.backend import use_backend
+
+    use_backend(settings.backend)
+    runner = Runner(settings, Limits(**setup["limits"]))
+    answers.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        job = json.loads(line)
+        answer = runner.run(job)
+        lost = settings.cuda and not _device_answers(torch)
+        answer["lost"] = lost
+        answers.write(json.dumps(answer) + "\n")
+        if lost:
+            return STICKY
+    return 0
+
+
+def _device_answers(torch: Any) -> bool:
+    """Whether the device still works; after an illegal access no call does."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(serve())
