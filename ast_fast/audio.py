@@ -289,7 +289,8 @@ def _decode(
             reason = str(error.error_string).strip().rstrip(".")
             with_codec = _decode_with_torchcodec(source, read_at, size)
             if with_codec is not None:
-                _check_limits(name, *with_codec[0].shape, with_codec[1], config)
+                frames, channels = with_codec[0].shape
+                _check_limits(name, frames, channels, with_codec[1], config)
                 return with_codec
             head = read_at(0, 64).lstrip().lower()
             if head.startswith((b"<!doctype", b"<html")):

@@ -218,7 +218,7 @@ def make_loader(
     """A loader over the rest of the sampler's epoch."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=sampler,
         collate_fn=Collate(len(dataset.classes), multi_label),
         num_workers=num_workers,
         pin_memory=pin_memory,

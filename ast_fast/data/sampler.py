@@ -86,7 +86,8 @@ class BatchSampler:
         if self._cumulative is not None:
             draws = torch.rand(self.num_clips, generator=generator, dtype=torch.float64).numpy()
             draws = np.minimum(draws, np.nextafter(1.0, 0.0)) * self._cumulative[-1]
-            return np.searchsorted(self._cumulative, draws, side="right")
+            chosen: np.ndarray = np.searchsorted(self._cumulative, draws, side="right")
+            return chosen
         if self.shuffle:
             return torch.randperm(self.num_clips, generator=generator).numpy()
         return np.arange(self.num_clips)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..audio import AudioReport
 from ..data.dataset import ClipSet, make_loader
@@ -47,7 +47,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Any,
     dataset: ClipSet,
     *,
     batch_size: int = 64,
@@ -59,7 +59,7 @@ def evaluate(
     """Run a model (with `forward_waveform`) over a whole set and measure it.
 
     Args:
-        model: on the device to use.
+        model: a module with `forward_waveform`, on the device to use.
         dataset: clips and labels.
         batch_size: clips a batch.
         multi_label: whether clips have several labels.

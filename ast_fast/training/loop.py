@@ -96,7 +96,9 @@ class Trainer:
         )
         if config.devices > 1:
             self.fabric.launch()
-        self.model = model
+        self.model: Any = (
+            model  # an nn.Module with frontend_config, forward_waveform, save_pretrained
+        )
         self._sampler = BatchSampler(
             len(train_set),
             config.batch_size,
@@ -121,7 +123,8 @@ class Trainer:
         if config.monitor.check_every:
             from ..equivalence import EquivalenceMonitor
 
-            self._monitor = EquivalenceMonitor(model, config.monitor)
+            autocast = torch.bfloat16 if config.precision == "bfloat16" else None
+            self._monitor = EquivalenceMonitor(model, config.monitor, autocast)
         self.total_steps = config.epochs * len(self._sampler)
         self.step = 0
         self.best: float | None = None
@@ -244,10 +247,10 @@ class Trainer:
             )
         features, targets = self._features(batch.to(self.fabric.device))
         loss_fn = self._loss_function(targets)
-        if self._monitor and self.step % config.monitor.check_every == 0 and len(batch):
-            row = self._monitor.step(features, loss_fn)
+        if self._monitor is not None and self._monitor.due(self.step) and len(batch):
+            row = self._monitor.step(features, loss_fn, step=self.step)
             if log is not None:
-                log.write("check", self.step, **row.to_dict())
+                log.write("check", **row.to_dict())
         self._optimizer.zero_grad()
         logits = self._wrapped(features)
         loss = loss_fn(logits.float())
@@ -268,25 +271,25 @@ class Trainer:
     @torch.no_grad()
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Augmented log-mel [B, S, F] and targets of a batch on the device."""
-        device = self.fabric.device
+        # one stream a step and process, drawn on the CPU: the same on every device
         seed = (self.config.seed << 34) + (self.step << 10) + self.fabric.global_rank
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         settings = self.config.augment
-        wave, lengths, targets = batch.wave, batch.lengths, batch.targets
+        wave, targets = batch.wave, batch.targets
         if settings.mixup:
-            wave, lengths, targets = mixup(
-                wave, lengths, targets, settings.mixup, len(self.train_set.classes), generator
-            )
+            classes = len(self.train_set.classes)
+            wave, targets = mixup(wave, batch.lengths, targets, settings.mixup, classes, generator)
         front = self.model.frontend_config
-        features = log_mel_features(wave, front, lengths)
+        features = log_mel_features(wave, front, batch.lengths)
         return augment_features(features, settings, front, generator), targets
 
     def _loss_function(self, targets: Tensor) -> Callable[[Tensor], Tensor]:
         """Loss of logits [B, C] for these targets."""
-        if self.multi_label:
-            function = nn.functional.binary_cross_entropy_with_logits
-        else:
-            function = nn.functional.cross_entropy
+        function: Callable[[Tensor, Tensor], Tensor] = (
+            nn.functional.binary_cross_entropy_with_logits
+            if self.multi_label
+            else nn.functional.cross_entropy
+        )
 
         def loss(logits: Tensor) -> Tensor:
             rows = targets[: len(logits)]
