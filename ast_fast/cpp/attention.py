@@ -33,6 +33,14 @@ def view(x: Tensor) -> View:
     return x.data_ptr(), strides[0], strides[1], strides[2]
 
 
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """An equal problem with a positive scale, as the kernels want: q, scale, and the factor on q."""
+    if scale > 0:
+        return q, scale, 1.0
+    factor = -1.0 if scale < 0 else 0.0
+    return q * factor, -scale or 1.0, factor
+
+
 def _lengths(key_lengths: Tensor | None) -> Tensor | None:
     return None if key_lengths is None else key_lengths.to("cpu", torch.int32).contiguous()
 
@@ -52,6 +60,7 @@ def forward(
     lse = torch.empty((clips, heads, columns), dtype=torch.float32)
     lse[:, :, tq:] = float("inf")
     if o.numel():
+        q, scale, _ = positive(q, scale)
         q, k, v, lengths = dense(q), dense(k), dense(v), _lengths(key_lengths)
         _C.attention_forward(
             view(q),
@@ -96,6 +105,7 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return
+    q, scale, factor = positive(q, scale)
     do, q, k, v, o, lse = dense(do), dense(q), dense(k), dense(v), dense(o), lse.contiguous()
     lengths = _lengths(key_lengths)
     _C.attention_backward(
@@ -121,3 +131,5 @@ def backward(
         view(dk),
         view(dv),
     )
+    if factor != 1.0:
+        dq.mul_(factor)

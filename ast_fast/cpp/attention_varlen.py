@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _C
 from . import attention
 from ._common import CODES, threads
-from .attention import LSE_BLOCK, View, dense
+from .attention import LSE_BLOCK, View, dense, positive
 
 
 def unsupported(
@@ -45,6 +45,7 @@ def forward(
     o = torch.empty((rows, heads, width), dtype=q.dtype)
     lse = torch.full((heads, columns), float("inf"), dtype=torch.float32)
     if o.numel():
+        q, scale, _ = positive(q, scale)
         q, k, v = dense(q), dense(k), dense(v)
         totals_q, totals_k = _totals(cu_seqlens_q), _totals(cu_seqlens_k)
         _C.attention_forward(
@@ -92,6 +93,7 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return
+    q, scale, factor = positive(q, scale)
     do, q, k, v, o, lse = dense(do), dense(q), dense(k), dense(v), dense(o), lse.contiguous()
     totals_q, totals_k = _totals(cu_seqlens_q), _totals(cu_seqlens_k)
     _C.attention_backward(
@@ -117,3 +119,5 @@ def backward(
         _view(dk),
         _view(dv),
     )
+    if factor != 1.0:
+        dq.mul_(factor)

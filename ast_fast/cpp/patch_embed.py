@@ -135,4 +135,10 @@ def backward(
     dtype = weight.dtype
     dbias = column_sum(dpos[num_prefix:]) if tokens > num_prefix else torch.zeros(width)
     shaped = dweight.view(width, grid[3], grid[2]).transpose(1, 2).reshape(weight.shape)
-    return shaped.to(dtype), dbias.to(dtype), dpos.to(dtype), dpos[:num_prefix].to(dtype, copy=True), dx
+    return (
+        shaped.to(dtype),
+        dbias.to(dtype),
+        dpos.to(dtype),
+        dpos[:num_prefix].to(dtype, copy=True),
+        dx,
+    )
