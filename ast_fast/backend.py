@@ -95,7 +95,7 @@ def interpreting() -> bool:
 
 
 @_constant_when_compiled
-def _why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on this device and dtype at all; None if it can."""
     if backend == "triton":
         if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
@@ -145,7 +145,7 @@ def choose(op: str, load: Callable[[str], ModuleType], lead: Tensor, *inputs: ob
         backend = "triton" if device_type == "cuda" else "cpp"
     else:
         backend = request
-    reason = _why_not(backend, device_type, dtype)
+    reason = why_not(backend, device_type, dtype)
     what = "ast_fast runs"  # the whole backend is missing: said once, not once an op
     if reason is None:
         reason = load(backend).unsupported(lead, *inputs)
@@ -168,7 +168,7 @@ def status() -> list[dict[str, str]]:
     for op in OPS:
         for device_type in devices:
             reasons = {
-                name: _why_not(name, device_type, torch.float32) for name in ("triton", "cpp")
+                name: why_not(name, device_type, torch.float32) for name in ("triton", "cpp")
             }
             native = "triton" if device_type == "cuda" else "cpp"
             chosen = native if reasons[native] is None else "reference"

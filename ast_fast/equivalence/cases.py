@@ -222,9 +222,7 @@ def attention(
         op="attention",
         shape=f"{clips}x{tokens}x{heads}x{head_dim}{suffix}",
         inputs=inputs,
-        ours=lambda t: {
-            "o": ops.attention(t["q"], t["k"], t["v"], key_lengths=t.get("lengths"))
-        },
+        ours=lambda t: {"o": ops.attention(t["q"], t["k"], t["v"], key_lengths=t.get("lengths"))},
         plain=lambda t: {"o": plain.attention(t["q"], t["k"], t["v"], t.get("lengths"))},
         oracle=lambda t: {
             "o": reference.ops.attention(t["q"], t["k"], t["v"], scale, t.get("lengths"))[0]
@@ -246,9 +244,7 @@ def attention_qkv(clips: int, tokens: int, heads: int, head_dim: int = 64) -> Op
         inputs=inputs,
         ours=lambda t: {"o": ops.attention_qkv(t["qkv"])},
         plain=lambda t: {"o": plain.attention(*t["qkv"].unbind(2))},
-        oracle=lambda t: {
-            "o": reference.ops.attention(*t["qkv"].unbind(2), head_dim**-0.5)[0]
-        },
+        oracle=lambda t: {"o": reference.ops.attention(*t["qkv"].unbind(2), head_dim**-0.5)[0]},
         kinds={"o": "attention", "dqkv": "attention gradient"},
     )
 

@@ -194,9 +194,9 @@ class EquivalenceMonitor:
                 budget("whole gradient", precision, plain_gradient),
             )
         loss_error = loss_budget = None
-        if fast.loss is not None and oracle.loss is not None:
+        if loss_fn is not None and fast.loss is not None and oracle.loss is not None:
             loss_error = abs(fast.loss - oracle.loss)
-            loss_budget = _loss_budget(oracle, allowed[0], precision)
+            loss_budget = _loss_budget(oracle.logits, loss_fn, oracle.loss, allowed[0])
         row = MonitorRow(
             step=len(self.rows) if step is None else step,
             clips=inputs.shape[0],
@@ -263,12 +263,19 @@ def _errors(outcome: whole.Outcome, oracle: whole.Outcome) -> tuple[Errors, Erro
     return logits, errors._replace(worst=sine)
 
 
-def _loss_budget(oracle: whole.Outcome, allowed: Budget, precision: Precision) -> float:
-    """What the logits' budget lets the loss move.
+def _loss_budget(
+    logits: Tensor, loss_fn: whole.LossFunction, loss: float, allowed: Budget
+) -> float:
+    """How far the loss can move while every logit stays within its budget.
 
-    Softmax and sigmoid losses averaged over clips move at most twice as far as the logit that moves
-    most; a loss of large value also carries its own float32 rounding.
+    Taken at the two corners of the box that the loss's slope points to, which are the extremes of a
+    convex loss such as a softmax or sigmoid cross entropy; half as much again for other losses, and
+    for float32 rounding of the loss itself.
     """
-    largest = float(oracle.logits.abs().max())
-    assert oracle.loss is not None
-    return 2.0 * allowed.worst * max(largest, 1.0) + 1e-6 * abs(oracle.loss)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss_fn(leaf), leaf)
+    scale = float(logits.square().mean().sqrt())
+    reach = allowed.worst * logits.abs().clamp(min=scale) * slope.sign()
+    moved = (abs(float(loss_fn(logits + sign * reach)) - loss) for sign in (1.0, -1.0))
+    return 1.5 * max(moved) + 1e-6 * max(abs(loss), 1.0)

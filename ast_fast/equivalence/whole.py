@@ -62,7 +62,9 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
-def oracle_features(model: nn.Module, inputs: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+def oracle_features(
+    model: nn.Module, inputs: Tensor, lengths: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Features for the oracle in `dtype`: a spectrogram [B, S, F] as it is, a waveform [B, N] transformed."""
     if inputs.dim() == 3:
         return inputs.to(dtype)
@@ -90,7 +92,9 @@ def _outcome(
     parameters: dict[str, Tensor],
     upstream: Tensor | None,
 ) -> Outcome:
-    loss = None if loss_fn is None else float(loss_fn(logits.detach()))
+    # a loss of 16-bit logits would be rounded to 16 bits itself: training code widens them, too
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    loss = None if loss_fn is None else float(loss_fn(wide))
     grads: dict[str, Tensor] = {}
     if upstream is not None and parameters:
         found = torch.autograd.grad(

@@ -1,0 +1,163 @@
+"""Whole models against the reference: logits, the gradient of all parameters, and the worst of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend as backends
+from ..config import ModelConfig
+from . import whole
+from .budgets import Budget, Precision, budget, precision_of
+from .measures import Errors, measure, measure_all
+from .report import Row, make_row
+from .run_ops import SEED, native_backend, tf32
+
+CLIPS = 2
+
+
+def model_configs(full: bool) -> Iterator[tuple[str, ModelConfig]]:
+    """Small enough for a CPU, or AST-base on the three recipes' inputs."""
+    if full:
+        for name, frames in (("speechcommands", 128), ("esc50", 512), ("audioset", 1024)):
+            yield f"AST-base, {name}", ModelConfig(input_tdim=frames)
+        return
+    tiny, base = {"embed_dim": 192, "num_heads": 3}, {"embed_dim": 768, "num_heads": 12}
+    sizes = {"depth": 2, "label_dim": 35, "input_tdim": 128, "dead_heads": False}
+    yield "AST-tiny, 2 blocks", ModelConfig(**tiny, **sizes)
+    yield "AST-base width, 2 blocks", ModelConfig(**base, **sizes)
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """A model with random weights that are the same every time, the random state left as it was."""
+    from ..models.ast import ASTModel
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(SEED)
+        model = ASTModel.from_config(config)
+        # fresh LayerNorms and biases are exactly 1 and 0, which would hide a mistake in either
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def model_rows(
+    name: str,
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    allow_tf32: bool = False,
+    inputs: Tensor | None = None,
+) -> list[Row]:
+    """Rows of one model: in float32 as it is; in 16 bits under autocast, and narrow for inference.
+
+    Args:
+        name: for the table.
+        model: an `ast_fast.ASTModel` in float32; it is left on its device in its dtype.
+        device: where to run.
+        dtype: precision under test.
+        backend: as `use_backend`; "auto" takes the device's fast one where it can.
+        allow_tf32: let float32 products be rounded to TF32, as plain PyTorch then is.
+        inputs: features [B, S, F]; random ones by default.
+    """
+    precision = precision_of(dtype, allow_tf32)
+    model = whole.unwrap(model)
+    copy = type(model).from_config(model.config, model.frontend_config)
+    copy.load_state_dict(model.state_dict())
+    copy = copy.to(device, torch.float32).train(model.training)
+    for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    if inputs is None:
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (CLIPS, model.config.input_tdim, model.config.input_fdim)
+        inputs = 0.5 * torch.randn(shape, generator=generator)
+    inputs = inputs.to(device, torch.float32)
+    shape = "x".join(map(str, inputs.shape))
+    ran, note = _ran(device, dtype, backend)
+    autocast = None if dtype == torch.float32 else dtype
+    with tf32(False):
+        oracle, upstream = whole.run_oracle(copy, inputs, None, None, torch.float64, True)
+    with tf32(allow_tf32), backends.use_backend(ran):
+        fast = whole.run_fast(copy, inputs, None, None, upstream, autocast)
+        simple = whole.run_plain(copy, inputs, None, None, upstream, autocast)
+    label = precision if autocast is None else f"autocast {precision}"
+    rows = _rows(name, shape, label, precision, ran, fast, simple, oracle, note)
+    if autocast is None:
+        return rows
+    # pure 16-bit inference, parameters included
+    narrow, x = copy.to(dtype), inputs.to(dtype)
+    oracle, _ = whole.run_oracle(narrow, x, None, None, torch.float64, False)
+    with backends.use_backend(ran):
+        fast = whole.run_fast(narrow, x, None, None, None, None)
+        simple = whole.run_plain(narrow, x, None, None, None, None)
+    return rows + _rows(name, shape, precision, precision, ran, fast, simple, oracle, note)
+
+
+def _ran(device: torch.device, dtype: torch.dtype, backend: str) -> tuple[str, str]:
+    if backend != "auto":
+        return backend, ""
+    native = native_backend(device)
+    reason = backends.why_not(native, device.type, dtype)
+    if reason is None:
+        return "auto", ""
+    return "reference", f"models ran in plain PyTorch: {reason}"
+
+
+def _rows(
+    name: str,
+    shape: str,
+    label: str,
+    precision: Precision,
+    ran: str,
+    fast: whole.Outcome,
+    simple: whole.Outcome,
+    oracle: whole.Outcome,
+    note: str,
+) -> list[Row]:
+    ours, plain = measure(fast.logits, oracle.logits), measure(simple.logits, oracle.logits)
+    allowed = budget("logits", precision, plain)
+    rows = [make_row(f"{name}: logits", shape, label, ran, ours, plain, allowed, note)]
+    if not oracle.grads:
+        return rows
+    ours, plain = _all_grads(fast, oracle), _all_grads(simple, oracle)
+    allowed = budget("whole gradient", precision, plain)
+    what = f"{name}: gradient (1 - cosine)"
+    rows.append(make_row(what, shape, label, ran, ours, plain, allowed, note))
+    rows.append(_worst_parameter(name, shape, label, precision, ran, fast, simple, oracle, note))
+    return rows
+
+
+def _all_grads(outcome: whole.Outcome, oracle: whole.Outcome) -> Errors:
+    pairs = (outcome.grads[name] for name in oracle.grads), oracle.grads.values()
+    errors, sine = measure_all(*pairs)
+    return errors._replace(worst=sine)
+
+
+def _worst_parameter(
+    name: str,
+    shape: str,
+    label: str,
+    precision: Precision,
+    ran: str,
+    fast: whole.Outcome,
+    simple: whole.Outcome,
+    oracle: whole.Outcome,
+    note: str,
+) -> Row:
+    """The parameter whose gradient uses most of its own budget: so that none hides in the whole."""
+    found: list[tuple[float, str, Errors, Errors, Budget]] = []
+    for parameter, want in oracle.grads.items():
+        ours, plain = (
+            measure(outcome.grads[parameter], want)._replace(worst=0.0)
+            for outcome in (fast, simple)
+        )
+        allowed = budget("whole gradient", precision, plain)
+        found.append((ours.rel_l2 / allowed.rel_l2, parameter, ours, plain, allowed))
+    _, parameter, ours, plain, allowed = max(found, key=lambda entry: entry[0])
+    what = f"{name}: d {parameter} (nearest its budget)"
+    return make_row(what, shape, label, ran, ours, plain, allowed, note)
