@@ -78,9 +78,9 @@ class MonitorRow:
         for name, got, allowed in pairs:
             if not (got[0] <= allowed[0] and got[1] <= allowed[1]):
                 parts.append(f"{name} {_pair(got)}, budget {_pair(allowed)}")
-        if self.loss_error is not None and self.loss_budget is not None:
-            if not self.loss_error <= self.loss_budget:
-                parts.append(f"loss {self.loss_error:.2e}, budget {self.loss_budget:.2e}")
+        loss = self.loss_error, self.loss_budget
+        if loss[0] is not None and loss[1] is not None and not loss[0] <= loss[1]:
+            parts.append(f"loss {loss[0]:.2e}, budget {loss[1]:.2e}")
         return "; ".join(parts)
 
 

@@ -7,6 +7,7 @@ implementation makes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,12 +60,12 @@ def attention(
 
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     """Clip by clip over packed tokens [N, H, D]."""
-    clips = [slice(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    clips = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
     return torch.cat([attention(q[None, c], k[None, c], v[None, c])[0] for c in clips])
 
 
 def kaldi_fbank(wave: Tensor, **settings: Any) -> Tensor | None:
-    """torchaudio's Kaldi filterbank, clip by clip, as the original AST calls it; None if absent."""
+    """The Kaldi filterbank of torchaudio, clip by clip, as the original AST calls it; None if absent."""
     torchaudio = optional_import("torchaudio")
     kaldi = optional_import("torchaudio.compliance.kaldi") if torchaudio is not None else None
     if kaldi is None:

@@ -98,9 +98,9 @@ def _jobs(
     jobs: list[tuple[str, Callable[[], list[Row]]]] = []
     # TF32 is a precision of its own, and only a GPU has it
     settings = [(dtype, False) for dtype in dtypes]
-    if device.type == "cuda" and torch.float32 in dtypes:
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            settings.insert(1, (torch.float32, True))
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if ampere and torch.float32 in dtypes:
+        settings.append((torch.float32, True))
     if model is None:
         seconds = 10.0 if full else 2.0
         for mel in log_mel_cases():

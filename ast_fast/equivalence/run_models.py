@@ -39,7 +39,7 @@ def build(config: ModelConfig) -> nn.Module:
         model = ASTModel.from_config(config)
         # fresh LayerNorms and biases are exactly 1 and 0, which would hide a mistake in either
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.05 * torch.randn_like(parameter))
     return model
@@ -82,8 +82,8 @@ def model_rows(
     autocast = None if dtype == torch.float32 else dtype
     with tf32(False):
         oracle, upstream = whole.run_oracle(copy, inputs, None, None, torch.float64, True)
-    with tf32(allow_tf32), backends.use_backend(ran):
-        fast = whole.run_fast(copy, inputs, None, None, upstream, autocast)
+    with tf32(allow_tf32):
+        fast, ran, note = _run_fast(copy, inputs, upstream, autocast, ran, note)
         simple = whole.run_plain(copy, inputs, None, None, upstream, autocast)
     label = precision if autocast is None else f"autocast {precision}"
     rows = _rows(name, shape, label, precision, ran, fast, simple, oracle, note)
@@ -92,9 +92,8 @@ def model_rows(
     # pure 16-bit inference, parameters included
     narrow, x = copy.to(dtype), inputs.to(dtype)
     oracle, _ = whole.run_oracle(narrow, x, None, None, torch.float64, False)
-    with backends.use_backend(ran):
-        fast = whole.run_fast(narrow, x, None, None, None, None)
-        simple = whole.run_plain(narrow, x, None, None, None, None)
+    fast, ran, note = _run_fast(narrow, x, None, None, ran, note)
+    simple = whole.run_plain(narrow, x, None, None, None, None)
     return rows + _rows(name, shape, precision, precision, ran, fast, simple, oracle, note)
 
 
@@ -104,8 +103,26 @@ def _ran(device: torch.device, dtype: torch.dtype, backend: str) -> tuple[str, s
     native = native_backend(device)
     reason = backends.why_not(native, device.type, dtype)
     if reason is None:
-        return "auto", ""
+        return native, ""
     return "reference", f"models ran in plain PyTorch: {reason}"
+
+
+def _run_fast(
+    model: nn.Module,
+    inputs: Tensor,
+    upstream: Tensor | None,
+    autocast: torch.dtype | None,
+    backend: str,
+    note: str,
+) -> tuple[whole.Outcome, str, str]:
+    """The fast pass, on the named backend; where one op cannot run on it, as "auto" mixes them."""
+    try:
+        with backends.use_backend(backend):
+            return whole.run_fast(model, inputs, None, None, upstream, autocast), backend, note
+    except backends.BackendUnavailableError as error:
+        note = f"the model mixed backends: {error}"
+    with backends.use_backend("auto"):
+        return whole.run_fast(model, inputs, None, None, upstream, autocast), "auto", note
 
 
 def _rows(

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from .. import backend as backends
 from .budgets import budget, precision_of

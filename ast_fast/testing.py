@@ -1,0 +1,204 @@
+"""What tests of ops need: guard zones, poisoned memory, awkward layouts, seeded inputs, error checks.
+
+Kept in the package so that kernels can be tested on a machine that has only the installed wheel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .equivalence.budgets import Kind, budget, precision_of
+from .equivalence.measures import Errors, measure
+
+GUARD = 4096  # elements on either side of a guarded tensor
+_SENTINEL = {torch.int16: -21555, torch.int32: -1431655766, torch.int64: -6148914691236517206}
+_FLOAT_SENTINEL = -24672.0  # exact in every floating dtype
+
+
+class GuardZoneError(AssertionError):
+    """A kernel wrote outside a tensor."""
+
+
+class GuardZones:
+    """Tensors cut from larger buffers whose edges are checked afterwards.
+
+    >>> zones = GuardZones()
+    >>> x = zones.copy(torch.arange(3.0))
+    >>> x += 1
+    >>> zones.check()
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[str, Tensor, int, int]] = []
+
+    def empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        name: str = "tensor",
+    ) -> Tensor:
+        """A contiguous tensor of NaN (or the sentinel, for integers) between two guard zones."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        value = _SENTINEL.get(dtype, _FLOAT_SENTINEL)
+        buffer = torch.full((size + 2 * GUARD,), value, dtype=dtype, device=device)
+        self._buffers.append((name, buffer, GUARD, size))
+        inside = buffer[GUARD : GUARD + size]
+        if dtype.is_floating_point:
+            inside.fill_(float("nan"))
+        return inside.view(shape)
+
+    def copy(self, tensor: Tensor, name: str = "tensor") -> Tensor:
+        """A contiguous copy of a tensor between two guard zones."""
+        return self.empty(tuple(tensor.shape), tensor.dtype, tensor.device, name).copy_(tensor)
+
+    def check(self) -> None:
+        """Raise `GuardZoneError` if anything was written outside a tensor."""
+        for name, buffer, start, size in self._buffers:
+            value = _SENTINEL.get(buffer.dtype, _FLOAT_SENTINEL)
+            for side, zone in (("before", buffer[:start]), ("after", buffer[start + size :])):
+                changed = (zone != value).nonzero()
+                if len(changed):
+                    raise GuardZoneError(
+                        f"{len(changed)} elements {side} {name} were overwritten, the first at offset "
+                        f"{int(changed[0]) if side == 'after' else int(changed[0]) - start}"
+                    )
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[GuardZones]:
+    """Poison and guard what ast_fast allocates: `torch.empty`, `empty_like` and `new_empty`.
+
+    Inside, every such CPU or CUDA tensor starts as NaN (so that an element a kernel forgets is seen)
+    and lies between guard zones that are checked on the way out.
+    """
+    zones = GuardZones()
+    plain_empty, plain_like = torch.empty, torch.empty_like
+    plain_new = Tensor.new_empty
+
+    def fits(tensor: Tensor, options: dict[str, object]) -> bool:
+        known = {"dtype", "device", "requires_grad", "layout"}
+        return (
+            type(tensor) is Tensor
+            and tensor.is_contiguous()
+            and tensor.device.type in ("cpu", "cuda")
+            and not torch.compiler.is_compiling()
+            and set(options) <= known
+            and (tensor.is_floating_point() or tensor.dtype in _SENTINEL)
+        )
+
+    def guard(tensor: Tensor, options: dict[str, object]) -> Tensor:
+        if not fits(tensor, options):
+            return tensor
+        return zones.empty(tuple(tensor.shape), tensor.dtype, tensor.device, "an allocation")
+
+    def empty(*size: object, **options: object) -> Tensor:
+        return guard(plain_empty(*size, **options), options)  # type: ignore[call-overload]
+
+    def empty_like(tensor: Tensor, **options: object) -> Tensor:
+        return guard(plain_like(tensor, **options), options)  # type: ignore[arg-type]
+
+    def new_empty(self: Tensor, *size: object, **options: object) -> Tensor:
+        return guard(plain_new(self, *size, **options), options)  # type: ignore[arg-type]
+
+    with (
+        mock.patch.object(torch, "empty", empty),
+        mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(Tensor, "new_empty", new_empty),
+    ):
+        yield zones
+    zones.check()
+
+
+def random_tensor(
+    *shape: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    scale: float = 1.0,
+) -> Tensor:
+    """Standard normal entries times `scale`, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return draw.to(device=device, dtype=dtype)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 1 else x.clone()
+
+
+def _sliced(x: Tensor) -> Tensor:
+    wide = x.new_zeros((*x.shape[:-1], 2 * x.shape[-1]))
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def _row_sliced(x: Tensor) -> Tensor:
+    wide = x.new_zeros((2 * x.shape[0], *x.shape[1:]))
+    wide[::2] = x
+    return wide[::2]
+
+
+def _flipped(x: Tensor) -> Tensor:
+    return x.flip(0).contiguous().flip(0)
+
+
+def _offset(x: Tensor) -> Tensor:
+    buffer = x.new_zeros(x.numel() + 1)
+    buffer[1:] = x.reshape(-1)
+    return buffer[1:].view(x.shape)
+
+
+# the same numbers in memory layouts that kernels get wrong
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": _transposed,
+    "every second element": _sliced,
+    "every second row": _row_sliced,
+    "flipped": _flipped,
+    "one element off": _offset,
+}
+
+
+def assert_within(
+    result: Tensor,
+    oracle: Tensor,
+    kind: Kind,
+    plain: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    what: str = "result",
+) -> Errors:
+    """Assert that a result keeps its budget.
+
+    Args:
+        result: ours.
+        oracle: in float64.
+        kind: of budget.
+        plain: plain PyTorch's result, if its error may widen the budget.
+        dtype: whose budget; that of the result by default.
+        what: name for the message.
+    """
+    errors = measure(result, oracle)
+    reference = None if plain is None else measure(plain, oracle)
+    allowed = budget(kind, precision_of(dtype or result.dtype), reference)
+    assert allowed.admits(errors), (
+        f"{what}: worst {errors.worst:.2e}, relative L2 {errors.rel_l2:.2e}, "
+        f"budget {allowed.worst:.2e} {allowed.rel_l2:.2e}"
+    )
+    return errors
+
+
+def assert_same(result: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Assert equal shape, dtype and bits (NaN equals NaN)."""
+    assert result.shape == expected.shape and result.dtype == expected.dtype, (
+        f"{what}: {tuple(result.shape)} {result.dtype}, expected {tuple(expected.shape)} "
+        f"{expected.dtype}"
+    )
+    same = (result == expected) | (result.isnan() & expected.isnan())
+    assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} elements differ"
