@@ -97,6 +97,7 @@ class AudioReport:
         zeroed_samples: how many samples that were.
         clipped: clips with more than 1 % of their samples at full scale (left as they are).
         over_scale: float files with a peak above 1 (left as they are).
+        cut: clips longer than the model's input, of which only the start was used.
         skipped: files refused, by class of error.
         notes: the first messages, one a finding.
     """
@@ -110,6 +111,7 @@ class AudioReport:
     zeroed_samples: int = 0
     clipped: int = 0
     over_scale: int = 0
+    cut: int = 0
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -146,7 +148,11 @@ class AudioReport:
 
     def summary(self) -> str:
         """One line: what was read and everything that was changed or refused."""
-        parts = [f"{self.clips} clips read"]
+        return ", ".join(filter(None, (f"{self.clips} clips read", self.changes())))
+
+    def changes(self) -> str:
+        """What was changed or refused; empty if nothing was."""
+        parts = []
         for count, text in (
             (self.resampled, "resampled"),
             (self.downmixed, "mixed down to mono"),
@@ -155,6 +161,7 @@ class AudioReport:
             (self.zeroed_clips, f"with NaN or Inf zeroed ({self.zeroed_samples} samples)"),
             (self.clipped, "clipped"),
             (self.over_scale, "with a peak above 1"),
+            (self.cut, "cut to the model's input length"),
         ):
             if count:
                 parts.append(f"{count} {text}")

@@ -5,7 +5,6 @@ from .manifest import (
     Manifest,
     ManifestError,
     audio_files,
-    read_class_labels,
     read_folder,
     read_manifest,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "audio_files",
     "balanced_weights",
     "make_loader",
-    "read_class_labels",
     "read_folder",
     "read_manifest",
     "tone_datasets",

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..audio import AudioError, AudioReport, load
-from ..config import AudioConfig
+from ..config import AudioConfig, LogMelConfig
+from ..reference.mel import mel_sizes
 from .manifest import Manifest
 from .sampler import BatchSampler
 
@@ -60,6 +61,12 @@ class Batch:
     def __len__(self) -> int:
         return self.wave.shape[0]
 
+    def count_cut(self, front: LogMelConfig) -> None:
+        """Count in the report the clips of which the front end uses only the start."""
+        most = max_samples(front)
+        if most is not None:
+            self.report.cut += int((self.lengths > most).sum())
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
         moved = {
@@ -75,6 +82,14 @@ class Batch:
             for name in ("wave", "lengths", "targets", "indices")
         }
         return dataclasses.replace(self, **pinned)
+
+
+def max_samples(front: LogMelConfig) -> int | None:
+    """Samples that a front end of fixed length can use: up to one hop beyond its last frame."""
+    if front.num_frames is None:
+        return None
+    sizes = mel_sizes(front.sample_rate_hz, front.num_mel_bins, front.window_ms, front.hop_ms)
+    return sizes.window_samples + front.num_frames * sizes.hop_samples - 1
 
 
 class ClipSet(Protocol):

@@ -164,34 +164,6 @@ def audio_files(folder: Path) -> list[Path]:
     return found
 
 
-def read_class_labels(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names in order, and index by mid, of a `class_labels_indices.csv` (index,mid,display_name).
-
-    Raises:
-        ManifestError: with the line.
-    """
-    path = Path(path)
-    names: list[str] = []
-    mids: dict[str, int] = {}
-    for line, row in _csv_rows(path):
-        if not {"index", "display_name"} <= set(row):
-            raise ManifestError(
-                f"{path}, line 1: columns {', '.join(row)}: expected index,mid,display_name"
-            )
-        if row["index"] != str(len(names)):
-            raise ManifestError(
-                f"{path}, line {line}: index {row['index']!r}: expected {len(names)}, in order"
-            )
-        if not row["display_name"]:
-            raise ManifestError(f"{path}, line {line}: display_name is empty")
-        if row.get("mid"):
-            mids[row["mid"]] = len(names)
-        names.append(row["display_name"])
-    if not names:
-        raise ManifestError(f"{path}: holds no classes")
-    return tuple(names), mids
-
-
 def safe_cell(text: str) -> str:
     """A text that no spreadsheet takes for a formula, for CSV files that are written."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -80,6 +80,7 @@ def evaluate(
     bar = Progress(len(sampler), title="evaluation", enabled=progress)
     try:
         for batch in loader:
+            batch.count_cut(model.frontend_config)
             report.merge(batch.report)
             if len(batch):
                 batch = batch.to(device)

@@ -129,6 +129,7 @@ class Trainer:
         self.step = 0
         self.best: float | None = None
         self.audio_report = AudioReport()
+        self._said = ""
         self._epoch_clips = 0
         self._stop = False
         self._progress_wanted = progress and self.fabric.is_global_zero
@@ -186,6 +187,7 @@ class Trainer:
         )
         started, clips = time.perf_counter(), 0
         for batch in loader:
+            batch.count_cut(self.model.frontend_config)
             self.audio_report.merge(batch.report)
             values = self._train_step(batch, log) if len(batch) or config.devices > 1 else {}
             clips += len(batch)
@@ -222,8 +224,11 @@ class Trainer:
             text += "".join(f", {name} {value:.4f}" for name, value in figures.items())
             if log is not None:
                 log.write("eval", self.step, epoch=epoch, **figures)
-        skipped = self.audio_report.num_skipped
-        bar.say(text + (f"; {skipped} unreadable clips skipped so far" if skipped else ""))
+        bar.say(text)
+        said = self.audio_report.changes()
+        if said and said != self._said:
+            bar.say(f"  clips so far: {said}")
+            self._said = said
         self._save(best)
         if self._stop and self._sampler.epoch < self.config.epochs:
             raise TrainingInterrupted(self.run_dir, self.step)

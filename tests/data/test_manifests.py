@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from ast_fast.data import ManifestError, audio_files, read_class_labels, read_folder, read_manifest
+from ast_fast.data import ManifestError, audio_files, read_folder, read_manifest
 from ast_fast.data.manifest import safe_cell
 
 
@@ -46,28 +46,12 @@ def test_all_dialects_give_the_same_manifest(name, text, tmp_path):
     assert rows(write(tmp_path, text, name)) == EXPECTED
 
 
-def test_the_originals_class_file_gives_names_and_mids(tmp_path):
-    table = write(
-        tmp_path, 'index,mid,display_name\n0,/m/x,"Speech, male"\n1,/m/y,Dog\n', "classes.csv"
+def test_names_and_mids_of_a_class_table_are_both_labels(tmp_path):
+    data = write(tmp_path, '{"data": [{"wav": "1.wav", "labels": "/m/y,Speech"}]}', "d.json")
+    manifest = read_manifest(
+        data, classes=("Speech", "Dog"), aliases={"/m/x": 0, "/m/y": 1}, check_files=False
     )
-    names, mids = read_class_labels(table)
-    assert names == ("Speech, male", "Dog") and mids == {"/m/x": 0, "/m/y": 1}
-    data = write(tmp_path, '{"data": [{"wav": "1.wav", "labels": "/m/y,/m/x"}]}', "d.json")
-    manifest = read_manifest(data, classes=names, aliases=mids, check_files=False)
     assert manifest.labels == [(1, 0)] and manifest.class_counts() == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("index,mid,display_name\n1,/m/x,Dog\n", "line 2: index '1': expected 0"),
-        ("number,name\n0,Dog\n", "expected index,mid,display_name"),
-        ("index,mid,display_name\n", "holds no classes"),
-    ],
-)
-def test_broken_class_files_name_the_line(text, says, tmp_path):
-    with pytest.raises(ManifestError, match=says):
-        read_class_labels(write(tmp_path, text))
 
 
 @pytest.mark.parametrize(
