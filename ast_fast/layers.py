@@ -43,15 +43,30 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` computed by `ops.layer_norm`: under autocast it gives autocast's dtype."""
+    """`nn.LayerNorm` computed by `ops.layer_norm`.
+
+    Under autocast it gives autocast's dtype, which the matrix product after it asks for anyway.
+
+    Args:
+        dim: C.
+        eps: added to the variance.
+        keep_dtype: give the dtype of the input under autocast too, as PyTorch's own does: for
+            results that people see.
+    """
+
+    def __init__(self, dim: int, eps: float, keep_dtype: bool = False) -> None:
+        super().__init__(dim, eps=eps)
+        self.keep_dtype = keep_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., C]."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        out_dtype = x.dtype if self.keep_dtype else None
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, out_dtype)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """`total = x + residual`; returns the normalised total and the total."""
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        out_dtype = residual.dtype if self.keep_dtype else None
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, out_dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -221,7 +236,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, config.num_heads, config.mlp_ratio, config.eps) for _ in range(config.depth)
         )
-        self.norm = LayerNorm(dim, eps=config.eps)
+        self.norm = LayerNorm(dim, eps=config.eps, keep_dtype=True)
         if config.dead_heads:
             self.head = nn.Linear(dim, 1000)
         self._initialise(config, image_grid)

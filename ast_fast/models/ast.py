@@ -135,7 +135,7 @@ class ASTModel(nn.Module):
         self.original_embedding_dim = config.embed_dim
         self.v = Trunk(config, image_grid)
         self.mlp_head = nn.Sequential(
-            LayerNorm(config.embed_dim, eps=config.head_eps),
+            LayerNorm(config.embed_dim, eps=config.head_eps, keep_dtype=True),
             nn.Linear(config.embed_dim, config.label_dim),
         )
         if image_grid is not None:
