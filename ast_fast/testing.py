@@ -12,7 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from . import backend, ops, reference
+from .equivalence import cases
 from .equivalence.budgets import Kind, budget, precision_of
+from .equivalence.cases import OpCase, Tensors, normal
 from .equivalence.measures import Errors, measure
 
 GUARD = 4096  # elements on either side of a guarded tensor
@@ -202,3 +205,51 @@ def assert_same(result: Tensor, expected: Tensor, what: str = "result") -> None:
     )
     same = (result == expected) | (result.isnan() & expected.isnan())
     assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} elements differ"
+
+
+def log_mel_case(clips: int = 2, samples: int = 1600, lengths: list[int] | None = None) -> OpCase:
+    """The front end on noise, as a case like those of the other ops."""
+    tables = reference.mel.mel_tables(num_mel_bins=32)
+    frames = tables.num_frames(samples) + 1
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        tensors = {"wave": 0.1 * normal(generator, clips, samples)}
+        if lengths is not None:
+            tensors["lengths"] = torch.tensor(lengths)
+        return tensors
+
+    settings = {"num_mel_bins": 32, "num_frames": frames, "mean": -4.0, "std": 4.5}
+    return OpCase(
+        op="log_mel",
+        shape=f"{clips}x{samples}",
+        inputs=inputs,
+        ours=lambda t: {"y": ops.log_mel(t["wave"], t.get("lengths"), **settings)},
+        plain=lambda t: {
+            "y": reference.ops.log_mel(t["wave"], t.get("lengths"), tables, frames, -4.0, 4.5)
+        },
+        oracle=lambda t: {
+            "y": reference.ops.log_mel(t["wave"], t.get("lengths"), tables, frames, -4.0, 4.5)
+        },
+        kinds={"y": "waveform gradient", "dwave": "waveform gradient"},
+    )
+
+
+def small_op_cases() -> dict[str, OpCase]:
+    """One small case an op, by name: sizes odd where an op takes odd sizes."""
+    return {
+        "log_mel": log_mel_case(),
+        "log_mel with lengths": log_mel_case(3, 1700, [1700, 1000, 399]),
+        "layer_norm": cases.layer_norm(7, 33),
+        "add_layer_norm": cases.add_layer_norm(7, 33),
+        "mlp": cases.mlp(5, 12),
+        "patch_embed": cases.patch_embed(2, 41, 24, (16, 16), (56, 10)),
+        "attention": cases.attention(2, 37, 2, 32),
+        "attention with lengths": cases.attention(3, 19, 2, 32, [19, 7, 0]),
+        "attention_qkv": cases.attention_qkv(2, 21, 2, 32),
+        "attention_varlen": cases.attention_varlen([17, 1, 30], 2, 32),
+    }
+
+
+def available_backends() -> list[str]:
+    """Backends that run CPU tensors here."""
+    return ["reference"] + (["cpp"] if backend.why_not("cpp", "cpu", torch.float32) is None else [])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mel import MelTables
-from .ops import LSE_BLOCK, _statistics_dtype, gelu, varlen_offsets
+from .ops import LSE_BLOCK, _statistics_dtype, frames_inside, gelu, varlen_offsets
 
 
 def layer_norm(
@@ -175,6 +175,9 @@ def log_mel(
         return dwave
     win, hop = tables.window_samples, tables.hop_samples
     frames = wave.unfold(1, win, hop)[:, :whole]
+    if lengths is not None:  # the padding may hold NaN
+        inside = frames_inside(lengths, tables, whole)[:, :, None]
+        frames = torch.where(inside, frames, torch.zeros_like(frames))
     if tables.remove_dc:
         frames = frames - frames.mean(-1, keepdim=True)
     previous = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)
@@ -185,8 +188,7 @@ def log_mel(
     denergy = dy[:, :whole].to(wave.dtype) / (2.0 * std) / torch.clamp(energy, min=tables.log_floor)
     dead = energy <= tables.log_floor
     if lengths is not None:
-        starts = torch.arange(whole, device=wave.device) * hop
-        dead = dead | (starts + win > lengths[:, None])[:, :, None]
+        dead = dead | ~inside
     dpower = denergy.masked_fill(dead, 0.0) @ filters  # [B, S, n_fft // 2 + 1]
     # sum_k Re(conj(g_k) X_k) with g = 2 dpower X is a real inverse transform without Hermitian weights
     full = torch.fft.fft(torch.conj(2.0 * dpower * spectrum), n=tables.n_fft)

@@ -89,7 +89,7 @@ def patch_embed(
         x.transpose(1, 2).unfold(1, weight.shape[2], fstride).unfold(2, weight.shape[3], tstride)
     )
     b, f, t = patches.shape[:3]
-    rows = patches.reshape(b, f * t, -1)
+    rows = patches.reshape(b, f * t, weight.shape[2] * weight.shape[3])
     tokens = F.linear(rows, weight.flatten(1), bias)
     return torch.cat((prefix.expand(b, -1, -1), tokens), dim=1) + pos
 
@@ -124,7 +124,7 @@ def attention(
     # a clip without keys: p = exp(-inf - inf) = 0 rather than exp(-inf + inf) = NaN
     lse = torch.where(lse == -torch.inf, torch.full_like(lse, torch.inf), lse)
     p = torch.exp(scores - lse[..., None])
-    o = torch.einsum("bhqk,bkhd->bqhd", p, v.to(stats)).to(v.dtype)
+    o = torch.einsum("bhqk,bkhd->bqhd", p, v.to(stats)).to(v.dtype).contiguous()
     padding = -q.shape[1] % LSE_BLOCK
     return o, F.pad(lse, (0, padding), value=float("inf"))
 
@@ -179,6 +179,12 @@ def power_spectrum(frames: Tensor, tables: MelTables) -> Tensor:
     return spectrum.real.square() + spectrum.imag.square()
 
 
+def frames_inside(lengths: Tensor, tables: MelTables, whole: int) -> Tensor:
+    """Which of the first `whole` frames lie within a clip's valid samples: [B, whole] bool."""
+    ends = torch.arange(whole, device=lengths.device) * tables.hop_samples + tables.window_samples
+    return ends <= lengths[:, None]
+
+
 def log_mel(
     wave: Tensor,  # [B, N] float, or int16 scaled by 1/32768
     lengths: Tensor | None,  # [B] valid samples a clip
@@ -197,18 +203,16 @@ def log_mel(
     b, n = wave.shape
     if lengths is None:
         lengths = torch.full((b,), n, dtype=torch.int64, device=wave.device)
-    whole = min(tables.num_frames(n), num_frames)
-    features = wave.new_zeros((b, 0, tables.num_mel_bins))
-    if whole and b:
+    whole = min(tables.num_frames(n), num_frames) if b else 0
+    if not whole:  # an empty part of the waveform, so that its gradient is zeros rather than missing
+        features = wave[:, :0, None].expand(b, 0, tables.num_mel_bins)
+    else:
         frames = wave.unfold(1, tables.window_samples, tables.hop_samples)[:, :whole]
+        inside = frames_inside(lengths, tables, whole)[:, :, None]
+        # before the transform and after it: what lies in the padding may be NaN, whose gradient is too
+        frames = torch.where(inside, frames, torch.zeros_like(frames))
         energy = power_spectrum(frames, tables) @ tables.filters.to(wave).T
         features = torch.log(torch.clamp(energy, min=tables.log_floor))
-    counts = torch.where(
-        lengths < tables.window_samples,
-        torch.zeros_like(lengths),
-        1 + torch.div(lengths - tables.window_samples, tables.hop_samples, rounding_mode="floor"),
-    )
-    inside = torch.arange(whole, device=wave.device) < counts[:, None]
-    features = torch.where(inside[:, :, None], features, torch.zeros_like(features))
+        features = torch.where(inside, features, torch.zeros_like(features))
     features = F.pad(features, (0, 0, 0, num_frames - whole))
     return ((features - mean) / (2.0 * std)).to(out_dtype or wave.dtype)
