@@ -268,8 +268,8 @@ def _write_report(
             (f"{results['accuracy']:.1%}", f"accuracy on {len(test)} unseen clips"),
             (f"{results['chance']:.0%}", "by always naming the most frequent tone"),
             (f"{results['seconds']:.0f} s", "from recordings to this page"),
-            (f"{speed['inference']:.2f}x", "inference against plain PyTorch"),
-            (f"{speed['training step']:.2f}x", "training against plain PyTorch"),
+            (f"{speed['Inference']:.2f}x", "inference against plain PyTorch"),
+            (f"{speed['Training step']:.2f}x", "training against plain PyTorch"),
         ]
     )
     report.section("Learning")

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._optional import require_package
@@ -73,6 +74,7 @@ def training_curves(log: Rows, chance: float | None = None) -> bytes:
     scores = [r[name] for r in evals]
     right.plot(epochs, scores, color=OURS, marker="o", ms=3.5, lw=1.6)
     right.set(title=f"{title} on the evaluation set", xlabel="epoch", ylabel=title.lower())
+    right.xaxis.get_major_locator().set_params(integer=True)
     if scores:
         right.annotate(
             f"{scores[-1]:.3f}",
@@ -162,13 +164,16 @@ def attention_overlays(
     figure, axes = _figure(2, count, 2.5 * count + 1.0, 5.0)
     extent = (0.0, frames * seconds_per_frame, -0.5, bins - 0.5)
     ticks = [index for index in range(bins) if index % max(1, bins // 5) == bins // 10]
-    plain = heat = None
+    plain = None
+    # padding is raw 0, louder than most sound, and must not decide the colours
+    heard = torch.cat([s[:, :n].flatten() for s, n in zip(spectrograms, lengths, strict=True)])
+    low, high = float(heard.quantile(0.03)), float(heard.quantile(0.995))
     for column in range(count):
         # padding is no sound: it is left white
         kept = spectrograms[column].clone()
         kept[:, lengths[column] :] = float("nan")
         weight = attention[column].clone()
-        weight[:, lengths[column] :] = float("nan")
+        weight[:, lengths[column] :] = 0
         for axis in axes[:, column]:
             axis.grid(False)
             axis.set_yticks(ticks, [f"{bin_hz[index]:.0f}" for index in ticks])
@@ -179,19 +184,22 @@ def attention_overlays(
             "extent": extent,
             "interpolation": "nearest",
         }
-        plain = axes[0, column].imshow(kept.numpy(), cmap="magma", vmin=-14, vmax=2, **options)
-        axes[1, column].imshow(kept.numpy(), cmap="gray", vmin=-14, vmax=6, **options)
-        low, high = weight[:, : lengths[column]].min(), weight[:, : lengths[column]].max()
-        scaled = (weight - low) / (high - low).clamp(min=1e-12)
-        heat = axes[1, column].imshow(
-            scaled.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.62, **options
+        plain = axes[0, column].imshow(kept.numpy(), cmap="magma", vmin=low, vmax=high, **options)
+        axes[1, column].imshow(kept.numpy(), cmap="gray", vmin=low, vmax=high + 4, **options)
+        inside = weight[weight > 0]
+        scaled = ((weight - inside.min()) / (inside.max() - inside.min())).clamp(0, 1)
+        # little attention is transparent, much covers the sound
+        opacity = torch.where(weight > 0, 0.1 + 0.75 * scaled, 0.0)
+        axes[1, column].imshow(
+            scaled.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=opacity.numpy(), **options
         )
         axes[0, column].set_title(titles[column])
         axes[1, column].set_xlabel("time (s)")
     axes[0, 0].set_ylabel("log-mel\nfrequency (Hz)")
     axes[1, 0].set_ylabel("attention over it\nfrequency (Hz)")
     figure.colorbar(plain, ax=axes[0, :].tolist(), label="ln energy", shrink=0.9)
-    figure.colorbar(heat, ax=axes[1, :].tolist(), label="attention, least to most", shrink=0.9)
+    solid = require_package("matplotlib.cm", "plots", "train").ScalarMappable(cmap="inferno")
+    figure.colorbar(solid, ax=axes[1, :].tolist(), label="attention, least to most", shrink=0.9)
     return _png(figure)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def compare_throughput(
     def ours() -> Tensor:
         with torch.no_grad():
             features = log_mel_features(wave, front, lengths)
-        return fast(features)
+        logits: Tensor = fast(features)
+        return logits
 
     tables = mel_tables(
         front.sample_rate_hz,
@@ -94,8 +95,8 @@ def compare_throughput(
     inference = {"ours": torch.no_grad()(ours), "plain": torch.no_grad()(plain)}
     clips = len(wave)
     return [
-        {"what": "inference", **_measure(inference, clips, rounds, wave.device)},
-        {"what": "training step", **_measure(steps, clips, rounds, wave.device)},
+        {"what": "Inference", **_measure(inference, clips, rounds, wave.device)},
+        {"what": "Training step", **_measure(steps, clips, rounds, wave.device)},
     ]
 
 
@@ -106,14 +107,15 @@ def _training_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(forward(), targets).backward()
+        loss = torch.nn.functional.cross_entropy(forward(), targets)
+        loss.backward()
         optimizer.step()
 
     return step
 
 
 def _measure(
-    sides: dict[str, Callable[[], object]], clips: int, rounds: int, device: torch.device
+    sides: Mapping[str, Callable[[], object]], clips: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):

@@ -136,6 +136,11 @@ class Trainer:
         self._store = CheckpointStore(self.run_dir / "checkpoints", config.keep_checkpoints)
         if resume:
             self._resume()
+        elif self._store.pointer("latest") is not None:
+            self._store.close()
+            raise TrainingError(
+                f"{self.run_dir} holds a run already: resume it, delete it or choose another folder"
+            )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay acts on matrices only, not on biases, norms and tokens."""

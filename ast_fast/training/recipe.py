@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from ..config import AudioConfig, Config, LogMelConfig, TrainConfig, check
 
@@ -17,27 +17,38 @@ class RunConfig(Config):
     """A run: model, front end, how files are read, and the training itself.
 
     Attributes:
-        model: a name of `ast_fast.list_models()`, or a pretrained directory to start from.
-        frontend: log-mel settings; its sizes are the model's input sizes.
-        audio: how files are read; the sample rate is the front end's.
+        model: a name of `ast_fast.list_models()`, or a pretrained directory or file to start from.
+        frontend: log-mel settings, whose sizes become the model's input sizes; by default those
+            that the model comes with.
+        statistics: "given" takes the front end's mean and std, "measure" those of training clips.
+        audio: how files are read; its sample rate is set to the front end's.
         train: optimisation, logging, checkpoints.
     """
 
     model: str = "ast_mini_p16_s10"
-    frontend: LogMelConfig = LogMelConfig(num_frames=128)  # noqa: RUF009 - frozen
-    audio: AudioConfig = AudioConfig()  # noqa: RUF009
+    frontend: LogMelConfig | None = None
+    statistics: Literal["given", "measure"] = "given"
+    audio: AudioConfig = AudioConfig()  # noqa: RUF009 - frozen
     train: TrainConfig = TrainConfig()  # noqa: RUF009
 
     def __post_init__(self) -> None:
         check(
-            self.audio.sample_rate_hz == self.frontend.sample_rate_hz,
-            f"audio.sample_rate_hz={self.audio.sample_rate_hz} and frontend.sample_rate_hz="
-            f"{self.frontend.sample_rate_hz} differ: set both to the same rate",
+            self.statistics in ("given", "measure"),
+            f"statistics={self.statistics!r}: expected given or measure",
         )
         check(
-            self.frontend.num_frames is not None,
+            self.frontend is None or self.frontend.num_frames is not None,
             "frontend.num_frames is not set: expected the model's input length in frames",
         )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from nested dicts; see `Config.from_dict`."""
+        frontend = values.get("frontend")
+        if isinstance(frontend, Mapping):
+            values = {**values, "frontend": LogMelConfig.from_dict(frontend)}
+        # zero-argument super() does not work in a class that slots=True rebuilds
+        return super(RunConfig, cls).from_dict(values)
 
 
 def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

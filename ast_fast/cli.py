@@ -1,0 +1,274 @@
+"""The command `ast-fast`: demo, train, eval, tag, verify, bench, convert, doctor.
+
+Only the arguments live here, so that `--help` answers without loading PyTorch; the work is in
+`commands`. A mistake of the user is one line on standard error and exit status 2; `--debug` shows
+where it was found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ._optional import MissingPackageError
+
+try:
+    import tyro
+    from tyro.conf import Positional, UseAppendAction
+except ImportError as error:
+    raise MissingPackageError(
+        f"the command ast-fast needs tyro ({error}): pip install 'ast-fast[cli]'"
+    ) from error
+
+
+def demo(
+    run: Path = Path("runs/demo"),
+    seed: int = 0,
+    epochs: int | None = None,
+    resume: bool = False,
+    compare_training: bool = False,
+) -> int:
+    """Train a small AST on real speech, evaluate, tag, compare speed, and write a report.
+
+    Args:
+        run: folder for the results; an earlier demo there is replaced.
+        seed: of the split, the weights and the order.
+        epochs: fewer for a quick look (default: 15).
+        resume: go on after an interruption.
+        compare_training: train plain PyTorch alike too and report its accuracy.
+    """
+    from . import commands
+
+    return commands.demo(run, seed, epochs, resume, compare_training)
+
+
+def train(
+    data: Path | None = None,
+    run: Path = Path("runs/train"),
+    eval_data: Path | None = None,
+    holdout: float = 0.1,
+    root: Path | None = None,
+    labels: Path | None = None,
+    config: Path | None = None,
+    set_: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")] = (),
+    resume: bool = False,
+) -> int:
+    """Train on a manifest (.csv, .jsonl, .json) or a folder per class.
+
+    Args:
+        data: manifest or folder to train on.
+        run: folder for checkpoints, log and the trained model.
+        eval_data: manifest or folder to evaluate on after each epoch.
+        holdout: share of the clips to evaluate on if eval_data is not given; 0 for none.
+        root: folder that the paths of manifests start from (default: the manifest's folder).
+        labels: class_labels_indices.csv or a list of names, in the order of the classes.
+        config: TOML file with model, [frontend], [audio], [train], [train.augment], [train.monitor].
+        set_: one setting, as train.epochs=3; may be repeated, and wins over the file.
+        resume: go on with the run in the run folder; data and settings are those it began with.
+    """
+    from . import commands
+
+    return commands.train(data, run, eval_data, holdout, root, labels, config, tuple(set_), resume)
+
+
+def evaluate(
+    data: Path,
+    model: str,
+    root: Path | None = None,
+    labels: Path | None = None,
+    multi_label: bool = False,
+    batch_size: int = 32,
+    check: bool = True,
+    json: Path | None = None,
+    per_class: Path | None = None,
+) -> int:
+    """Evaluate a model on a manifest or a folder per class.
+
+    Args:
+        data: manifest or folder.
+        model: pretrained directory, file or hub id.
+        root: folder that the paths of a manifest start from.
+        labels: class_labels_indices.csv or a list of names; default: the model's own.
+        multi_label: clips have several labels: mean average precision rather than accuracy.
+        batch_size: clips a batch.
+        check: compare the first batch with the float64 reference.
+        json: write all figures here.
+        per_class: write one line a class here (CSV).
+    """
+    from . import commands
+
+    return commands.evaluate(
+        data, model, root, labels, multi_label, batch_size, check, json, per_class
+    )
+
+
+def tag(
+    paths: Positional[tuple[Path, ...]],
+    model: str,
+    top_k: int = 5,
+    labels: Path | None = None,
+    activation: Literal["auto", "softmax", "sigmoid"] = "auto",
+    keep_truncated: bool = False,
+    batch_size: int = 16,
+    json: bool = False,
+) -> int:
+    """Print the most probable labels of files, and of all audio files in folders.
+
+    Bad files are reported and skipped; the exit status is then 1.
+
+    Args:
+        paths: files and folders.
+        model: pretrained directory, file or hub id.
+        top_k: labels a file.
+        labels: class_labels_indices.csv or a list of names; default: the model's own.
+        activation: sigmoid for several labels a clip, softmax for one; auto takes sigmoid for 527
+            classes.
+        keep_truncated: use what there is of truncated files.
+        batch_size: clips run at a time.
+        json: print one JSON object a file instead of text.
+    """
+    from . import commands
+
+    return commands.tag(paths, model, top_k, labels, activation, keep_truncated, batch_size, json)
+
+
+def verify(
+    device: str | None = None,
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
+    backend: Literal["auto", "triton", "cpp", "reference"] = "auto",
+    full: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Compare every op and the whole model with the float64 reference on this machine.
+
+    The exit status is 1 if an error is over its budget.
+
+    Args:
+        device: cpu, cuda, cuda:1 (default: the GPU if there is one).
+        dtypes: default: those the device is fast in.
+        backend: which implementation to check.
+        full: full-size shapes and depth.
+        json: write the report here.
+    """
+    from . import commands
+
+    return commands.verify(device, dtypes, backend, full, json)
+
+
+def convert(
+    source: Positional[str],
+    out: Positional[Path],
+    to: Literal["ast_fast", "transformers"] = "ast_fast",
+    labels: Path | None = None,
+) -> int:
+    """Convert weights of the original, timm, transformers or ours.
+
+    Pickled files (.pth) are read as plain tensors only; code in them never runs.
+
+    Args:
+        source: file, directory or hub id.
+        out: directory to write.
+        to: form to write.
+        labels: class_labels_indices.csv or a list of names to keep with the model.
+    """
+    from . import commands
+
+    return commands.convert(source, out, to, labels)
+
+
+def doctor() -> int:
+    """Print what is installed, which devices there are, and which backend each op takes and why."""
+    from . import commands
+
+    return commands.doctor()
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "tag": tag,
+    "verify": verify,
+    "convert": convert,
+    "doctor": doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    # threads that wait for each other by spinning make a shared machine many times slower; this must
+    # be set before PyTorch loads OpenMP
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    try:
+        if arguments[:1] == ["bench"]:
+            # the benchmarks have a command line of their own
+            return bench(arguments[1:])
+        return int(
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS | {"bench": _bench_help},
+                prog="ast-fast",
+                description="Audio Spectrogram Transformers, fast, with the same numbers. "
+                "Any command takes --debug.",
+                args=arguments,
+                sort_subcommands=False,
+            )
+        )
+    except KeyboardInterrupt as interrupt:
+        if debug:
+            raise
+        print(f"ast-fast: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe went away: no complaint, and none when Python closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug or not is_user_error(error):
+            raise
+        print(f"ast-fast: error: {error}", file=sys.stderr)
+        return 2
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether a message says it all: bad input, missing files and packages, stopped runs."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    # these need PyTorch, which has been loaded if one of them was raised
+    from .backend import BackendUnavailableError
+    from .equivalence import EquivalenceError
+    from .throughput import DisagreementError
+    from .training import TrainingError
+
+    return isinstance(
+        error, (BackendUnavailableError, EquivalenceError, DisagreementError, TrainingError)
+    )
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Run the benchmarks of a checkout with their own arguments."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "run.py").is_file():
+        raise ValueError(
+            "the benchmarks are not part of an installed package: run this in a checkout of ast_fast"
+        )
+    sys.path.insert(0, str(checkout))
+    from benchmarks import run  # type: ignore[import-untyped,unused-ignore]
+
+    return int(run.main(list(arguments)))
+
+
+def _bench_help() -> int:
+    """Measure speed beside other implementations (see ast-fast bench --help)."""
+    return bench([])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
