@@ -34,6 +34,9 @@ _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "
 # one specialisation of a kernel then serves every layout, with 16-byte loads.
 _ALIGNMENT = 16
 
+# A scale that makes every score 0 as surely as 0 does.
+_SMALLEST_SCALE = 1e-30
+
 
 class Config(NamedTuple):
     """One compiled form of a kernel."""
@@ -178,6 +181,8 @@ def forward(
     if scale < 0:
         # the kernel takes the maximum before it scales
         q, scale = -q, -scale
+    # it masks before it scales too, and -inf times 0 is NaN
+    scale = max(scale, _SMALLEST_SCALE)
     q, k, v = aligned(q), aligned(k), aligned(v)
     capability = _tuned.capability(q.device)
     arithmetic = kind(q.dtype, allow_tf32, capability)
