@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -106,7 +107,8 @@ def measure(
     """All rows of one case; never raises for what a candidate does."""
     gc.collect()
     # the cache of compiled shapes is bounded: earlier cases must not push this one into eager
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     try:
         rows, runs, _inputs = check(case, settings)
     except Exception as error:  # inputs or oracle: out of memory, say

@@ -20,7 +20,7 @@ from .timing import Limits, describe
 Job = dict[str, Any]
 
 _CHECK_LIMIT_S = 150
-_CASE_LIMIT_S = 180
+_CASE_LIMIT_S = 240
 
 
 def device_job() -> Job:

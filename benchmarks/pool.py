@@ -100,58 +100,75 @@ class Worker:
 Finished = Callable[[Job, dict[str, Any]], None]
 
 
-def run(
-    jobs: list[Job], setup: dict[str, Any], finished: Finished, *, slots: int, deadline: float
-) -> list[Job]:
-    """Run jobs in order on `slots` workers at a time; `finished` is called for each, one at a time.
+class Pool:
+    """Workers that are kept between runs: starting one takes seconds."""
 
-    Args:
-        jobs: what to do; no job starts once `deadline` has passed, and none outlasts it by much.
-        setup: first message to each worker.
-        finished: gets the job and its answer.
-        slots: workers side by side; 1 where times are measured.
-        deadline: on the monotonic clock.
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._setup = setup  # the first message to each worker
+        self._idle: list[Worker] = []
+        self._lock = threading.Lock()
 
-    Returns:
-        The jobs that did not start.
-    """
-    waiting = collections.deque(jobs)
-    lock = threading.Lock()
-    faults: queue.Queue[BaseException] = queue.Queue()
+    def __enter__(self) -> Pool:
+        return self
 
-    def take() -> Job | None:
-        with lock:
-            if not waiting or time.monotonic() >= deadline or not faults.empty():
-                return None
-            return waiting.popleft()
+    def __exit__(self, *_: object) -> None:
+        for worker in self._idle:
+            worker.close()
+        self._idle.clear()
 
-    def slot() -> None:
-        worker: Worker | None = None
+    def run(self, jobs: list[Job], finished: Finished, *, slots: int, deadline: float) -> list[Job]:
+        """Run jobs in order on `slots` workers at a time.
+
+        Args:
+            jobs: what to do; none starts once `deadline` has passed, and none outlasts it by much.
+            finished: called with each job and its answer, one at a time.
+            slots: workers side by side; 1 where times are measured.
+            deadline: on the monotonic clock.
+
+        Returns:
+            The jobs that did not start.
+        """
+        waiting = collections.deque(jobs)
+        faults: queue.Queue[BaseException] = queue.Queue()
+
+        def take() -> Job | None:
+            with self._lock:
+                if not waiting or time.monotonic() >= deadline or not faults.empty():
+                    return None
+                return waiting.popleft()
+
+        def serve() -> None:
+            try:
+                while (job := take()) is not None:
+                    answer = self._answer(job, deadline)
+                    with self._lock:
+                        finished(job, answer)
+            except BaseException as error:
+                faults.put(error)
+
+        threads = [threading.Thread(target=serve, daemon=True) for _ in range(max(1, slots))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if not faults.empty():
+            raise faults.get()
+        return list(waiting)
+
+    def _answer(self, job: Job, deadline: float) -> dict[str, Any]:
+        """The answer to a job; a worker that dies over it is replaced by the next job's."""
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
         try:
-            while (job := take()) is not None:
-                try:
-                    if worker is None:
-                        worker = Worker(setup)
-                    left = max(5.0, deadline - time.monotonic())
-                    answer = worker.ask(job, min(job["limit_s"], left + 10.0))
-                except Died as error:
-                    answer = {"rows": [vars(failed_row(job, str(error)))], "lost": True}
-                with lock:
-                    finished(job, answer)
-                if answer.get("lost") and worker is not None:
-                    worker.close()
-                    worker = None
-        except BaseException as error:
-            faults.put(error)
-        finally:
-            if worker is not None:
+            worker = worker or Worker(self._setup)
+            left = max(5.0, deadline - time.monotonic())
+            answer = worker.ask(job, min(job["limit_s"], left + 10.0))
+        except Died as error:
+            answer = {"rows": [vars(failed_row(job, str(error)))], "lost": True}
+        if worker is not None:
+            if answer.get("lost"):
                 worker.close()
-
-    threads = [threading.Thread(target=slot, daemon=True) for _ in range(max(1, slots))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if not faults.empty():
-        raise faults.get()
-    return list(waiting)
+            else:
+                with self._lock:
+                    self._idle.append(worker)
+        return answer

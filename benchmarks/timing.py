@@ -131,6 +131,7 @@ def interleave(
             failed[name] = describe(error)
     samples: dict[str, list[float]] = {name: [] for name in repeats}
     index = 0
+    gc.collect()
     start = time.perf_counter()
     while samples:
         rounds = len(next(iter(samples.values())))
@@ -139,7 +140,6 @@ def interleave(
             break
         names = list(samples)
         order.shuffle(names)
-        gc.collect()
         for name in names:
             try:
                 samples[name].append(clock.sample(calls[name], repeats[name], index))

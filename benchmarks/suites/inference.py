@@ -20,7 +20,7 @@ from ..models import (
     with_timm,
     with_transformers,
 )
-from ..peers import compiled, feature_extractor, need, torchaudio_fbank
+from ..peers import compiled, compiled_parts, feature_extractor, need, torchaudio_fbank
 from .frontend import RATE, waves
 
 Build = Callable[[str, int, int, State], nn.Module]
@@ -80,9 +80,11 @@ def _candidate(
         state = weights(size, frames, depth)
         return on(build(size, frames, depth, state), settings, dtype).eval()
 
-    def runner(depth: int, inputs: list[Inputs]) -> Run:
+    def runner(depth: int, inputs: list[Inputs], gate: bool = False) -> Run:
         network = model(depth)
-        call = compiled(network) if compile_ else network
+        # a check need not compile a whole network of another batch size
+        finish = compiled_parts if gate else compiled
+        call = finish(network) if compile_ else network
 
         def run(index: int) -> tuple[Tensor]:
             with torch.no_grad():
@@ -94,7 +96,7 @@ def _candidate(
         name,
         lambda inputs: runner(depth_of(settings), inputs),
         yardstick=name == "torch",
-        prepare_gate=lambda given: runner(gate_depth(settings), [given]),
+        prepare_gate=lambda given: runner(gate_depth(settings), [given], gate=True),
         timed=timed,
     )
 

@@ -25,7 +25,7 @@ from ..models import (
     with_timm,
     with_transformers,
 )
-from ..peers import compiled
+from ..peers import compiled, compiled_parts
 from .inference import Build, depth_of, gate_depth, on
 
 
@@ -89,7 +89,7 @@ def _candidate(
         depth = gate_depth(settings)
         network = model(depth)
         order = sorted(weights(size, frames, depth))
-        call = compiled(network) if compile_ else network
+        call = compiled_parts(network) if compile_ else network
 
         def run(_: int) -> tuple[Tensor, Tensor]:
             loss = _loss(call, inputs, settings, dtype)
