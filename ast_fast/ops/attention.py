@@ -206,7 +206,8 @@ def attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Registered op: gradients of q, k and v."""
-    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    grads = (dq, dk, dv)
     _run_backward(
         do, q, k, v, o, lse, key_lengths, scale, deterministic, allow_tf32, backend, grads
     )
@@ -257,7 +258,8 @@ def attention_qkv_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Registered op on [B, T, 3, H, D]: o and the padded log-sum-exp."""
-    return _forward(*qkv.unbind(2), key_lengths, scale, allow_tf32, backend)
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v, key_lengths, scale, allow_tf32, backend)
 
 
 @attention_qkv_op.register_fake
@@ -288,17 +290,10 @@ def attention_qkv_backward_op(
 ) -> Tensor:
     """Registered op: the gradient of the fused buffer, written in place of three."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    q, k, v = qkv.unbind(2)
+    grads = dqkv.unbind(2)
     _run_backward(
-        do,
-        *qkv.unbind(2),
-        o,
-        lse,
-        key_lengths,
-        scale,
-        deterministic,
-        allow_tf32,
-        backend,
-        dqkv.unbind(2),
+        do, q, k, v, o, lse, key_lengths, scale, deterministic, allow_tf32, backend, grads
     )
     return dqkv
 

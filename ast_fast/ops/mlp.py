@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend, reference
@@ -66,8 +67,8 @@ def mlp_op(
     rows = x.reshape(-1, x.shape[-1])
     h: Tensor | None
     if backend == "reference":
-        h = reference.ops.F.linear(rows, w1, b1)
-        y = reference.ops.F.linear(reference.ops.gelu(h), w2, b2)
+        h = F.linear(rows, w1, b1)
+        y = F.linear(reference.ops.gelu(h), w2, b2)
     else:
         y, h = _load(backend).forward(rows, w1, b1, w2, b2, save)
     saved = x.new_empty((0, w1.shape[0])) if h is None or not save else h
@@ -89,13 +90,13 @@ def mlp_backward_op(
     """Registered op: gradients of x, w1, b1, w2, b2; an empty tensor where none is needed."""
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     if backend == "reference":
-        grads = list(reference_backward.mlp(dy_rows, rows, h, w1, w2))
+        computed = reference_backward.mlp(dy_rows, rows, h, w1, w2)
     else:
-        grads = list(_load(backend).backward(dy_rows, rows, h, w1, w2, tuple(needs)))
-    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    if grads[0] is not None:
+        computed = _load(backend).backward(dy_rows, rows, h, w1, w2, tuple(needs))
+    grads = [grad if need else x.new_empty(0) for grad, need in zip(computed, needs, strict=True)]
+    if needs[0]:
         grads[0] = grads[0].view(x.shape)
-    return [x.new_empty(0) if grad is None else grad for grad in grads]
+    return grads
 
 
 @mlp_backward_op.register_fake

@@ -84,7 +84,8 @@ def patch_embed(
         fstride >= 1 and tstride >= 1,
         f"fstride={fstride}, tstride={tstride}: expected at least 1",
     )
-    f, t = patch_grid(x.shape[2], x.shape[1], tuple(weight.shape[2:]), (fstride, tstride))
+    patch = (weight.shape[2], weight.shape[3])
+    f, t = patch_grid(x.shape[2], x.shape[1], patch, (fstride, tstride))
     expected = (prefix.shape[0] + f * t, weight.shape[0])
     require(
         pos.shape == expected,
