@@ -121,9 +121,12 @@ def attention(
         if k.shape[1]
         else scores.new_full(scores.shape[:3], -torch.inf)
     )
-    # a clip without keys: p = exp(-inf - inf) = 0 rather than exp(-inf + inf) = NaN
-    lse = torch.where(lse == -torch.inf, torch.full_like(lse, torch.inf), lse)
-    p = torch.exp(scores - lse[..., None])
+    # softmax rather than exp(scores - lse), which loses the digits that a large lse does not hold
+    p = torch.softmax(scores, dim=-1)
+    # a clip without keys: probabilities are 0 rather than 0/0, and stay 0 in exp(scores - lse)
+    empty = lse == -torch.inf
+    p = torch.where(empty[..., None], torch.zeros_like(p), p)
+    lse = torch.where(empty, torch.full_like(lse, torch.inf), lse)
     o = torch.einsum("bhqk,bkhd->bqhd", p, v.to(stats)).to(v.dtype).contiguous()
     padding = -q.shape[1] % LSE_BLOCK
     return o, F.pad(lse, (0, padding), value=float("inf"))
