@@ -331,7 +331,7 @@ def tag(
             report.skip(result.error)
             print(f"ast-fast: skipped {result.error}", file=sys.stderr, flush=True)
             if as_json:
-                print(json.dumps({"file": result.source, "error": result.error.reason}))
+                print(json.dumps({"file": result.path, "error": result.error.reason}))
             continue
         tagged += 1
         report.merge(result.report)
@@ -340,7 +340,7 @@ def tag(
             print(
                 json.dumps(
                     {
-                        "file": result.source,
+                        "file": result.path,
                         "labels": found,
                         "windows": result.windows,
                         "notes": result.report.notes,

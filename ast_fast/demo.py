@@ -144,7 +144,7 @@ def run_demo(
         "chance": chance,
         "seed": seed,
         "evaluation": evaluation.to_dict(),
-        "tagged": {"file": tagged.source, "labels": [list(pair) for pair in tagged.labels]},
+        "tagged": {"file": tagged.path, "labels": [list(pair) for pair in tagged.labels]},
         "checks": [row for row in log if row["kind"] == "check"],
         "backends": {row["op"]: row["backend"] for row in backend.status()},
         "machine": _machine(),

@@ -31,6 +31,7 @@ class Prediction:
 
     Attributes:
         source: the clip, as messages name it.
+        path: its path, if it is a file.
         labels: (name, probability) of the most probable classes, best first.
         probabilities: [classes].
         windows: parts the clip was cut into (1 unless it is longer than the model's input).
@@ -38,6 +39,7 @@ class Prediction:
     """
 
     source: str
+    path: str | None
     labels: tuple[tuple[str, float], ...]
     probabilities: Tensor
     windows: int
@@ -49,6 +51,7 @@ class Failure:
     """A file that could not be read, and why."""
 
     source: str
+    path: str | None
     error: AudioError
 
 
@@ -165,6 +168,7 @@ def _run(
 @dataclasses.dataclass(slots=True)
 class _Pending:
     source: str
+    path: str | None
     wave: Tensor
     report: AudioReport
     error: AudioError | None = None
@@ -175,15 +179,16 @@ def _read(source: Source | Tensor, settings: AudioConfig) -> _Pending:
     if isinstance(source, Tensor):
         if source.dim() != 1 or not source.numel():
             raise ValueError(f"source has shape {tuple(source.shape)}: expected a waveform [N]")
-        return _Pending("<waveform>", source.detach().cpu(), AudioReport(clips=1))
+        return _Pending("<waveform>", None, source.detach().cpu(), AudioReport(clips=1))
     name = source_name(source)
+    path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
     try:
         clip = load(source, settings)
     except AudioError as error:
         report = AudioReport()
         report.skip(error)
-        return _Pending(name, torch.empty(0), report, error)
-    return _Pending(name, clip.wave, clip.report)
+        return _Pending(name, path, torch.empty(0), report, error)
+    return _Pending(name, path, clip.wave, clip.report)
 
 
 def split_windows(wave: Tensor, front: LogMelConfig) -> list[Tensor]:
@@ -228,7 +233,7 @@ def _finish(
     position = 0
     for item in waiting:
         if item.error is not None:
-            yield Failure(item.source, item.error)
+            yield Failure(item.source, item.path, item.error)
             continue
         mine = torch.stack(rows[position : position + len(item.windows)])
         position += len(item.windows)
@@ -238,4 +243,6 @@ def _finish(
             (names[index], value)
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         )
-        yield Prediction(item.source, found, probabilities, len(item.windows), item.report)
+        yield Prediction(
+            item.source, item.path, found, probabilities, len(item.windows), item.report
+        )

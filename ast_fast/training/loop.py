@@ -223,12 +223,14 @@ class Trainer:
         if self.eval_set is not None:
             self._evaluation = self._evaluate()
             figures = self._evaluation.figures
+            skipped = self._evaluation.report.num_skipped
             score = figures.get("map", figures.get("accuracy", -figures["loss"]))
             best = self.best is None or score > self.best
             self.best = score if best else self.best
             text += "".join(f", {name} {value:.4f}" for name, value in figures.items())
+            text += f" ({skipped} clips of the evaluation set unreadable)" if skipped else ""
             if log is not None:
-                log.write("eval", self.step, epoch=epoch, **figures)
+                log.write("eval", self.step, epoch=epoch, skipped=skipped, **figures)
         bar.say(text)
         said = self.audio_report.changes()
         if said and said != self._said:
