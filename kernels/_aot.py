@@ -72,6 +72,9 @@ class AotCase(NamedTuple):
     # instructions that must be there, of _INSTRUCTIONS
     expect: tuple[str, ...] = ()
     max_registers: int = 255
+    # left to the slow run of the gate: a twin of another case, in another 16-bit type or on a GPU of
+    # the same family
+    twin: bool = False
 
 
 class AotReport(NamedTuple):

@@ -190,10 +190,8 @@ def _add_queries(
     )  # fmt: skip
     ds = p * (dp - delta[None, :])
     if MASKED:
-        # the padding of delta holds anything
-        exists = (queries < n_q)[None, :]
-        p = tl.where(exists, p, 0.0)
-        ds = tl.where(exists, ds, 0.0)
+        # the padding of lse makes p 0, but that of delta holds anything
+        ds = tl.where((queries < n_q)[None, :], ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv

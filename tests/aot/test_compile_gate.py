@@ -52,7 +52,8 @@ def gate_cases() -> list:
                 if key not in seen:
                     seen.add(key)
                     label = f"{name}-{case.name}-sm{arch}"
-                    listed.append(pytest.param(name, arch, index, id=label))
+                    marks = [pytest.mark.slow] if case.twin else []
+                    listed.append(pytest.param(name, arch, index, id=label, marks=marks))
     return listed
 
 

@@ -257,6 +257,36 @@ def test_nan_stays_in_its_clip_and_head(arena, which, config):
         assert torch.equal(dirty[1][:, others], clean[1][:, others])
 
 
+@pytest.mark.parametrize("config", PATHS, ids=lambda c: c.name)
+def test_padding_stays_out_where_every_score_is_far_below_zero(arena, config):
+    # exp(0 - lse) of an absent key overflows, and infinity times its zeros would be NaN
+    q, k, v, do = inputs(arena, 1, 20, 37, 1, 32, torch.float32)
+    q.abs_().add_(5.0)
+    k.abs_().add_(5.0).neg_()
+    o, lse = attention.forward(q, k, v, 1.0, None, config=config)
+    assert bool((lse[..., :20] < -700).all())
+    grads = gradients(do, q, k, v, o, lse, 1.0, None, config)
+    exact = oracle(q, k, v, 1.0, None, do)
+    # scores near -1000 are known to 6e-5
+    for name, ours, want in zip(("dq", "dk", "dv"), grads, exact[2:], strict=True):
+        assert_close(name, ours, want, 1e-3)
+
+
+@pytest.mark.parametrize("config", PATHS, ids=lambda c: c.name)
+def test_passes_with_different_query_tiles_agree_on_the_padding(arena, config):
+    # the dq pass writes delta for 16 rows of a clip, the dkv pass reads whole tiles of them
+    q, k, v, do = inputs(arena, 2, 11, 40, 1, 32, torch.float32)
+    narrow = Config(16, 32, 4, 1)
+    o, lse = attention.forward(q, k, v, 0.2, None, config=narrow)
+    out = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    attention.backward(
+        do, q, k, v, o, lse, 0.2, None, True, *out, dq_config=narrow, dkv_config=config
+    )
+    exact = oracle(q, k, v, 0.2, None, do)
+    for name, ours, want in zip(("dq", "dk", "dv"), out, exact[2:], strict=True):
+        assert_close(name, ours, want, 2e-6)
+
+
 def test_scores_of_minus_infinity(arena):
     q, k, v, _ = inputs(arena, 1, 5, 70, 1, 32, torch.float32)
     q.abs_()
