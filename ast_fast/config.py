@@ -47,7 +47,7 @@ class Config:
             default = fields[name].default
             if isinstance(default, Config) and isinstance(value, Mapping):
                 value = type(default).from_dict(value)
-            elif isinstance(default, tuple) and isinstance(value, list):
+            elif isinstance(value, list):  # JSON has no tuples
                 value = tuple(value)
             arguments[name] = value
         return cls(**arguments)

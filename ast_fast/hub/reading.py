@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +22,13 @@ from .keys import State, dialect_of, to_ours
 from .settings import settings_of_transformers
 from .sizes import sizes_of
 
+_log = logging.getLogger("ast_fast.hub")
+
 FORMAT = "ast_fast"  # key of our settings in config.json and in the safetensors metadata
 _MAX_JSON_BYTES = 16 * 2**20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HINT = "download it again, or convert it with the program that wrote it"
 
 
@@ -36,11 +42,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     name = os.fspath(source)
-    if (
-        name.count("/") != 1
-        or name.startswith((".", "/", "~"))
-        or path.suffix in (".pth", ".pt", ".bin")
-    ):
+    if not _HUB_ID.fullmatch(name) or path.suffix in _SUFFIXES:
         raise CheckpointError(
             f"{name!r} does not exist: expected a file, a directory or a hub id owner/name"
         )
@@ -174,10 +176,11 @@ def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dic
     settings: dict[str, Any] = {}
     files = [path]
     config: dict[str, Any] = {}
+    folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        if (path / "config.json").is_file():
-            config = read_json(path / "config.json")
         files = _weight_files(path)
+    elif not path.is_file():
+        raise CheckpointError(f"{str(path)!r} does not exist: expected a file or a directory")
     state: State = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -188,13 +191,15 @@ def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dic
         state = to_ours(state)
     except CheckpointError as error:
         raise CheckpointError(f"{str(path)!r}: {error}") from error
+    if (path.is_dir() or dialect == "transformers") and (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
     info: dict[str, Any] = {"dialect": dialect, "files": files, "model": {}, "frontend": None}
     own = _own_settings(path, config, metadata)
     if own is not None:
         settings = own
         info["dialect"] = "ast_fast"
-    elif dialect == "transformers" and path.is_dir():
-        settings = settings_of_transformers(path, config)
+    elif dialect == "transformers" and (config or path.is_dir()):
+        settings = settings_of_transformers(folder, config)
     if settings:
         info["model"], info["frontend"] = settings["model"], settings.get("frontend")
     elif dialect != "timm" or "mlp_head.1.weight" in state:
@@ -241,4 +246,10 @@ def _own_settings(
         return None
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
         raise CheckpointError(f"{str(path)!r} carries settings without a model: {_HINT}")
+    if FORMAT in config and config[FORMAT] != settings:
+        _log.warning(
+            "%s/config.json differs from the settings inside the weights, which count; to change "
+            "settings, pass them to from_pretrained and save again",
+            path,
+        )
     return settings

@@ -59,12 +59,16 @@ def settings_of_transformers(directory: Path, config: Mapping[str, Any]) -> dict
             raise CheckpointError(
                 f"{str(file)!r} has {name}={config[name]!r}: the fast model has no dropout; set it to 0"
             )
-    model = {ours: config.get(theirs, default) for ours, (theirs, default) in _SIZES.items()}
+    model: dict[str, Any] = {
+        ours: _number(file, config, theirs, default) for ours, (theirs, default) in _SIZES.items()
+    }
     patch = config.get("patch_size", 16)
-    patch = list(patch) if isinstance(patch, (list, tuple)) else [patch, patch]
-    model["patch_fdim"], model["patch_tdim"] = patch
-    model["mlp_ratio"] = config.get("intermediate_size", 3072) / model["embed_dim"]
-    model["eps"] = model["head_eps"] = config.get("layer_norm_eps", 1e-12)
+    sides = patch if isinstance(patch, list) and len(patch) == 2 else [patch, patch]
+    for name, side in zip(("patch_fdim", "patch_tdim"), sides, strict=True):
+        model[name] = _number(file, {"patch_size": side}, "patch_size", 16)
+    hidden = _number(file, config, "intermediate_size", 3072)
+    model["mlp_ratio"] = hidden / max(model["embed_dim"], 1)
+    model["eps"] = model["head_eps"] = _number(file, config, "layer_norm_eps", 1e-12)
     model["num_prefix_tokens"], model["dead_heads"] = 2, False
     labels = _labels(file, config.get("id2label"))
     if labels is not None:
@@ -76,7 +80,8 @@ def settings_of_transformers(directory: Path, config: Mapping[str, Any]) -> dict
     if extractor.is_file():
         values = read_json(extractor)
         frontend = {
-            ours: values.get(theirs, default) for ours, (theirs, default) in _FRONTEND.items()
+            ours: _number(extractor, values, theirs, default)
+            for ours, (theirs, default) in _FRONTEND.items()
         }
         if not values.get("do_normalize", True):
             frontend["mean"], frontend["std"] = 0.0, 0.5
@@ -87,6 +92,19 @@ def settings_of_transformers(directory: Path, config: Mapping[str, Any]) -> dict
                     "make them equal"
                 )
     return {"model": model, "frontend": frontend}
+
+
+def _number(file: Path, values: Mapping[str, Any], name: str, default: float) -> Any:
+    """A number of the kind of the default: sizes are whole and positive."""
+    value = values.get(name, default)
+    whole = isinstance(default, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise CheckpointError(
+            f"{str(file)!r} has {name}={value!r:.60}: expected a {'whole ' if whole else ''}number"
+        )
+    if whole and value < 1:
+        raise CheckpointError(f"{str(file)!r} has {name}={value}: expected at least 1")
+    return value
 
 
 def _labels(file: Path, id2label: Any) -> tuple[str, ...] | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +22,7 @@ from .reading import FORMAT
 from .settings import as_json, settings_for_transformers
 
 _log = logging.getLogger("ast_fast.hub")
+_STALE_SECONDS = 3600.0  # no save takes as long: what is older was left by one that was killed
 
 
 def _sync(path: Path) -> None:
@@ -36,27 +41,33 @@ def replace_file(target: Path, write: Callable[[Path], None]) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".partial", dir=target.parent
-        )
+        _sweep(target)
+        # a directory of its own: safetensors too keeps a temporary file beside the one it writes
+        folder = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise CheckpointError(
             f"{str(target.parent)!r} cannot be written ({error}): choose another directory"
         ) from error
-    os.close(handle)
-    temporary = Path(name)
+    temporary = Path(folder) / target.name
     try:
         write(temporary)
         _sync(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({error}); what was there before is kept"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # another save swept it first
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _umask() -> int:
