@@ -57,17 +57,16 @@ def training_curves(log: Rows, chance: float | None = None) -> bytes:
     steps = [row for row in log if row["kind"] == "step"]
     evals = [row for row in log if row["kind"] == "eval"]
     figure, ((left, right),) = _figure(1, 2, 9.6, 3.4)
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=OURS, lw=1.6)
+    at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+    left.plot(at, losses, color=OURS, alpha=0.3, lw=1, label="_one batch")
     left.plot(
-        [r["step"] for r in evals],
-        [r["loss"] for r in evals],
-        color=ACCENT,
-        marker="o",
-        ms=3.5,
-        lw=1.2,
+        at, _running_mean(losses), color=OURS, lw=1.8, label="training, augmented (mean of 9)"
     )
+    marks = {"marker": "o", "ms": 3.5}
+    at, losses = [r["step"] for r in evals], [r["loss"] for r in evals]
+    left.plot(at, losses, color=ACCENT, lw=1.2, label="evaluation set", **marks)
     left.set(title="Loss", xlabel="optimiser step", ylabel="loss (nats)", yscale="log")
-    left.legend(["training batch (augmented)", "evaluation set"])
+    left.legend()
     name = next((n for n in ("accuracy", "map") if evals and n in evals[0]), "loss")
     title = {"accuracy": "Accuracy", "map": "Mean average precision"}.get(name, "Loss")
     epochs = [r["epoch"] + 1 for r in evals]
@@ -89,12 +88,20 @@ def training_curves(log: Rows, chance: float | None = None) -> bytes:
             right.axhline(chance, color=GREY, ls="--", lw=1)
             right.annotate(
                 f"most frequent class: {chance:.2f}",
-                (1, chance),
+                (epochs[-1], chance),
                 (0, 4),
                 textcoords="offset points",
+                ha="right",
                 color=GREY,
             )
     return _png(figure)
+
+
+def _running_mean(values: Sequence[float], width: int = 9) -> list[float]:
+    """Mean of the values up to half a width away, fewer at the ends."""
+    half = width // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def check_curves(checks: Rows) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from .._optional import require_package
 
 
 class Metrics:
-    """Collects logits and targets, then computes; exact, by torchmetrics.
+    """Collects logits and targets, then computes; exact, ranking figures by torchmetrics.
 
     Args:
         num_classes: C.
@@ -44,48 +46,53 @@ class Metrics:
         beyond ten classes. Several: `loss`, `map` and `auc`, means over the classes that have a
         positive clip (and, for `auc`, a negative one).
         """
-        functional = require_package("torchmetrics.functional", "evaluation", "train")
         logits, targets = self._gathered()
         if self.multi_label:
-            scores, truth = logits.sigmoid(), targets.long()
+            truth = targets.long()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+            result = {"loss": float(loss)}
+            # undefined without a positive clip; the area also without a negative one
             some, mixed = truth.any(dim=0), truth.any(dim=0) & ~truth.all(dim=0)
-            result = {
-                "loss": float(torch.nn.functional.binary_cross_entropy_with_logits(logits, targets))
-            }
-            for name, function, kept in (
-                ("map", functional.classification.multilabel_average_precision, some),
-                ("auc", functional.classification.multilabel_auroc, mixed),
-            ):
-                count = int(kept.sum())
-                if count:
-                    value = function(
-                        scores[:, kept], truth[:, kept], num_labels=count, average="macro"
-                    )
-                    result[name] = float(value)
+            for name, kept in (("map", some), ("auc", mixed)):
+                if kept.any():
+                    result[name] = float(self._each(name)[kept].double().mean())
             return result
-        accuracy = functional.classification.multiclass_accuracy
+        shares = torch.tensor(self.per_class(), dtype=torch.float64)
         result = {
             "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
             "accuracy": float((logits.argmax(1) == targets).double().mean()),
-            "macro_accuracy": float(
-                accuracy(logits, targets, num_classes=self.num_classes, average="macro")
-            ),
+            "macro_accuracy": float(shares.nanmean()),
         }
         if self.num_classes > 10:
             top5 = logits.topk(5, dim=1).indices == targets[:, None]
             result["top5_accuracy"] = float(top5.any(1).double().mean())
         return result
 
+    def _each(self, name: str) -> Tensor:
+        """Average precision ("map") or area under the curve ("auc") of each class."""
+        package = require_package(
+            "torchmetrics.functional.classification", "evaluation of several labels", "train"
+        )
+        logits, targets = self._gathered()
+        scores, truth = logits.sigmoid(), targets.long()
+        stem = {"map": "average_precision", "auc": "auroc"}[name]
+        with warnings.catch_warnings():
+            # classes for which a figure is undefined are left out afterwards
+            warnings.simplefilter("ignore", UserWarning)
+            if self.num_classes == 1:
+                single: Tensor = getattr(package, f"binary_{stem}")(scores[:, 0], truth[:, 0])
+                return single.reshape(1)
+            values: Tensor = getattr(package, f"multilabel_{stem}")(
+                scores, truth, num_labels=self.num_classes, average="none"
+            )
+            return values
+
     def per_class(self) -> list[float]:
         """Average precision of each class for several labels, accuracy for one; NaN if absent."""
-        functional = require_package("torchmetrics.functional", "evaluation", "train")
-        logits, targets = self._gathered()
+        _, targets = self._gathered()
         if self.multi_label:
-            truth = targets.long()
-            values = functional.classification.multilabel_average_precision(
-                logits.sigmoid(), truth, num_labels=self.num_classes, average="none"
-            )
-            values = torch.where(truth.any(dim=0), values, torch.nan)
+            present = targets.bool().any(dim=0)
+            values = torch.where(present, self._each("map"), torch.nan)
         else:
             matrix = self.confusion().double()
             values = matrix.diagonal() / matrix.sum(1)
