@@ -99,15 +99,18 @@ class ASTModel(nn.Module):
             num_prefix_tokens=source.num_prefix_tokens,
             labels=labels,
         )
+        weights = None  # before the model is built, to fail at once where there are none
+        if audioset_pretrain:
+            weights = pretrained.load_audioset()
+        elif imagenet_pretrain:
+            weights = pretrained.load_image(source)
         self._build(config, frontend_config, source.image_grid)
         self.original_num_patches = source.image_grid**2
         self.oringal_hw = source.image_grid  # sic: the original's spelling
-        if audioset_pretrain:
-            pretrained.start_from(self, pretrained.load_audioset(), position_rule)
-        elif imagenet_pretrain:
-            pretrained.start_from(self, pretrained.load_image(source), position_rule)
-        else:
+        if weights is None:
             trunc_normal_(self.v.pos_embed)
+        else:
+            pretrained.start_from(self, weights, position_rule)
         if verbose:
             print(f"frequncey stride={fstride:d}, time stride={tstride:d}")
             print(f"number of patches={self.v.patch_embed.num_patches:d}")
