@@ -134,7 +134,7 @@ def backward(
             )
     dtype = weight.dtype
     dbias = column_sum(dpos[num_prefix:]) if tokens > num_prefix else torch.zeros(width)
-    shaped = dweight.view(width, grid[3], grid[2]).transpose(1, 2).reshape(weight.shape)
+    shaped = dweight.view(width, grid[3], grid[2]).transpose(1, 2).reshape(weight.shape).contiguous()
     return (
         shaped.to(dtype),
         dbias.to(dtype),

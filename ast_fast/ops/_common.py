@@ -22,6 +22,18 @@ def register(name: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def no_second_gradient(op: Any) -> None:
+    """Let a gradient of a gradient fail with a message that says what to do."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{op._qualname} has no gradient of its own: for second derivatives run the forward pass "
+            "under ast_fast.use_backend('reference')"
+        )
+
+    op.register_autograd(backward)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
     if torch.is_autocast_enabled(device_type):

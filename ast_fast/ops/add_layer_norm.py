@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import autocast_dtype, register, require, statistics_dtype
+from ._common import autocast_dtype, no_second_gradient, register, require, statistics_dtype
 from .layer_norm import check_parameters
 
 
@@ -135,6 +135,9 @@ def _(
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape),
     )
+
+
+no_second_gradient(add_layer_norm_backward_op)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

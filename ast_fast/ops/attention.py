@@ -12,6 +12,7 @@ from ..reference import backward as reference_backward
 from ._common import (
     allow_tf32,
     cast_for_autocast,
+    no_second_gradient,
     register,
     require,
     statistics_dtype,
@@ -231,6 +232,9 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+no_second_gradient(attention_backward_op)
+
+
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, v, key_lengths, ctx.scale, ctx.deterministic, ctx.tf32, ctx.backend = inputs
     o, lse = output
@@ -311,6 +315,9 @@ def _(
     backend: str,
 ) -> Tensor:
     return qkv.new_empty(qkv.shape)
+
+
+no_second_gradient(attention_qkv_backward_op)
 
 
 def _setup_qkv(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from ..reference import backward as reference_backward
 from ._common import (
     allow_tf32,
     cast_for_autocast,
+    no_second_gradient,
     register,
     require,
     statistics_dtype,
@@ -76,7 +77,8 @@ def attention_varlen(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
     chosen = backend.choose("attention_varlen", _load, q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if chosen == "reference":
+    # the reference loops over the clips' ends, which a trace does not know: there it runs as the op
+    if chosen == "reference" and not torch.compiler.is_compiling():
         run = reference.ops.attention_varlen
         return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
     return attention_varlen_op(
@@ -183,6 +185,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+no_second_gradient(attention_varlen_backward_op)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import autocast_dtype, register, require, statistics_dtype
+from ._common import autocast_dtype, no_second_gradient, register, require, statistics_dtype
 
 
 def _load(name: str) -> ModuleType:
@@ -108,6 +108,9 @@ def _(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+no_second_gradient(layer_norm_backward_op)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

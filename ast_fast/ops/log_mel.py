@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from ..reference.mel import LOG_FLOOR, MelTables, mel_sizes, mel_tables
-from ._common import register, require, without_autocast
+from ._common import no_second_gradient, register, require, without_autocast
 
 
 def _load(name: str) -> ModuleType:
@@ -173,6 +173,9 @@ def _(
     backend: str,
 ) -> Tensor:
     return wave.new_empty(wave.shape)
+
+
+no_second_gradient(log_mel_backward_op)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import cast_for_autocast, needs_gradient, register, require
+from ._common import cast_for_autocast, needs_gradient, no_second_gradient, register, require
 
 
 def _load(name: str) -> ModuleType:
@@ -105,6 +105,9 @@ def _(
 ) -> list[Tensor]:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
     return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+
+
+no_second_gradient(mlp_backward_op)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

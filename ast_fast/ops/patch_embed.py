@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import allow_tf32, cast_for_autocast, register, require
+from ._common import allow_tf32, cast_for_autocast, no_second_gradient, register, require
 
 
 def _load(name: str) -> ModuleType:
@@ -186,6 +186,9 @@ def _(
         weight.new_empty((num_prefix, width)),
         x.new_empty(x.shape if needs_dx else (0,)),
     )
+
+
+no_second_gradient(patch_embed_backward_op)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -14,8 +14,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENS = (1, 2, 127, 128, 129)
 WIDTHS = (192, 384, 768, 1023)
 CASES = {
-    **{f"layer_norm {r}x{w}": cases.layer_norm(r, w) for r, w in zip((1, 2, 65, 130), WIDTHS)},
-    **{f"add_layer_norm {r}x{w}": cases.add_layer_norm(r, w) for r, w in zip((1, 2, 65, 130), WIDTHS)},
+    **{
+        f"layer_norm {r}x{w}": cases.layer_norm(r, w)
+        for r, w in zip((1, 2, 65, 130), WIDTHS, strict=True)
+    },
+    **{
+        f"add_layer_norm {r}x{w}": cases.add_layer_norm(r, w)
+        for r, w in zip((1, 2, 65, 130), WIDTHS, strict=True)
+    },
     "layer_norm one column": cases.layer_norm(5, 1),
     **{f"mlp {r}x{w}": cases.mlp(r, w) for r, w in ((1, 48), (65, 192), (33, 95))},
     "patch_embed 16x16": cases.patch_embed(2, 100, 96),
@@ -67,7 +73,9 @@ def test_recipe_sizes_keep_their_budgets(name, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", available_backends())
-@pytest.mark.parametrize("case", log_mel_cases(), ids=lambda c: f"{c.signal.__name__} {c.rate} {c.out_dtype}")
+@pytest.mark.parametrize(
+    "case", log_mel_cases(), ids=lambda c: f"{c.signal.__name__} {c.rate} {c.out_dtype}"
+)
 def test_log_mel_is_no_further_from_float64_than_torchaudio_allows(case, backend):
     pytest.importorskip("torchaudio")
     (row,) = run_log_mel_case(case, CPU, 1.0, backend)

@@ -82,7 +82,9 @@ def test_nan_in_a_spectrogram_stays_in_its_patches(backend):
         y = ops.patch_embed(x, weight, random_tensor(8, seed=4), pos, prefix, 16, 16)
     hit = y.isnan().any(-1)
     want = torch.zeros(2, 8, dtype=torch.bool)
-    want[1, 2 + 0 * 3 + 1] = True  # mel bin 5 is in the first row of patches, frame 20 in the second
+    want[1, 2 + 0 * 3 + 1] = (
+        True  # mel bin 5 is in the first row of patches, frame 20 in the second
+    )
     assert torch.equal(hit, want)
     assert y[1, 3].isnan().all()
 
@@ -213,13 +215,19 @@ def test_log_mel_at_extreme_scales_is_finite(scale, backend):
 
 
 def test_int16_waveforms_are_the_same_as_their_scaled_floats(backend):
-    ints = (random_tensor(2, 1600, seed=0, scale=5000.0)).round().clamp(-32768, 32767).to(torch.int16)
+    ints = (
+        (random_tensor(2, 1600, seed=0, scale=5000.0)).round().clamp(-32768, 32767).to(torch.int16)
+    )
     with backends.use_backend(backend):
         assert torch.equal(ops.log_mel(ints), ops.log_mel(ints.float() / 32768.0))
 
 
 def test_statistics_are_float32_for_16_bit_inputs(backend):
-    x, weight, bias = random_tensor(4, 32, seed=0, dtype=torch.bfloat16), torch.ones(32), torch.zeros(32)
+    x, weight, bias = (
+        random_tensor(4, 32, seed=0, dtype=torch.bfloat16),
+        torch.ones(32),
+        torch.zeros(32),
+    )
     op = torch.ops.ast_fast.layer_norm
     _, mean, rstd = op(x, weight, bias, 1e-6, torch.bfloat16, backend)
     assert mean.dtype == rstd.dtype == torch.float32
