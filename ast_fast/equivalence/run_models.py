@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -67,11 +68,7 @@ def model_rows(
     """
     precision = precision_of(dtype, allow_tf32)
     model = whole.unwrap(model)
-    copy = type(model).from_config(model.config, model.frontend_config)
-    copy.load_state_dict(model.state_dict())
-    copy = copy.to(device, torch.float32).train(model.training)
-    for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
-        ours.requires_grad_(theirs.requires_grad)
+    fast_model = copy.deepcopy(model).to(device, torch.float32)
     if inputs is None:
         generator = torch.Generator().manual_seed(SEED)
         shape = (CLIPS, model.config.input_tdim, model.config.input_fdim)
@@ -81,16 +78,16 @@ def model_rows(
     ran, note = _ran(device, dtype, backend)
     autocast = None if dtype == torch.float32 else dtype
     with tf32(False):
-        oracle, upstream = whole.run_oracle(copy, inputs, None, None, torch.float64, True)
+        oracle, upstream = whole.run_oracle(fast_model, inputs, None, None, torch.float64, True)
     with tf32(allow_tf32):
-        fast, ran, note = _run_fast(copy, inputs, upstream, autocast, ran, note)
-        simple = whole.run_plain(copy, inputs, None, None, upstream, autocast)
+        fast, ran, note = _run_fast(fast_model, inputs, upstream, autocast, ran, note)
+        simple = whole.run_plain(fast_model, inputs, None, None, upstream, autocast)
     label = precision if autocast is None else f"autocast {precision}"
     rows = _rows(name, shape, label, precision, ran, fast, simple, oracle, note)
     if autocast is None:
         return rows
     # pure 16-bit inference, parameters included
-    narrow, x = copy.to(dtype), inputs.to(dtype)
+    narrow, x = fast_model.to(dtype), inputs.to(dtype)
     oracle, _ = whole.run_oracle(narrow, x, None, None, torch.float64, False)
     fast, ran, note = _run_fast(narrow, x, None, None, ran, note)
     simple = whole.run_plain(narrow, x, None, None, None, None)

@@ -116,7 +116,10 @@ def run_oracle(
     """The reference model with the same weights, and the gradient at the logits that all sides get."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(gradients):
-        twin = reference.ASTModel.from_model(model, dtype)
+        with kept_random_state(
+            device
+        ):  # its own initialisation draws, before weights are copied in
+            twin = reference.ASTModel.from_model(model, dtype)
         wanted = set(trainable(model)) if gradients else set()
         parameters = {n: p.requires_grad_(n in wanted) for n, p in twin.named_parameters()}
         logits = twin(oracle_features(model, inputs, lengths, dtype))

@@ -83,7 +83,9 @@ def test_infinities_of_the_other_sign_differ():
 
 
 def test_gradients_as_one_vector():
-    found, sine = measure_all([torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([0.0]), torch.tensor([1.0])])
+    found, sine = measure_all(
+        [torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([0.0]), torch.tensor([1.0])]
+    )
     assert sine == pytest.approx(1.0)
     assert found.rel_l2 == pytest.approx(math.sqrt(2.0))
 
