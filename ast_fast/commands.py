@@ -367,6 +367,8 @@ def verify(
     from .equivalence import run_verify
     from .training.logs import Progress
 
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: PyTorch sees no GPU here; leave --device out")
     bar: Progress | None = None
 
     def progress(done: int, total: int, what: str) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -53,14 +53,20 @@ class CheckpointStore:
     Args:
         folder: where they lie; created if needed.
         keep: how many of the newest to keep; the best one is kept beside them.
+        owner: whether this process writes; others of the same run only read.
 
     Raises:
         CheckpointWriteError: the folder cannot be made or another process trains in it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2, owner: bool = True) -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self._lock: IO[str] | None = None
+        if owner:
+            self._own()
+
+    def _own(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
@@ -82,7 +88,8 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Let another process use the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ resumed run repeats an uninterrupted one bit by bit.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -85,6 +86,8 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         fabric_module = require_package("lightning_fabric", "training", "train")
+        if config.accelerator == "cuda" and not torch.cuda.is_available():
+            raise TrainingError("accelerator='cuda': PyTorch sees no GPU here; use auto or cpu")
         self.config = config
         self.run_dir = Path(run_dir)
         self.train_set, self.eval_set = train_set, eval_set
@@ -120,7 +123,7 @@ class Trainer:
         # wrapped for precision and processes; the plain model is self.model, with the same weights
         self._wrapped, self._optimizer = self.fabric.setup(model, optimizer)
         self._monitor = None
-        if config.monitor.check_every:
+        if config.monitor.check_every and self.fabric.is_global_zero:
             from ..equivalence import EquivalenceMonitor
 
             autocast = torch.bfloat16 if config.precision == "bfloat16" else None
@@ -133,7 +136,9 @@ class Trainer:
         self._epoch_clips = 0
         self._stop = False
         self._progress_wanted = progress and self.fabric.is_global_zero
-        self._store = CheckpointStore(self.run_dir / "checkpoints", config.keep_checkpoints)
+        self._store = CheckpointStore(
+            self.run_dir / "checkpoints", config.keep_checkpoints, self.fabric.is_global_zero
+        )
         if resume:
             self._resume()
         elif self._store.pointer("latest") is not None:
@@ -205,7 +210,7 @@ class Trainer:
                 rate = clips / (time.perf_counter() - started)
                 log.write("step", self.step, epoch=epoch, clips_per_second=rate, **values)
             last = self._sampler.epoch > epoch
-            if self._stop and not last:
+            if not last and self._should_stop():
                 self._save()
                 raise TrainingInterrupted(self.run_dir, self.step)
             if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
@@ -237,7 +242,7 @@ class Trainer:
             bar.say(f"  clips so far: {said}")
             self._said = said
         self._save(best)
-        if self._stop and self._sampler.epoch < self.config.epochs:
+        if self._sampler.epoch < self.config.epochs and self._should_stop():
             raise TrainingInterrupted(self.run_dir, self.step)
 
     def _evaluate(self) -> Evaluation:
@@ -270,15 +275,16 @@ class Trainer:
         limit = config.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         # one wait for the device a step, before the weights change
-        found = torch.stack([loss.detach(), norm.detach()]).tolist()
-        if not all(map(_is_finite, found)):
-            raise self._bad_batch(batch, features, targets, *found)
+        values = torch.stack([loss.detach(), norm.detach()])
+        if self.fabric.world_size > 1:
+            # the mean is NaN everywhere if it is NaN anywhere
+            values = self.fabric.all_reduce(values)
+        loss_value, norm_value = values.tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise self._bad_batch(batch, features, targets, loss_value, norm_value)
         self._optimizer.step()
-        return {
-            "loss": found[0],
-            "grad_norm": found[1],
-            "lr": self._optimizer.param_groups[0]["lr"],
-        }
+        rate = self._optimizer.param_groups[0]["lr"]
+        return {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
 
     @torch.no_grad()
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -334,6 +340,13 @@ class Trainer:
 
     def _request_stop(self) -> None:
         self._stop = True
+
+    def _should_stop(self) -> bool:
+        """Whether any process was asked to stop: all stop after the same step."""
+        if self.fabric.world_size == 1:
+            return self._stop
+        flag = torch.tensor(float(self._stop), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(flag, reduce_op="sum"))
 
     # ---- state on disk
 
@@ -394,10 +407,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
 
 
 class _stop_signals:

@@ -336,3 +336,35 @@ def test_plain_pytorch_trains_alike(tmp_path):
         )
 
     torch.testing.assert_close(losses("ours"), losses("plain"), rtol=1e-4, atol=0)
+
+
+TWO = """
+    import importlib.util, sys, torch
+    spec = importlib.util.spec_from_file_location("loop_tests", {tests!r})
+    tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(tests)
+    torch.set_num_threads(1)
+    config = tests.CONFIG.replace(
+        devices=2, accelerator="cpu", epochs=2, augment=tests.AugmentConfig(), checkpoint_every=3
+    )
+    tests.trainer({folder!r}, config, data=tests.tones(40), eval_set=tests.tones(10, 1)).fit()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
+    script = tmp_path / "two.py"
+    folder = tmp_path / "two"
+    script.write_text(textwrap.dedent(TWO).format(tests=__file__, folder=str(folder)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    config = CONFIG.replace(epochs=2, augment=AugmentConfig())
+    trainer(tmp_path / "one", config, data=tones(40), eval_set=tones(10, 1)).fit()
+
+    def figures(name):
+        rows = read_log(tmp_path / name / "log.jsonl")
+        return torch.tensor([row["loss"] for row in rows if row["kind"] in ("step", "eval")])
+
+    torch.testing.assert_close(figures("two"), figures("one"), rtol=1e-3, atol=1e-5)
