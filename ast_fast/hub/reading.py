@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._optional import optional_import
@@ -101,6 +100,9 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
     if file.stat().st_size == 0:
         raise CheckpointError(f"{str(file)!r} is empty: {_HINT}")
     if file.suffix == ".safetensors":
+        # imported here: a machine that only computes needs no safetensors
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(file, framework="pt") as opened:
                 # a copy: a memory map would change or vanish with the file

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -23,6 +21,10 @@ from .settings import as_json, settings_for_transformers
 
 _log = logging.getLogger("ast_fast.hub")
 _STALE_SECONDS = 3600.0  # no save takes as long: what is older was left by one that was killed
+
+
+class _TensorsError(Exception):
+    """safetensors could not write."""
 
 
 def _sync(path: Path) -> None:
@@ -55,7 +57,7 @@ def replace_file(target: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
         _sync(target.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, _TensorsError) as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({error}); what was there before is kept"
         ) from error
@@ -82,7 +84,14 @@ def _write_tensors(state: Mapping[str, Tensor], metadata: dict[str, str]) -> Cal
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
     def write(path: Path) -> None:
-        save_file(tensors, path, metadata={"format": "pt", **metadata})
+        # imported here: a machine that only computes needs no safetensors
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(tensors, path, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:
+            raise _TensorsError(str(error)) from error
 
     return write
 
