@@ -56,6 +56,11 @@ def collect(device: str) -> dict[str, Any]:
     return facts
 
 
+def same_arithmetic() -> None:
+    """float32 means float32 for every candidate: PyTorch's convolutions default to TF32 on a GPU."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def versions() -> dict[str, str]:
     """Installed versions of the packages that take part; absent ones are left out."""
     found = {}

@@ -98,14 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    return execute(chosen, settings, options)
+    from ast_fast.backend import use_backend
+
+    with use_backend(settings.backend):
+        return execute(chosen, settings, options)
 
 
 def execute(chosen: Sequence[str], settings: Settings, options: argparse.Namespace) -> int:
     """Measure the suites one after the other, writing after every case."""
-    from ast_fast.backend import use_backend
-
-    use_backend(settings.backend)
+    if settings.cuda:
+        environment.same_arithmetic()
     limits = limits_of(options)
     facts = environment.collect(settings.device)
     print(

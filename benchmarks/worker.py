@@ -24,6 +24,7 @@ def serve() -> int:
     import torch
 
     from .case import Settings
+    from .environment import same_arithmetic
     from .jobs import Runner
     from .timing import Limits
 
@@ -37,6 +38,7 @@ def serve() -> int:
     from ast_fast.backend import use_backend
 
     use_backend(settings.backend)
+    same_arithmetic()
     runner = Runner(settings, Limits(**setup["limits"]))
     answers.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:

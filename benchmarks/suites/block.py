@@ -31,7 +31,7 @@ def _rows(settings: Settings) -> list[tuple[int, int, int]]:
             if settings.quick
             else [(32, 1214, 768), (32, 1214, 384), (1, 1214, 768)]
         )
-    return [(1, 146, 768)] if settings.quick else [(4, 602, 768), (4, 602, 192)]
+    return [(1, 146, 768)] if settings.quick else [(4, 602, 768)]
 
 
 def _entries(settings: Settings, ours: Function, plain: Function, mode: str, wrt, upstream):  # type: ignore[no-untyped-def]

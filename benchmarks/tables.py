@@ -1,0 +1,173 @@
+"""README tables, made from committed result files alone.
+
+    python -m benchmarks.tables --write README.md    put the tables between their markers
+    python -m benchmarks.tables --check README.md    exit status 1 if they are out of step
+
+A table stands between `<!-- benchmarks:begin NAME -->` and `<!-- benchmarks:end NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .table import duration
+
+Content = dict[str, Any]
+
+# name of a table -> device type, suites, and the peers worth a line in a README
+TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "cpu-frontend": ("cpu", ("frontend",), ("torchaudio", "kaldi-native-fbank", "transformers")),
+    "cpu-models": ("cpu", ("inference", "training"), ("transformers",)),
+    "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
+    "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
+    "gpu-checks": ("cuda", ("checks", "tuned"), ()),
+    "gpu-attention": ("cuda", ("attention",), ("sdpa", "sdpa-padded", "varlen")),
+    "gpu-models": ("cuda", ("inference", "training"), ("transformers", "torch", "torch-compile")),
+    "gpu-frontend": ("cuda", ("frontend",), ("torch", "torchaudio")),
+    "gpu-block": ("cuda", ("block", "patch_embed"), ("torch", "torch-compile")),
+}
+OWED = "Not measured yet: needs a GPU (`python -m benchmarks.gpu`)."
+_NOT_HERE = "Not measured yet (`python -m benchmarks.run`)."
+
+
+def load(folder: Path = record.RESULTS) -> list[Content]:
+    """All result files, oldest first.
+
+    Raises:
+        ValueError: a file breaks the schema.
+    """
+    contents = [record.read(path) for path in sorted(folder.glob("*.json"))]
+    return sorted(contents, key=lambda content: content["environment"]["date"])
+
+
+def newest(contents: Sequence[Content], device: str, suites: Sequence[str]) -> list[Content]:
+    """The newest file of each suite on a device type, all of one device: the one measured last."""
+    wanted = [c for c in contents if c["environment"]["device"] == device and c["suite"] in suites]
+    if not wanted:
+        return []
+    name = wanted[-1]["environment"]["device_name"]
+    latest = {c["suite"]: c for c in wanted if c["environment"]["device_name"] == name}
+    return [latest[suite] for suite in suites if suite in latest]
+
+
+def table(name: str, contents: Sequence[Content]) -> str:
+    """One table as markdown, or the sentence that says what is owed."""
+    device, suites, peers = TABLES[name]
+    files = newest(contents, device, suites)
+    if not files:
+        return OWED if device == "cuda" else _NOT_HERE
+    return "\n\n".join(_counts(file) if not peers else _ratios(file, peers) for file in files)
+
+
+def _head(file: Content) -> str:
+    facts = file["environment"]
+    threads = f", {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    driver = f", driver {facts['driver']}" if facts.get("driver") else ""
+    where = facts["device_name"] + (threads if facts["device"] == "cpu" else driver)
+    return (
+        f"{file['suite'].capitalize()} on {where}; torch {facts['torch']}, commit "
+        f"{facts['commit'][:10]}, {facts['date'][:10]}."
+    )
+
+
+def _counts(file: Content) -> str:
+    states = [row["status"] for row in file["rows"]]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in record.STATUSES if s in states)
+    bad = [row for row in file["rows"] if row["status"] in ("wrong", "failed")]
+    lines = [f"- {row['case']} {row['dtype']}: {row['status']}, {row['reason']}" for row in bad]
+    return "\n".join([f"{_head(file)} {counts}.", *lines])
+
+
+def _ratios(file: Content, peers: Sequence[str]) -> str:
+    lines = [
+        _head(file),
+        "",
+        "| what | shape | dtype | ours | peer | its time | ours is faster by (p20 - p80) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in file["rows"]:
+        if row["provider"].startswith("ast_fast"):
+            ours = row
+        elif row["provider"] in peers and row["status"] in ("ok", "wrong"):
+            lines.append(_line(ours, row))
+    return "\n".join(lines)
+
+
+def _line(ours: Content, peer: Content) -> str:
+    what = ours["case"] + {"forward": "", "step": ""}.get(ours["mode"], f" {ours['mode']}")
+    what += " (graph)" if ours["clock"] == "graph" else ""
+    shape = " ".join(f"{key}={value}" for key, value in ours["shape"].items())
+    if ours["status"] != "ok" or peer["status"] != "ok" or peer["ratio"] is None:
+        bad = ours if ours["status"] != "ok" else peer
+        return (
+            f"| {what} | {shape} | {ours['dtype']} | - | {peer['provider']} | - | {bad['status']} |"
+        )
+    ratio = peer["ratio"]
+    return (
+        f"| {what} | {shape} | {ours['dtype']} | {duration(ours['ms']['p50'])} | "
+        f"{peer['provider']} | {duration(peer['ms']['p50'])} | "
+        f"{ratio['p50']:.2f}x ({ratio['p20']:.2f} - {ratio['p80']:.2f}) |"
+    )
+
+
+_BLOCK = re.compile(
+    r"(<!-- benchmarks:begin (?P<name>[\w-]+) -->\n).*?(<!-- benchmarks:end (?P=name) -->)",
+    re.DOTALL,
+)
+
+
+def rewrite(text: str, contents: Sequence[Content]) -> str:
+    """`text` with every table between markers made anew.
+
+    Raises:
+        ValueError: a marker names an unknown table, or has no partner.
+    """
+    begun = re.findall(r"<!-- benchmarks:begin ([\w-]+) -->", text)
+    ended = re.findall(r"<!-- benchmarks:end ([\w-]+) -->", text)
+    unknown = sorted(set(begun) - set(TABLES))
+    if unknown or begun != ended:
+        raise ValueError(
+            f"markers begin {', '.join(begun) or 'nothing'} and end {', '.join(ended) or 'nothing'}: "
+            f"expected pairs of {', '.join(TABLES)}"
+        )
+    return _BLOCK.sub(lambda match: f"{match[1]}{table(match['name'], contents)}\n{match[3]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check; exit status 1 if out of step."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--write", type=Path, metavar="FILE")
+    group.add_argument("--check", type=Path, metavar="FILE")
+    group.add_argument("--print", choices=tuple(TABLES), help="one table on standard output")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
+    options = parser.parse_args(arguments)
+    contents = load(options.results)
+    if options.print:
+        print(table(options.print, contents))
+        return 0
+    path = options.write or options.check
+    text = path.read_text(encoding="utf-8")
+    made = rewrite(text, contents)
+    if options.write:
+        path.write_text(made, encoding="utf-8")
+        return 0
+    if made == text:
+        print(f"{path.name}: tables agree with {options.results.name}/")
+        return 0
+    print(f"{path.name}: tables are out of step: python -m benchmarks.tables --write {path.name}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Timing, the gate and the rows: a wrong result has no speed, and a broken peer harms nobody."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks import gate, harness, record, timing
+from benchmarks.case import Candidate, Case, Settings, Skipped, candidate, forward_run, oracle
+
+SETTINGS = Settings(device="cpu", backend="reference", dtypes=("f32",))
+LIMITS = timing.Limits(seconds=0.05, min_rounds=3, max_rounds=4, sample_ms=0.1, warmup_ms=0.1)
+
+
+def _double(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x + x,)
+
+
+def _case(*candidates: Candidate, **options: object) -> Case:
+    values = {
+        "suite": "test",
+        "name": "double",
+        "mode": "forward",
+        "shape": {"N": 64},
+        "dtype": "f32",
+        "outputs": ("y",),
+        "make_inputs": lambda seed: {
+            "x": torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        },
+        "oracle": oracle(_double, "forward"),
+        "floor": 1e-6,
+        "clips": 4,
+        "flops": 64.0,
+    } | options
+    return Case(candidates=candidates, **values)
+
+
+def _ours(function=_double) -> Candidate:
+    return candidate(SETTINGS.ours, function, "forward")
+
+
+def _measure(case: Case, settings: Settings = SETTINGS) -> dict[str, record.Row]:
+    rows = harness.measure(case, settings, {"gemm_f32_tflops": 1.0}, LIMITS, say=lambda _: None)
+    return {row.provider: row for row in rows}
+
+
+def test_right_results_get_times_ratios_and_rates():
+    rows = _measure(_case(_ours(), candidate("torch", _double, "forward", yardstick=True)))
+    ours, peer = rows[SETTINGS.ours], rows["torch"]
+    assert ours.status == peer.status == "ok"
+    assert ours.ratio is None and peer.ratio is not None
+    assert ours.rounds == peer.rounds >= 3
+    assert ours.error == 0.0 and ours.budget == 1e-6
+    assert ours.clips_per_second == pytest.approx(4 / (ours.ms["p50"] * 1e-3))
+    assert ours.share == pytest.approx(ours.tflops)
+
+
+@pytest.mark.parametrize("bad", [1e-3, math.nan, math.inf])
+def test_a_wrong_result_of_ours_gets_no_speed_and_peers_no_ratio(bad):
+    def off(x: torch.Tensor) -> tuple[torch.Tensor]:
+        y = x + x
+        y[5] += bad
+        return (y,)
+
+    rows = _measure(_case(_ours(off), candidate("torch", _double, "forward")))
+    assert rows[SETTINGS.ours].status == "wrong"
+    assert "budget" in rows[SETTINGS.ours].reason
+    assert rows[SETTINGS.ours].ms is None
+    assert rows["torch"].status == "ok" and rows["torch"].ratio is None
+
+
+def test_a_result_of_another_shape_is_wrong():
+    rows = _measure(_case(_ours(lambda x: (x[:1] * 2,))))
+    assert rows[SETTINGS.ours].status == "wrong"
+
+
+def test_a_poor_yardstick_widens_the_budget_only_twofold():
+    def scaled(factor: float):
+        return lambda x: ((x + x) * (1 + factor),)
+
+    inside = _measure(
+        _case(_ours(scaled(1.9e-3)), candidate("torch", scaled(1e-3), "forward", yardstick=True))
+    )
+    outside = _measure(
+        _case(_ours(scaled(2.1e-3)), candidate("torch", scaled(1e-3), "forward", yardstick=True))
+    )
+    assert inside[SETTINGS.ours].status == "ok"
+    assert outside[SETTINGS.ours].status == "wrong"
+
+
+def test_absent_and_broken_peers_are_named_and_the_rest_is_measured():
+    def absent(_inputs):
+        raise Skipped("no such package")
+
+    def broken(_inputs):
+        raise RuntimeError("out\nof order")
+
+    rows = _measure(_case(_ours(), Candidate("absent", absent), Candidate("broken", broken)))
+    assert (rows["absent"].status, rows["absent"].reason) == ("skipped", "no such package")
+    assert (rows["broken"].status, rows["broken"].reason) == (
+        "failed",
+        "RuntimeError: out of order",
+    )
+    assert rows[SETTINGS.ours].ms is not None
+
+
+def test_a_candidate_that_fails_while_timed_drops_out_alone():
+    calls = []
+
+    def brittle(inputs):
+        def run(index: int):
+            calls.append(index)
+            if len(calls) > 6:
+                raise RuntimeError("worn out")
+            return _double(inputs[0]["x"])
+
+        return run
+
+    rows = _measure(_case(_ours(), Candidate("brittle", brittle)))
+    assert rows["brittle"].status == "failed" and "worn out" in rows["brittle"].reason
+    assert rows[SETTINGS.ours].rounds >= 3
+
+
+def test_peers_outside_the_choice_take_no_part_unless_they_set_the_budget():
+    chosen = Settings(device="cpu", backend="reference", peers=("sdpa*",))
+    plain = candidate("torch", _double, "forward", yardstick=True)
+    rows = _measure(_case(_ours(), plain, candidate("sdpa-math", _double, "forward")), chosen)
+    assert set(rows) == {SETTINGS.ours, "sdpa-math"}
+
+
+def test_memory_bound_cases_rotate_among_inputs_that_exceed_the_cache():
+    one = {"x": torch.empty(2**20)}
+    case = _case(_ours(), bound="copy")
+    assert harness.num_copies(case, one, "cpu") == 16  # 4 MiB each, at most 16
+    assert harness.num_copies(case, {"x": torch.empty(2**24)}, "cpu") == 2
+    assert harness.num_copies(_case(_ours()), one, "cpu") == 1
+
+
+def test_the_inputs_are_never_zeros():
+    from benchmarks import suites
+
+    settings = Settings(tiny=True, dtypes=("f32",), backend="reference")
+    for name in suites.SUITES:
+        for case in suites.load(name, settings):
+            for label, tensor in case.make_inputs(0).items():
+                filled = int(torch.count_nonzero(tensor)) if tensor.is_floating_point() else 1
+                assert filled > 0, f"{case.title}: {label}"
+
+
+def test_interleaved_rounds_are_fair_to_drift():
+    """Both sleep alike while time itself drifts: the ratio within rounds stays near 1."""
+    drift = [0.0]
+
+    def sleeper(_index: int) -> None:
+        drift[0] += 2e-5
+        time.sleep(1e-3 + drift[0])
+
+    limits = timing.Limits(seconds=5, min_rounds=9, max_rounds=9, sample_ms=0.1, warmup_ms=0.0)
+    samples, _, failed = timing.interleave({"a": sleeper, "b": sleeper}, timing.Clock(), limits)
+    assert not failed
+    ratio = timing.spread([b / a for a, b in zip(samples["a"], samples["b"], strict=True)])
+    assert 0.8 < ratio["p50"] < 1.25
+
+
+def test_spread_interpolates_between_samples():
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"p20": 1.8, "p50": 3.0, "p80": 4.2}
+    assert timing.spread([2.0]) == {"p20": 2.0, "p50": 2.0, "p80": 2.0}
+
+
+def test_peak_memory_on_a_cpu_sees_a_large_allocation():
+    kept = []
+    peak = timing.peak_mib(lambda _: kept.append(torch.ones(32 * 2**20 // 4)), "cpu")
+    if peak is None:
+        pytest.skip("the kernel does not let a process reset its high-water mark")
+    assert 28 < peak < 80
+
+
+def test_error_measures():
+    expected = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert gate.error_of(torch.tensor([3.0, 4.5]), expected, "rel_l2") == pytest.approx(0.1)
+    assert gate.error_of(torch.tensor([3.0, 4.5]), expected, "max_abs") == pytest.approx(0.5)
+    # an oracle of the first clips checks those alone
+    assert gate.error_of(torch.tensor([3.0, 9.0]), expected[:1], "max_abs") == 0.0
+    assert gate.error_of(torch.tensor([3.0, math.nan]), expected, "max_abs") == math.inf
+
+
+def test_forward_runs_build_no_graph():
+    x = torch.randn(3, requires_grad=True)
+    (y,) = forward_run(_double, [{"x": x}])(0)
+    assert not y.requires_grad

@@ -1,0 +1,90 @@
+"""The suites on tiny shapes: every case's candidates agree with its oracle, and the command line works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import harness, models, peers, record, run, suites
+from benchmarks.case import Settings
+
+NO_PEERS = ("torch", "torch-unfold", "sdpa*", "loop")
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_every_case_of_a_suite_passes_its_gate(name):
+    settings = Settings(
+        tiny=True, dtypes=("f32", "bf16"), backend=run.default_backend("cpu"), peers=NO_PEERS
+    )
+    seen = 0
+    for case in suites.load(name, settings):
+        rows, _, _ = harness.check(case, settings)
+        seen += 1
+        for row in rows.values():
+            assert row.status == "ok", f"{case.title}: {row.provider}: {row.reason}"
+    assert seen >= 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_titles_are_unique_in_a_suite(device):
+    settings = Settings(device=device, dtypes=("f32", "bf16"), backend="reference")
+    for name in suites.SUITES:
+        titles = [case.title for case in suites.load(name, settings)]
+        assert len(titles) == len(set(titles))
+
+
+@pytest.mark.parametrize(
+    "build", [models.with_transformers("sdpa"), models.with_transformers("eager"), models.with_timm]
+)
+def test_peer_models_carry_the_same_weights(build):
+    library = "timm" if build is models.with_timm else "transformers"
+    pytest.importorskip(library)
+    state = models.weights("tiny", 36, 2)
+    x = torch.randn(2, 36, 128, generator=torch.Generator().manual_seed(1)) * 0.5
+    plain = models.plain("tiny", 36, 2, state)
+    peer = build("tiny", 36, 2, state).eval()
+    torch.testing.assert_close(peer(x), plain(x), rtol=1e-4, atol=1e-5)
+    for model in (plain, peer):
+        model(x).square().sum().backward()
+    ours, theirs = models.gradients(plain), models.gradients(peer)
+    assert set(ours) == set(theirs) == set(state)
+    for key in state:
+        torch.testing.assert_close(theirs[key], ours[key], rtol=1e-3, atol=1e-3)
+
+
+def test_flops_of_the_model_agree_with_the_known_count():
+    # 130.5 G multiply-adds a 10 s clip for AST-base
+    assert models.forward_flops("base", 1024) == pytest.approx(261.03e9, rel=1e-3)
+    assert models.num_tokens(1024) == 1214
+
+
+def test_the_command_line_measures_and_writes_a_file(tmp_path, capsys):
+    target = tmp_path / "result.json"
+    arguments = ["--suite", "patch_embed", "--device", "cpu", "--quick", "--dtype", "f32"]
+    status = run.main([*arguments, "--only", "forward", "--peers", "torch", "--json", str(target)])
+    content = record.read(target)
+    assert status == 0
+    assert [row["provider"] for row in content["rows"]][1:] == ["torch"]
+    assert content["settings"]["quick"] is True
+    assert "ours is faster by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--suite", "everything"], "unknown suite everything"),
+        (["--peers", "jax"], "unknown peer jax"),
+        (["--dtype", "int4"], "unknown int4"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(arguments, complaint, capsys):
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def test_peer_patterns():
+    assert peers.names("all") is None and peers.names(None) is None
+    assert peers.names("sdpa*,timm") == ("sdpa*", "timm")
+    settings = Settings(peers=("sdpa*",))
+    assert settings.wants("sdpa-math") and settings.wants("sdpa") and not settings.wants("torch")
