@@ -77,7 +77,7 @@ def test_an_interrupted_demo_says_how_to_resume_and_does(tmp_path):
         [*command, "--resume"], capture_output=True, text=True, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stderr
-    model, evaluation = train_tones(tmp_path / "whole", 0, TRAIN.replace(epochs=4), progress=False)
+    _, evaluation = train_tones(tmp_path / "whole", 0, TRAIN.replace(epochs=4), progress=False)
     results = json.loads((run / "results.json").read_text())
     assert results["accuracy"] == evaluation.figures["accuracy"]
 
