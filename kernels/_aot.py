@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("module", nargs="?", help="a kernel file without .py: attention")
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="file that takes the figures")
+    parser.add_argument("--twins", action="store_true", help="compile twins of other cases too")
     parser.add_argument("--serve", action="store_true")
     options = parser.parse_args()
     if options.serve:
@@ -208,6 +209,8 @@ def main() -> None:
     for arch in options.arch:
         cases = importlib.import_module(f"ast_fast.kernels.{options.module}").aot_cases(arch)
         for index, case in enumerate(cases):
+            if case.twin and not options.twins:
+                continue
             found = describe(options.module, arch, index)
             print(
                 f"sm_{arch:<4}{case.name:44}{found.get('registers', '-'):>4} registers"
