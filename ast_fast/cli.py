@@ -70,9 +70,11 @@ def train(
         set_: one setting, as train.epochs=3; may be repeated, and wins over the file.
         resume: go on with the run in the run folder; data and settings are those it began with.
     """
-    from . import commands
+    from . import train_command
 
-    return commands.train(data, run, eval_data, holdout, root, labels, config, tuple(set_), resume)
+    return train_command.train(
+        data, run, eval_data, holdout, root, labels, config, tuple(set_), resume
+    )
 
 
 def evaluate(

@@ -21,6 +21,7 @@ GROUND = (
     "config",
     "audio",
     "_optional",
+    "_containers",
     "_C",
     "testing",
     "labels",
@@ -32,8 +33,8 @@ FLOORS = (
     ("models",),
     ("equivalence",),
     ("training", "inference", "integrations"),
-    ("report", "demo"),
-    ("cli", "__main__"),
+    ("report", "plots", "saliency", "throughput", "demo"),
+    ("cli", "commands", "train_command", "__main__"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
