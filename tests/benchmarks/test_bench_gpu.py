@@ -41,18 +41,20 @@ ABSENT = [
 
 BLOCKER = f"""
 import sys
+from importlib.machinery import PathFinder
 
 ABSENT = {set(ABSENT)!r}
 
 
-class Blocker:
+class Finder:
+    # found nowhere, exactly as a package that is not installed
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ABSENT or name == "ast_fast._C":
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-        return None
+            return None
+        return PathFinder.find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path = [Finder() if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
