@@ -41,7 +41,7 @@ class MonitorRow:
         logits_budget: what they may be.
         loss: the oracle's loss.
         loss_error: distance of the fast path's loss from it.
-        loss_budget: what it may be.
+        loss_budget: what it may be; None under `torch.inference_mode`.
         gradient: one minus the cosine, and relative L2 error, over all trainable parameters as one
             vector; None without gradients.
         gradient_budget: what they may be.
@@ -196,7 +196,9 @@ class EquivalenceMonitor:
         loss_error = loss_budget = None
         if loss_fn is not None and fast.loss is not None and oracle.loss is not None:
             loss_error = abs(fast.loss - oracle.loss)
-            loss_budget = _loss_budget(oracle.logits, loss_fn, oracle.loss, allowed[0])
+            # the loss's slope is not to be had under inference_mode: the loss is shown, not judged
+            if not torch.is_inference_mode_enabled():
+                loss_budget = _loss_budget(oracle.logits, loss_fn, oracle.loss, allowed[0])
         row = MonitorRow(
             step=len(self.rows) if step is None else step,
             clips=inputs.shape[0],

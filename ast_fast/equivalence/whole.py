@@ -33,8 +33,9 @@ class Outcome:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside wrappers of torch.compile, data parallelism and Fabric."""
-    while not hasattr(model, "config"):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    # a compiled module shows its inner module's attributes as its own
+    while "_orig_mod" in model._modules or not hasattr(model, "config"):
+        inner = model._modules.get("_orig_mod") or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             raise TypeError(
                 f"model is {type(model).__name__}: expected an ast_fast.ASTModel (or a wrapper with it "
