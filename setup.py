@@ -39,6 +39,7 @@ KERNELS = (
     "layer_norm",
     "log_mel",
     "log_mel_backward",
+    "patch_project",
     "patches",
 )
 BASE_FLAGS = [

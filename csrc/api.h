@@ -73,6 +73,16 @@ struct PatchArgs {
   int32_t threads;
 };
 
+struct PatchProjectArgs {
+  const float* x;         // [clips, frames, bins], bins contiguous
+  const float* weight;    // [width, pt * pf], time the slower axis; width a multiple of 32, pt * pf of 16
+  const float* table;     // [prefix + f * t, width], added to every token
+  float* y;               // [clips, prefix + f * t, width]
+  int64_t clips, x_stride_clip, x_stride_frame, width;
+  int64_t f, t, pf, pt, fstride, tstride, prefix;
+  int32_t threads;
+};
+
 // One clip of an attention problem; offsets count elements from the base pointers.
 struct AttentionClip {
   int64_t q, k, v, o;            // first row of the clip
@@ -132,6 +142,7 @@ struct LogMelArgs {
   X(column_sum, ColumnSumArgs)                     \
   X(patch_gather, PatchArgs)                       \
   X(patch_scatter, PatchArgs)                      \
+  X(patch_project, PatchProjectArgs)               \
   X(attention_forward, AttentionArgs)              \
   X(attention_backward, AttentionArgs)             \
   X(log_mel_forward, LogMelArgs)                   \

@@ -184,6 +184,17 @@ void patch_scatter(uintptr_t columns, uintptr_t dx, int dtype, int64_t clips, in
   call(kernels->patch_scatter, patch_args(dx, 0, 0, columns, dtype, clips, frames, bins, grid, threads));
 }
 
+void patch_project(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t weight, uintptr_t table,
+                   uintptr_t y, int64_t clips, int64_t width, py::tuple grid, int threads) {
+  PatchProjectArgs a{};
+  a.x = at<float>(x), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
+  a.weight = at<float>(weight), a.table = at<float>(table), a.y = at<float>(y);
+  a.clips = clips, a.width = width, a.threads = team(threads);
+  int64_t* fields[] = {&a.f, &a.t, &a.pf, &a.pt, &a.fstride, &a.tstride, &a.prefix};
+  for (size_t i = 0; i < 7; ++i) *fields[i] = grid[i].cast<int64_t>();
+  call(kernels->patch_project, a);
+}
+
 // (address, stride of a clip, of a row, of a head); packed tokens have no clip stride
 struct View {
   uintptr_t address;
@@ -322,6 +333,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("column_sum", &column_sum);
   m.def("patch_gather", &patch_gather);
   m.def("patch_scatter", &patch_scatter);
+  m.def("patch_project", &patch_project);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("log_mel_forward", &log_mel_forward);

@@ -1,6 +1,7 @@
 """Patch embedding on CPU: patches gathered into bounded scratch, one GEMM straight into the tokens.
 
-The scratch holds whole clips, including zero rows for the prefix tokens, so that a GEMM with
+In float32 with AVX-512 a kernel of ours gathers and multiplies block by block, because the BLAS that
+PyTorch brings may stop at AVX2 (it does on AMD). Elsewhere the GEMM is PyTorch's: the scratch holds whole clips, including zero rows for the prefix tokens, so that a GEMM with
 `beta = 1` completes a clip's token matrix that was filled with bias, position and prefix before.
 """
 
@@ -14,6 +15,7 @@ from ._common import CODES, column_sum, threads, why_not
 
 # gathered patches of one block of clips; a 10 s clip at stride 10 takes 1.2 MB in float32
 _SCRATCH_BYTES = 8 << 20
+_OWN_GEMM = str(_C.isa()).startswith("avx512")
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor) -> str | None:
@@ -35,6 +37,10 @@ def _grid(
     f = (x.shape[2] - pf) // fstride + 1
     t = (x.shape[1] - pt) // tstride + 1
     return f, t, pf, pt, fstride, tstride, prefix
+
+
+def _has_own_gemm(dtype: torch.dtype, width: int, area: int) -> bool:
+    return _OWN_GEMM and dtype == torch.float32 and width % 32 == 0 and area % 16 == 0
 
 
 def _gather(x: Tensor, columns: Tensor, grid: tuple[int, ...]) -> None:
@@ -75,7 +81,22 @@ def forward(
     if x.stride(2) != 1 and x.shape[2] > 1:
         x = x.contiguous()
     # time becomes the slower axis of a patch, as the gathered rows have it
-    matrix = weight[:, 0].transpose(1, 2).reshape(width, area).t()
+    matrix = weight[:, 0].transpose(1, 2).reshape(width, area)
+    if _has_own_gemm(x.dtype, width, area):
+        _C.patch_project(
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            matrix.data_ptr(),
+            table.data_ptr(),
+            y.data_ptr(),
+            clips,
+            width,
+            grid,
+            threads(),
+        )
+        return y
+    matrix = matrix.t()
     block = _clips_per_block(tokens, area, x.element_size())
     columns = torch.empty((min(block, clips), tokens, area), dtype=x.dtype)
     for start in range(0, clips, block):
@@ -134,7 +155,9 @@ def backward(
             )
     dtype = weight.dtype
     dbias = column_sum(dpos[num_prefix:]) if tokens > num_prefix else torch.zeros(width)
-    shaped = dweight.view(width, grid[3], grid[2]).transpose(1, 2).reshape(weight.shape).contiguous()
+    shaped = (
+        dweight.view(width, grid[3], grid[2]).transpose(1, 2).reshape(weight.shape).contiguous()
+    )
     return (
         shaped.to(dtype),
         dbias.to(dtype),

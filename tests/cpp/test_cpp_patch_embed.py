@@ -14,6 +14,7 @@ CASES = {
     "tall patches": (1, 21, 128, (128, 2), (128, 1), 2, 24),
     "wide patches, stride beyond the patch": (2, 90, 70, (32, 32), (33, 40), 0, 16),
     "one patch": (1, 3, 5, (5, 3), (1, 1), 2, 4),
+    "tokens past one block, a patch past one pass": (2, 120, 100, (32, 20), (7, 5), 2, 96),
     "stride one": (2, 9, 8, (3, 4), (1, 1), 1, 5),
 }
 
@@ -64,6 +65,22 @@ def test_patch_embed_matches_a_convolution_in_fp64(case, dtype, within):
         if ours.numel():
             within(ours, theirs[index].grad, exact[index].grad, floor, name)
     assert patch_embed.backward(dy, tensors[0], tensors[1], *strides, num_prefix, False)[4] is None
+
+
+@pytest.mark.parametrize(
+    "case", ["the model's patches", "tokens past one block, a patch past one pass"]
+)
+def test_the_kernels_own_multiplication_agrees_with_pytorchs(case, monkeypatch, within):
+    (x, weight, bias, pos, prefix), strides, _ = inputs(case, F32)
+    weight, bias = weight.repeat(2, 1, 1, 1)[:32], bias.repeat(2)[:32]
+    pos, prefix = pos[:, :32].contiguous(), prefix[:, :32].contiguous()
+    exact = plain(*(t.double() for t in (x, weight, bias, pos, prefix)), strides)
+    for own in (False, True):
+        monkeypatch.setattr(patch_embed, "_OWN_GEMM", own)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = patch_embed.forward(x, weight, bias, pos, prefix, *strides)
+            within(y, None, exact, 1e-6, f"own GEMM: {own}")
 
 
 def test_views_of_a_larger_batch_cost_no_change_in_the_result():
