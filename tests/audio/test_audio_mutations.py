@@ -53,7 +53,7 @@ def test_damaged_files_raise_audio_errors_only_and_leak_nothing():
     def read_all(rounds):
         nonlocal slowest
         for mutant in mutants[:: 1 if rounds == 1 else 4]:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 clip = audio.load(mutant)
                 assert torch.isfinite(clip.wave).all() and clip.sample_rate_hz == 16000
@@ -61,12 +61,12 @@ def test_damaged_files_raise_audio_errors_only_and_leak_nothing():
             except audio.AudioError as error:
                 assert error.reason
                 outcomes["refused"] += 1
-            slowest = max(slowest, time.perf_counter() - start)
+            slowest = max(slowest, time.process_time() - start)
 
     read_all(2)  # warm-up: libraries and allocator
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read_all(1)
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert outcomes["read"] > 50 and outcomes["refused"] > 50, outcomes
-    assert slowest < 5.0  # no hang; typical is under 2 ms, the bound allows for a busy machine
+    assert slowest < 2.0  # processor seconds; typical is under 2 ms
     assert grown_mib < 64

@@ -94,7 +94,7 @@ def test_help_comes_without_loading_pytorch():
         "print('loaded:', sorted(heavy), file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
     )
     assert "loaded: []" in done.stderr
     for name in ("demo", "train", "eval", "tag", "verify", "bench", "convert", "doctor"):
@@ -282,12 +282,12 @@ def test_ctrl_c_leaves_a_state_that_resumes(place, tmp_path):
             "0.25",
         ),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not list(folder.glob("checkpoints/step-*")):
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=120)
+    _, said = child.communicate(timeout=400)
     assert child.returncode == 130, said
     assert f"ast-fast train --run {folder} --resume" in said and "Traceback" not in said
     latest = (folder / "checkpoints" / "latest").read_text().strip()
@@ -296,7 +296,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(place, tmp_path):
     again = start("train", "--run", folder, "--resume")
     line = again.stdout.readline()
     again.send_signal(signal.SIGINT)
-    _, said = again.communicate(timeout=120)
+    _, said = again.communicate(timeout=400)
     assert f"step {step} of " in line and again.returncode == 130, said
 
 
@@ -304,5 +304,5 @@ def test_python_dash_m_works_and_broken_pipes_are_quiet():
     child = start("doctor")
     child.stdout.close()
     said = child.stderr.read()
-    child.wait(timeout=120)
+    child.wait(timeout=400)
     assert "Traceback" not in said and "BrokenPipe" not in said

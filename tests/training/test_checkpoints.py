@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
             assert store.load().state["step"] == 1
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert "refused:" in done.stdout and "earlier ones are intact" in done.stdout
