@@ -243,6 +243,8 @@ class TrainConfig(Config):
         )
         for name in ("devices", "log_every", "keep_checkpoints"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
+        # step and process are packed beside it into one 64-bit seed
+        check(self.seed < 2**29, f"seed={self.seed}: expected below 2**29")
         for name in ("warmup_steps", "weight_decay", "num_workers", "checkpoint_every", "seed"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected 0 or more")
         for name, allowed in (

@@ -159,6 +159,7 @@ def run_demo(
         )
     if compare_training:
         say("      training plain PyTorch alike")
+        shutil.rmtree(run_dir / "plain", ignore_errors=True)
         with backend.use_backend("reference"):
             _, plain = train_tones(
                 run_dir / "plain", seed, config.replace(monitor=MonitorConfig()), progress=progress

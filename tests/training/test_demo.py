@@ -34,9 +34,18 @@ def test_a_short_demo_writes_everything_it_says(tmp_path):
     assert "http" not in page.replace('<meta charset="utf-8">', "")
     names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
     assert names == {"training", "confusion", "attention", "checks", "throughput"}
-    # a second demo in the same place starts over
-    run_demo(tmp_path, config=TRAIN.replace(epochs=1), say=said.append, progress=False)
-    assert json.loads((tmp_path / "results.json").read_text())["accuracy"] == results["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_second_demo_in_the_same_place_starts_over_and_compares_training(tmp_path):
+    short = TRAIN.replace(epochs=1)
+    first, second = (
+        run_demo(tmp_path, config=short, compare_training=True, say=lambda _: None, progress=False)
+        for _ in range(2)
+    )
+    assert first["accuracy"] == second["accuracy"]
+    assert first["plain_accuracy"] == second["plain_accuracy"]
+    assert "plain PyTorch trained alike" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_speeds_of_different_results_are_not_compared(tmp_path):
