@@ -8,15 +8,18 @@ from .case import DTYPES, generator
 from .timing import Limits, clock_for, warm_up
 
 
-def measure(device: str, dtypes: tuple[str, ...], tiny: bool = False) -> dict[str, float]:
+def measure(
+    device: str, dtypes: tuple[str, ...], tiny: bool = False, quick: bool = False
+) -> dict[str, float]:
     """TFLOP/s of a square matrix product per dtype and GB/s of a copy (read plus written).
 
     Random numbers: a GPU runs faster on zeros.
     """
     cuda = device == "cuda"
-    size = 128 if tiny else 8192 if cuda else 2048
+    size = 128 if tiny else 8192 if cuda else 1024 if quick else 2048
     clock = clock_for(device)
-    limits = Limits(sample_ms=1.0 if tiny else 60.0, warmup_ms=1.0 if tiny else 100.0)
+    brief = tiny or quick
+    limits = Limits(sample_ms=1.0 if brief else 60.0, warmup_ms=1.0 if brief else 100.0)
     found = {}
     for name in dtypes:
         if name not in DTYPES:
@@ -29,7 +32,7 @@ def measure(device: str, dtypes: tuple[str, ...], tiny: bool = False) -> dict[st
         )
         best = _best(lambda _, a=a, b=b: torch.mm(a, b), clock, limits)
         found[f"gemm_{name}_tflops"] = 2 * size**3 / (best * 1e-3) / 1e12
-    count = (1 if tiny else 1024 if cuda else 256) * 2**20 // 4
+    count = (1 if tiny else 1024 if cuda else 64 if quick else 256) * 2**20 // 4
     source = torch.randn(count, device=device, generator=generator(3, device))
     target = torch.empty_like(source)
     best = _best(lambda _: target.copy_(source), clock, limits)

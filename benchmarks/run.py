@@ -113,7 +113,7 @@ def execute(chosen: Sequence[str], settings: Settings, options: argparse.Namespa
     print(
         f"{facts['device_name']}, torch {facts['torch']}, {facts['threads']} threads, {settings.ours}"
     )
-    tops = ceilings.measure(settings.device, settings.dtypes)
+    tops = ceilings.measure(settings.device, settings.dtypes, quick=settings.quick)
     print(", ".join(f"{key} {value:.4g}" for key, value in tops.items()))
     deadline = time.monotonic() + options.minutes * 60 if options.minutes else None
     asked = {
