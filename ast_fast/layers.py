@@ -128,6 +128,7 @@ class Attention(nn.Module):
         q = F.linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
         k, v = F.linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
         o = ops.attention(q, k, v, self.scale, deterministic=self.deterministic)
+        assert isinstance(o, Tensor)
         return self.proj(o.flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
@@ -280,6 +281,7 @@ class Trunk(nn.Module):
         patches = self.patch_embed
         if patches.is_plain:
             proj = patches.proj
+            assert proj.bias is not None
             tokens = ops.patch_embed(
                 x, proj.weight, proj.bias, self.pos_embed[0], self.prefix(), *proj.stride
             )
@@ -333,7 +335,7 @@ class Trunk(nn.Module):
                 normed = block.norm1(stream)
             short = last and keep is not None and fuse_last and block.can_keep_first
             update, stream = block.halves(stream, normed, keep if short else None)
-            following = last_norm if last else blocks[index + 1]
+            following: Any = last_norm if last else blocks[index + 1]
             if fuse_last if last else plain[index + 1]:
                 norm = following if last else following.norm1
                 normed, stream = norm.after_add(update, stream)

@@ -206,8 +206,8 @@ class ASTModel(nn.Module):
             raise ValueError(
                 f"layer={layer}: expected -{depth} to {depth - 1}, the model has {depth} blocks"
             )
-        blocks = list(self.v.blocks)
-        block = blocks[layer]
+        blocks: list[Any] = list(self.v.blocks)
+        block: Any = blocks[layer]
         normed = self.v.run_blocks(self.v.embed(x), blocks[: layer % depth], block.norm1)
         return block.attn.weights(normed)
 

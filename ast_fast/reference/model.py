@@ -7,6 +7,8 @@ Dimensions: B clips, S frames, F mel bins, T tokens, H heads, D head width, C wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -158,7 +160,7 @@ class ASTModel(nn.Module):
         self.mlp_head = nn.Sequential(_Norm(embed_dim, head_eps), nn.Linear(embed_dim, label_dim))
 
     @classmethod
-    def from_model(cls, model: nn.Module, dtype: torch.dtype = torch.float64) -> ASTModel:
+    def from_model(cls, model: Any, dtype: torch.dtype = torch.float64) -> ASTModel:
         """The twin of a fast model: same sizes, and a copy of its weights in `dtype`.
 
         Args:
@@ -178,6 +180,7 @@ class ASTModel(nn.Module):
         if self.num_prefix_tokens == 2:
             prefix = torch.cat((prefix, v.dist_token[0]))
         proj = v.patch_embed.proj
+        assert proj.bias is not None
         x = ops.patch_embed(x, proj.weight, proj.bias, v.pos_embed[0], prefix, *self.stride)
         for block in v.blocks:
             x = block(x)

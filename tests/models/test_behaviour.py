@@ -154,6 +154,21 @@ def test_a_replaced_projection_is_called(x):
     assert all(block.mlp.fc2.delta.grad.abs().sum() > 0 for block in model.v.blocks)
 
 
+def test_a_replaced_forward_is_called(x):
+    model = build(depth=2)
+    want = model(x)
+    calls = []
+    for name in ("v.blocks.1.norm2", "v.blocks.0.norm1", "v.norm", "v.patch_embed"):
+        module = model.get_submodule(name)
+        # as offloading and quantisation wrappers do it
+        module.forward = lambda *args, inner=module.forward, name=name: (
+            calls.append(name),
+            inner(*args),
+        )[1]
+    assert measure(model(x), want).rel_l2 < 2e-6
+    assert sorted(calls) == ["v.blocks.0.norm1", "v.blocks.1.norm2", "v.norm", "v.patch_embed"]
+
+
 def test_gradient_checkpointing_gives_the_same(x):
     model = build()
     want = run(model, x)
