@@ -109,7 +109,7 @@ def check_contents(names):
     for asset in assets.rglob("*"):
         if asset.is_file() and "__pycache__" not in asset.parts:
             assert f"ast_fast/assets/{asset.relative_to(assets).as_posix()}" in names
-    assert "ast_fast/py.typed" in names
+    assert {"ast_fast/py.typed", "ast_fast/_C.pyi"} <= names
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not any("__pycache__" in n or n.startswith("ast_fast/csrc") for n in names)
 
