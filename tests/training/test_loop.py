@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ast_fast.hub import CheckpointError
 from ast_fast.training import NonFiniteLossError, Trainer, TrainingError, TrainingInterrupted
 from ast_fast.training.logs import read_log
 
+ROOT = Path(__file__).resolve().parents[2]
 FRONT = LogMelConfig(num_mel_bins=32, num_frames=32)
 TINY = {
     "embed_dim": 32,
@@ -355,7 +357,8 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
     script = tmp_path / "two.py"
     folder = tmp_path / "two"
     script.write_text(textwrap.dedent(TWO).format(tests=__file__, folder=str(folder)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # a script has its own folder on its path, not the checkout's
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment
     )
