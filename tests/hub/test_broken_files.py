@@ -233,8 +233,12 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             for step in range(1, 10_000):
                 hub.write_pretrained(tmp_path, numbered(step), {"model": {"step": step}})
 
+        before = (tmp_path / "config.json").stat().st_ino
         child = in_child(save_forever)
-        time.sleep(0.003 + 0.004 * kill)
+        give_up = time.monotonic() + 60
+        while (tmp_path / "config.json").stat().st_ino == before and time.monotonic() < give_up:
+            time.sleep(0.001)
+        time.sleep(0.002 * kill)  # somewhere in a later save
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         state, info = hub.read_weights(tmp_path)
