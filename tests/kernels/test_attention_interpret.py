@@ -257,6 +257,19 @@ def test_nan_stays_in_its_clip_and_head(arena, which, config):
         assert torch.equal(dirty[1][:, others], clean[1][:, others])
 
 
+@pytest.mark.parametrize("config", [POINTER, DESCRIPTOR], ids=lambda c: c.name)
+def test_nan_of_the_next_head_stays_out_of_a_padded_width(arena, config):
+    # a width of 96 is computed as 128: the padding must not be the columns of the next head
+    q, k, v, do = inputs(arena, 1, 40, 40, 2, 96, torch.float16)
+    clean, _ = attention.forward(q, k, v, 0.1, None, config=config)
+    for x in (q, k, v, do):
+        x[:, :, 1] = float("nan")
+    o, lse = attention.forward(q, k, v, 0.1, None, config=config)
+    assert torch.equal(o[:, :, 0], clean[:, :, 0])
+    for grad in gradients(do, q, k, v, o, lse, 0.1, None, config):
+        assert bool(grad[:, :, 0].isfinite().all())
+
+
 @pytest.mark.parametrize("config", PATHS, ids=lambda c: c.name)
 def test_padding_stays_out_where_every_score_is_far_below_zero(arena, config):
     # exp(0 - lse) of an absent key overflows, and infinity times its zeros would be NaN
