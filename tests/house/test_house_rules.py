@@ -23,7 +23,6 @@ GROUND = (
     "_optional",
     "_containers",
     "_C",
-    "testing",
     "labels",
 )
 FLOORS = (
@@ -32,6 +31,7 @@ FLOORS = (
     ("layers", "frontend", "hub"),
     ("models",),
     ("equivalence",),
+    ("testing",),
     ("training", "inference", "integrations"),
     ("report", "plots", "saliency", "throughput", "demo"),
     ("cli", "commands", "train_command", "__main__"),
