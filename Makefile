@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS ?= 2
 TRITON_OLD := 3.6.0
-PYTEST := $(BIN)/python -m pytest -q
+# two workers of one thread each: OpenMP threads that outnumber the cores spin and starve each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 QUICK := not slow and not gpu and not interpret and not aot
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
 
@@ -85,7 +86,7 @@ verify: setup
 	@$(BIN)/ast-fast verify
 
 bench: setup
-	@$(BIN)/python -m benchmarks.run --suite all --device cpu --threads 1
+	@PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 wheel: setup
 	@rm -rf dist/wheel && mkdir -p dist/wheel

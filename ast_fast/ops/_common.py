@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def register(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as `torch.ops.ast_fast.<name>` with kernels for CUDA and CPU."""
@@ -20,6 +22,29 @@ def register(name: str) -> Callable[[Callable[..., Any]], Any]:
         return op
 
     return decorate
+
+
+def call(op: Any, *arguments: Any) -> Any:
+    """Call a registered op; straight to its body where nobody but the dispatcher would notice.
+
+    The dispatcher costs several times what a small kernel does. It is needed for gradients, for the
+    compiler, and for whoever watches or transforms ops (modes, subclasses, functorch, profilers).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return op(*arguments)
+    recording = torch.is_grad_enabled()
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            (recording and argument.requires_grad) or type(argument) not in _PLAIN
+        ):
+            return op(*arguments)
+    return op._init_fn(*arguments)
 
 
 def no_second_gradient(op: Any) -> None:

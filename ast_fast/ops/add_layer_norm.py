@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import autocast_dtype, no_second_gradient, register, require, statistics_dtype
+from ._common import autocast_dtype, call, no_second_gradient, register, require, statistics_dtype
 from .layer_norm import check_parameters
 
 
@@ -53,7 +53,7 @@ def add_layer_norm(
     chosen = backend.choose("add_layer_norm", _load, x, residual, weight, bias, out_dtype)
     if chosen == "reference":
         return reference.ops.add_layer_norm(x, residual, weight, bias, eps, out_dtype)[:2]
-    y, total, _, _ = add_layer_norm_op(x, residual, weight, bias, eps, out_dtype, chosen)
+    y, total, _, _ = call(add_layer_norm_op, x, residual, weight, bias, eps, out_dtype, chosen)
     return y, total
 
 

@@ -11,6 +11,7 @@ from .. import backend, reference
 from ..reference import backward as reference_backward
 from ._common import (
     allow_tf32,
+    call,
     cast_for_autocast,
     no_second_gradient,
     register,
@@ -92,7 +93,8 @@ def attention(
         o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
         lse = lse.detach()
     else:
-        o, lse = attention_op(
+        o, lse = call(
+            attention_op,
             q,
             k,
             v,
@@ -136,8 +138,8 @@ def attention_qkv(
     if chosen == "reference":
         return without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)[0]
     tf32 = allow_tf32(qkv.device.type)
-    return attention_qkv_op(
-        qkv, key_lengths, scale, _use_deterministic(deterministic), tf32, chosen
+    return call(
+        attention_qkv_op, qkv, key_lengths, scale, _use_deterministic(deterministic), tf32, chosen
     )[0]
 
 

@@ -11,6 +11,7 @@ from .. import backend, reference
 from ..reference import backward as reference_backward
 from ._common import (
     allow_tf32,
+    call,
     cast_for_autocast,
     no_second_gradient,
     register,
@@ -81,7 +82,8 @@ def attention_varlen(
     if chosen == "reference" and not torch.compiler.is_compiling():
         run = reference.ops.attention_varlen
         return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
-    return attention_varlen_op(
+    return call(
+        attention_varlen_op,
         q,
         k,
         v,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from ..reference.mel import LOG_FLOOR, MelTables, mel_sizes, mel_tables
-from ._common import no_second_gradient, register, require, without_autocast
+from ._common import call, no_second_gradient, register, require, without_autocast
 
 
 def _load(name: str) -> ModuleType:
@@ -104,7 +104,7 @@ def log_mel(
         arguments = (lengths, tables, num_frames, mean, std, out_dtype)
         return without_autocast(reference.ops.log_mel, wave, *arguments)
     setting = [float(sample_rate_hz), float(num_mel_bins), *map(float, settings)]
-    return log_mel_op(wave, lengths, setting, num_frames, mean, std, out_dtype, chosen)
+    return call(log_mel_op, wave, lengths, setting, num_frames, mean, std, out_dtype, chosen)
 
 
 def _tables(setting: Sequence[float]) -> MelTables:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import cast_for_autocast, needs_gradient, no_second_gradient, register, require
+from ._common import call, cast_for_autocast, needs_gradient, no_second_gradient, register, require
 
 
 def _load(name: str) -> ModuleType:
@@ -56,7 +56,7 @@ def mlp(
     chosen = backend.choose("mlp", _load, x, w1, b1, w2, b2)
     if chosen == "reference":
         return reference.ops.mlp(x, w1, b1, w2, b2)
-    return mlp_op(x, w1, b1, w2, b2, needs_gradient(x, w1, b1, w2, b2), chosen)[0]
+    return call(mlp_op, x, w1, b1, w2, b2, needs_gradient(x, w1, b1, w2, b2), chosen)[0]
 
 
 @register("mlp")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
-from ._common import allow_tf32, cast_for_autocast, no_second_gradient, register, require
+from ._common import allow_tf32, call, cast_for_autocast, no_second_gradient, register, require
 
 
 def _load(name: str) -> ModuleType:
@@ -108,7 +108,7 @@ def patch_embed(
     if chosen == "reference":
         return reference.ops.patch_embed(x, weight, bias, pos, prefix, fstride, tstride)
     tf32 = allow_tf32(x.device.type)
-    return patch_embed_op(x, weight, bias, pos, prefix, fstride, tstride, tf32, chosen)
+    return call(patch_embed_op, x, weight, bias, pos, prefix, fstride, tstride, tf32, chosen)
 
 
 @register("patch_embed")
