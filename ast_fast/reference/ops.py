@@ -207,7 +207,8 @@ def log_mel(
     if lengths is None:
         lengths = torch.full((b,), n, dtype=torch.int64, device=wave.device)
     whole = min(tables.num_frames(n), num_frames) if b else 0
-    if not whole:  # an empty part of the waveform, so that its gradient is zeros rather than missing
+    if not whole:
+        # an empty part of the waveform, so that its gradient is zeros rather than missing
         features = wave[:, :0, None].expand(b, 0, tables.num_mel_bins)
     else:
         frames = wave.unfold(1, tables.window_samples, tables.hop_samples)[:, :whole]
