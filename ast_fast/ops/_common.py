@@ -35,7 +35,7 @@ def call(op: Any, *arguments: Any) -> Any:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     ):
         return op(*arguments)
     recording = torch.is_grad_enabled()
