@@ -83,9 +83,8 @@ def _cpp_isa() -> str:
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    facts = dict(
-        (part.strip() for part in line.split(":", 1)) for line in lines[:40] if ":" in line
-    )
+    pairs = (line.partition(":") for line in lines[:40] if ":" in line)
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
     name = facts.get("model name") or platform.processor() or platform.machine()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     has = [flag for flag in wanted if flag in facts.get("flags", "").split()]

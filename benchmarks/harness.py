@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -126,7 +126,7 @@ def measure(
 def _timed(
     case: Case,
     rows: dict[str, Row],
-    runs: dict[str, Run],
+    runs: Mapping[str, timing.Call],
     clock: timing.Clock,
     limits: timing.Limits,
     settings: Settings,

@@ -68,7 +68,7 @@ def make_row(
         backend=backend,
         error=(ours.worst, ours.rel_l2),
         torch_error=(plain.worst, plain.rel_l2),
-        budget=tuple(allowed),
+        budget=(allowed.worst, allowed.rel_l2),
         ok=allowed.admits(ours),
         note=note,
     )

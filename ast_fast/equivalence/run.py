@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,22 +106,31 @@ def _jobs(
         seconds = 10.0 if full else 2.0
         for mel in log_mel_cases():
             name = f"log_mel {mel.signal.__name__}"
-            jobs.append((name, lambda mel=mel: run_log_mel_case(mel, device, seconds, backend)))
-        jobs.append(("log_mel gradient", lambda: run_log_mel_gradient(device, seconds, backend)))
+            jobs.append((name, partial(run_log_mel_case, mel, device, seconds, backend)))
+        jobs.append(("log_mel gradient", partial(run_log_mel_gradient, device, seconds, backend)))
     for dtype, tf32 in settings:
         options = (device, dtype, backend, tf32)
         if model is not None:
-            job = lambda o=options: model_rows("model", model, *o, inputs)  # noqa: E731
-            jobs.append((f"model {dtype}", job))
+            jobs.append((f"model {dtype}", partial(model_rows, "model", model, *options, inputs)))
             continue
         for case in op_cases(full):
             name = f"{case.op} {case.shape} {dtype}"
-            jobs.append((name, lambda c=case, o=options: run_op_case(c, *o)))
+            jobs.append((name, partial(run_op_case, case, *options)))
         for name, config in model_configs(full):
-            jobs.append(
-                (f"{name} {dtype}", lambda n=name, c=config, o=options: model_rows(n, build(c), *o))
-            )
+            jobs.append((f"{name} {dtype}", partial(_config_rows, name, config, *options)))
     return jobs
+
+
+def _config_rows(
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    allow_tf32: bool,
+) -> list[Row]:
+    # built when its turn comes, so that one model is held at a time
+    return model_rows(name, build(config), device, dtype, backend, allow_tf32)
 
 
 def run_verify(

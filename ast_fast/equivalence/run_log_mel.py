@@ -17,9 +17,10 @@ from torch import Tensor
 from .. import ops, reference
 from . import plain
 from .budgets import budget, log_mel_budget, precision_of
+from .cases import Tensors
 from .measures import Errors, measure
 from .report import Row, make_row
-from .run_ops import SEED, Tensors, draw_upstream, evaluate, evaluate_ours, place
+from .run_ops import SEED, draw_upstream, evaluate, evaluate_ours, place
 
 MEAN, STD = -4.2677393, 4.5689974  # AudioSet
 STAND_IN = "torchaudio is not installed: the reference in float32 stands in for it (log_mel)"

@@ -25,10 +25,9 @@ def model_configs(full: bool) -> Iterator[tuple[str, ModelConfig]]:
         for name, frames in (("speechcommands", 128), ("esc50", 512), ("audioset", 1024)):
             yield f"AST-base, {name}", ModelConfig(input_tdim=frames)
         return
-    tiny, base = {"embed_dim": 192, "num_heads": 3}, {"embed_dim": 768, "num_heads": 12}
-    sizes = {"depth": 2, "label_dim": 35, "input_tdim": 128, "dead_heads": False}
-    yield "AST-tiny, 2 blocks", ModelConfig(**tiny, **sizes)
-    yield "AST-base width, 2 blocks", ModelConfig(**base, **sizes)
+    short = ModelConfig(depth=2, label_dim=35, input_tdim=128, dead_heads=False)
+    yield "AST-tiny, 2 blocks", short.replace(embed_dim=192, num_heads=3)
+    yield "AST-base width, 2 blocks", short.replace(embed_dim=768, num_heads=12)
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -71,8 +70,8 @@ def model_rows(
     fast_model = copy.deepcopy(model).to(device, torch.float32)
     if inputs is None:
         generator = torch.Generator().manual_seed(SEED)
-        shape = (CLIPS, model.config.input_tdim, model.config.input_fdim)
-        inputs = 0.5 * torch.randn(shape, generator=generator)
+        size = (CLIPS, model.config.input_tdim, model.config.input_fdim)
+        inputs = 0.5 * torch.randn(size, generator=generator)
     inputs = inputs.to(device, torch.float32)
     shape = "x".join(map(str, inputs.shape))
     ran, note = _ran(device, dtype, backend)

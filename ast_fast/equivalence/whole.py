@@ -12,12 +12,16 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
 from . import plain
+
+if TYPE_CHECKING:
+    from ..models.ast import ASTModel
 
 LossFunction = Callable[[Tensor], Tensor]
 
@@ -31,7 +35,7 @@ class Outcome:
     grads: dict[str, Tensor]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> ASTModel:
     """The model inside wrappers of torch.compile, data parallelism and Fabric."""
     # a compiled module shows its inner module's attributes as its own
     while "_orig_mod" in model._modules or not hasattr(model, "config"):
@@ -42,7 +46,7 @@ def unwrap(model: nn.Module) -> nn.Module:
                 "inside), which has a config and a reference twin"
             )
         model = inner
-    return model
+    return cast("ASTModel", model)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -64,7 +68,7 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 
 def oracle_features(
-    model: nn.Module, inputs: Tensor, lengths: Tensor | None, dtype: torch.dtype
+    model: ASTModel, inputs: Tensor, lengths: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Features for the oracle in `dtype`: a spectrogram [B, S, F] as it is, a waveform [B, N] transformed."""
     if inputs.dim() == 3:
@@ -107,7 +111,7 @@ def _outcome(
 
 
 def run_oracle(
-    model: nn.Module,
+    model: ASTModel,
     inputs: Tensor,
     lengths: Tensor | None,
     loss_fn: LossFunction | None,
@@ -157,7 +161,7 @@ def run_fast(
 
 
 def run_plain(
-    model: nn.Module,
+    model: ASTModel,
     inputs: Tensor,
     lengths: Tensor | None,
     loss_fn: LossFunction | None,

@@ -4,7 +4,12 @@ Nothing here imports the rest of the package, so that a mistake in the fast path
 shared code.
 """
 
+from typing import TYPE_CHECKING
+
 from . import mel, ops
+
+if TYPE_CHECKING:
+    from .model import ASTModel
 
 __all__ = ["ASTModel", "mel", "ops"]
 
