@@ -233,9 +233,10 @@ bool backward(const AttentionArgs& a) {
   typedef typename Unit::Word Word;
   const int64_t heads = a.num_clips * a.heads;
   if (heads == 0) return true;
-  const int64_t blocks = ceil_div(a.max_tk, KEYS);
+  // at least one: clips may all be without keys, and the sizes below divide by it
+  const int64_t blocks = a.max_tk < 1 ? 1 : ceil_div(a.max_tk, KEYS);
   const int64_t wanted = heads >= ITEMS_WANTED ? 1 : ceil_div(ITEMS_WANTED, heads);
-  const int64_t ranges = blocks < 1 ? 1 : smaller(wanted, blocks);
+  const int64_t ranges = smaller(wanted, blocks);
   const int64_t range_keys = ceil_div(blocks, ranges) * KEYS;
   const int64_t pitch = (padded_queries(a.max_tq) + MR) * a.width;
   Scratch parts(ranges > 1 ? (size_t)(heads * ranges * pitch) * sizeof(float) : 0);

@@ -256,13 +256,18 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column; BOM and CRLF are accepted."""
     # newline="" leaves line ends to the csv module, utf-8-sig drops a BOM
     with path.open(encoding="utf-8-sig", newline="") as file:
-        previous = csv.field_size_limit(MAX_FIELD_CHARS)
         try:
             reader = csv.reader(file, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
             for cells in reader:
                 if not cells:
                     continue
+                # the csv module's own limit is larger and belongs to the whole process
+                if max(map(len, cells)) > MAX_FIELD_CHARS:
+                    raise ManifestError(
+                        f"{path}, line {reader.line_num}: a field is longer than {MAX_FIELD_CHARS} "
+                        "characters: is this a manifest?"
+                    )
                 if len(cells) != len(header):
                     raise ManifestError(
                         f"{path}, line {reader.line_num}: {len(cells)} fields: expected "
@@ -270,14 +275,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     )
                 yield reader.line_num, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise ManifestError(
-                f"{path}, line {reader.line_num}: {error} (fields hold at most {MAX_FIELD_CHARS} "
-                "characters)"
-            ) from error
+            raise ManifestError(f"{path}, line {reader.line_num}: {error}") from error
         except UnicodeDecodeError as error:
             raise ManifestError(f"{path}: is not UTF-8 text: {error}") from error
-        finally:
-            csv.field_size_limit(previous)
 
 
 def _read_csv(path: Path, separator: str) -> Iterator[Row]:

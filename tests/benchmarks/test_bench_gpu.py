@@ -54,7 +54,12 @@ class Finder:
         return PathFinder.find_spec(name, path, target)
 
 
-sys.meta_path = [Finder() if finder is PathFinder else finder for finder in sys.meta_path]
+# the finder of an editable install would still find the compiled module
+sys.meta_path = [
+    Finder() if finder is PathFinder else finder
+    for finder in sys.meta_path
+    if "__editable__" not in getattr(finder, "__module__", "")
+]
 """
 
 

@@ -210,6 +210,16 @@ def test_packed_clips_equal_clips_on_their_own(dtype, lengths):
     assert (lse[:, ~used] == float("inf")).all()
 
 
+def test_backward_of_clips_that_are_all_without_keys_divides_by_no_zero():
+    q, k, v, do = (torch.randn(2, 5, 2, 32) for _ in range(4))
+    lengths = torch.zeros(2, dtype=torch.int32)
+    o, lse = attention.forward(q, k, v, 0.2, lengths)
+    grads = tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
+    attention.backward(do, q, k, v, o, lse, 0.2, lengths, True, *grads)
+    assert not o.any()
+    assert not any(grad.any() for grad in grads)
+
+
 def test_what_is_unsupported_is_said():
     q = torch.randn(1, 4, 2, 48)
     assert "48" in attention.unsupported(q, q, q, None)

@@ -68,7 +68,7 @@ def test_names_and_mids_of_a_class_table_are_both_labels(tmp_path):
         ("a.wav,", "has no label"),
         ("a.wav", "1 fields: expected 2"),
         ("a.wav,dog,extra", "3 fields: expected 2"),
-        ("a.wav," + "x" * 70000, "at most 65536"),
+        ("a.wav," + "x" * 70000, "longer than 65536"),
         ('"a.wav,dog', "unexpected end"),
     ],
 )

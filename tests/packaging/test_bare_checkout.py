@@ -8,12 +8,17 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# an editable install finds the checkout's modules from anywhere: here only the folder under test counts
+NOT_EDITABLE = (
+    "import sys; sys.meta_path[:] = "
+    "[f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+)
 
 
 def run_python(code, cwd, **environment):
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", NOT_EDITABLE + code],
         cwd=cwd,
         env={**env, **environment},
         capture_output=True,

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# an editable install finds the checkout's modules from anywhere: here only the folder under test counts
+NOT_EDITABLE = (
+    "import sys; sys.meta_path[:] = "
+    "[f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+)
 NO_NETWORK = [
     "--no-deps",
     "--no-build-isolation",
@@ -87,7 +92,7 @@ def imports_from(folder, code):
     """Run code with only `folder` added to the path, from a folder of its own."""
     env = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", NOT_EDITABLE + code],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -170,7 +175,9 @@ def test_a_wheel_builds_in_a_minute_and_brings_every_instruction_set(checkout, t
 @pytest.mark.slow
 def test_an_sdist_holds_the_sources_and_installs(checkout, tmp_path):
     code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", NOT_EDITABLE + code], cwd=checkout, check=True, capture_output=True
+    )
     (archive,) = tmp_path.glob("ast_fast-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {n.partition("/")[2] for n in tar.getnames()}
