@@ -69,7 +69,9 @@ def assert_close(name, ours, exact, floor, plain=None):
     budget = floor
     if plain is not None and relative(ours, exact) > floor:
         budget = max(floor, 2 * relative(plain(), exact))
-    assert relative(ours, exact) <= budget, name
+    # of one or two keys little is left but the rounding of terms of order one: a tenth of them counts
+    size = max(float(exact.norm()), 0.1 * exact.numel() ** 0.5)
+    assert float(error.norm()) <= budget * size, name
 
 
 def check(q, k, v, do, scale=None, key_lengths=None, config=None):
