@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ast_fast.equivalence import budgets
+
+# how far an output may be off is the equivalence checks' to say; log-mel has a rule of its own there
+Kind = budgets.Kind | Literal["log mel"]
 Inputs = dict[str, Tensor]
 # computes on input set number i and returns the outputs the case names
 Run = Callable[[int], Sequence[Tensor]]
@@ -53,7 +58,7 @@ class Candidate:
 
     name: str
     prepare: Callable[[list[Inputs]], Run]
-    # its error is the yardstick of the budget: ours may be twice it
+    # its error is the yardstick of the budget, ours may be twice it; the first that is there counts
     yardstick: bool = False
     # what is checked, where that is not what is timed: a smaller model, or gradients before a step
     prepare_gate: Callable[[Inputs], Run] | None = None
@@ -73,7 +78,7 @@ class Case:
     make_inputs: Callable[[int], Inputs]  # seed -> inputs on the device
     oracle: Callable[[Inputs], Sequence[Tensor]]  # float64; a shorter dim 0 checks the first clips
     candidates: tuple[Candidate, ...]
-    floor: float  # smallest budget of the error, whatever the yardstick's
+    kinds: tuple[Kind, ...]  # of each output: which budget of `ast_fast.equivalence` it has
     measure: str = "rel_l2"  # or max_abs
     clips: int | None = None  # for clips a second
     flops: float | None = None
@@ -82,6 +87,7 @@ class Case:
     # inputs of the check where the timed ones would make the oracle too slow
     make_gate_inputs: Callable[[int], Inputs] | None = None
     graph: bool = False  # also worth timing as a CUDA graph
+    tf32: bool = False  # float32 products round their factors to TF32
 
     @property
     def title(self) -> str:

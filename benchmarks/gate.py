@@ -1,8 +1,9 @@
 """The correctness gate: no speed is reported for a wrong result.
 
-A candidate's outputs are compared with float64 on the same rounded inputs. Ours may be off by twice
-what plain PyTorch is off in the same dtype, or by the case's floor; a peer by ten times as much, which
-tells a peer that computes something else from one that rounds more.
+A candidate's outputs are compared with float64 on the same rounded inputs. Ours may be off by what
+`ast_fast.equivalence` allows in relative l2 (twice plain PyTorch's error in the same dtype, or the floor of
+that kind of tensor); a peer by ten times as much, which tells a peer that computes something else from
+one that rounds more.
 """
 
 from __future__ import annotations
@@ -14,29 +15,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ast_fast.equivalence import budgets
+from ast_fast.equivalence.measures import ZERO
+
 from .case import Case, Inputs, Run, Skipped
 from .timing import describe
 
 PEER_FACTOR = 10.0
 
-# smallest budgets, relative l2: forward and gradients
-FLOORS = {"f32": (1e-6, 2e-6), "f16": (1e-3, 2e-3), "bf16": (6e-3, 1e-2)}
-MODEL_FLOORS = {
-    "f32": (2e-6, 3e-6),
-    "f16": (2e-3, 5e-3),
-    "bf16": (1e-2, 2e-2),
-    "bf16-amp": (1e-2, 2e-2),
+_PRECISIONS: dict[str, budgets.Precision] = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "bf16-amp": "bfloat16",
+    "int16": "float32",
 }
 
 
 @dataclasses.dataclass
 class Verdict:
-    """How far the outputs of one candidate are off."""
+    """How far the outputs of one candidate are off, in the order of the case's outputs."""
 
-    error: float
-    worst: str
+    errors: list[float]
     reason: str = ""  # why it is wrong or failed; empty when fine
     status: str = "ok"  # or wrong, failed, skipped
+    # the output that comes closest to its budget, or is furthest over
+    worst: str = ""
+    error: float = math.inf
+    budget: float = 0.0
 
 
 def error_of(out: Tensor, expected: Tensor, measure: str) -> float:
@@ -56,21 +62,20 @@ def error_of(out: Tensor, expected: Tensor, measure: str) -> float:
 
 
 def judge(case: Case, run: Run, expected: Sequence[Tensor]) -> Verdict:
-    """Run once and take the worst output's error."""
+    """Run once and take every output's error."""
     try:
         outputs = run(0)
         if on_gpu(expected):
             torch.cuda.synchronize()
         if len(outputs) != len(expected):
             reason = f"{len(outputs)} outputs, expected {len(expected)}"
-            return Verdict(math.inf, "", reason, "wrong")
+            return Verdict([], reason, "wrong")
         errors = [error_of(o, e, case.measure) for o, e in zip(outputs, expected, strict=True)]
     except Skipped as reason:
-        return Verdict(math.inf, "", str(reason), "skipped")
+        return Verdict([], str(reason), "skipped")
     except Exception as error:
-        return Verdict(math.inf, "", describe(error), "failed")
-    worst = max(range(len(errors)), key=lambda number: errors[number])
-    return Verdict(errors[worst], f"{case.outputs[worst]} {case.measure}")
+        return Verdict([], describe(error), "failed")
+    return Verdict(errors)
 
 
 def on_gpu(tensors: Sequence[Tensor]) -> bool:
@@ -78,10 +83,23 @@ def on_gpu(tensors: Sequence[Tensor]) -> bool:
     return any(tensor.is_cuda for tensor in tensors)
 
 
-def budget(case: Case, yardsticks: list[float]) -> float:
-    """Twice the yardstick's error, or the floor."""
-    finite = [value for value in yardsticks if math.isfinite(value)]
-    return max([case.floor, *(2.0 * value for value in finite)])
+def allowed(case: Case, yardsticks: Sequence[Verdict]) -> list[float]:
+    """What each output may be off, given those of plain PyTorch's verdicts that exist, best first."""
+    plain = next((verdict.errors for verdict in yardsticks if verdict.errors), None)
+    return [
+        _budget(case, number, plain[number] if plain else None)
+        for number in range(len(case.outputs))
+    ]
+
+
+def _budget(case: Case, number: int, plain: float | None) -> float:
+    kind = case.kinds[number]
+    if kind == "log mel":
+        # absolute errors, which only another float32 front end can bound
+        return max(budgets.LOG_MEL_WORST_FACTOR * (plain or 0.0), budgets.LOG_MEL_FLOOR_WORST)
+    precision = "tf32" if case.tf32 and case.dtype == "f32" else _PRECISIONS[case.dtype]
+    errors = None if plain is None else ZERO._replace(rel_l2=plain)
+    return budgets.budget(kind, precision, errors).rel_l2
 
 
 def expected_outputs(case: Case, inputs: Inputs) -> list[Tensor]:
@@ -89,10 +107,15 @@ def expected_outputs(case: Case, inputs: Inputs) -> list[Tensor]:
     return [tensor.detach() for tensor in case.oracle(inputs)]
 
 
-def decide(verdict: Verdict, allowed: float, peer: bool) -> Verdict:
-    """Mark the verdict wrong where the error is over the budget."""
-    limit = allowed * (PEER_FACTOR if peer else 1.0)
-    if verdict.status == "ok" and not verdict.error <= limit:
+def decide(case: Case, verdict: Verdict, limits: Sequence[float], peer: bool) -> Verdict:
+    """Name the output closest to its limit, and mark the verdict wrong where that is over it."""
+    if verdict.status != "ok":
+        return verdict
+    factor = PEER_FACTOR if peer else 1.0
+    worst = max(range(len(limits)), key=lambda number: verdict.errors[number] / limits[number])
+    verdict.worst = f"{case.outputs[worst]} {case.measure}"
+    verdict.error, verdict.budget = verdict.errors[worst], limits[worst]
+    if not verdict.error <= factor * verdict.budget:
         verdict.status = "wrong"
-        verdict.reason = f"wrong result: {verdict.worst} {verdict.error:.3g}, budget {limit:.3g}"
+        verdict.reason = f"wrong result: {verdict.worst} {verdict.error:.3g}, budget {factor * verdict.budget:.3g}"
     return verdict

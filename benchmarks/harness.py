@@ -11,7 +11,7 @@ import torch
 
 from . import timing
 from .case import Case, Inputs, Run, Settings, Skipped
-from .gate import Verdict, budget, decide, expected_outputs, judge
+from .gate import Verdict, allowed, decide, expected_outputs, judge
 from .record import Row
 
 Ceilings = dict[str, float]
@@ -81,17 +81,15 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
         else:
             verdicts[name] = judge(case, probe, expected)
             del probe
-    yardsticks = [
-        verdicts[c.name].error for c in case.candidates if c.yardstick and c.name in verdicts
-    ]
-    allowed = budget(case, yardsticks)
+    yardsticks = [verdicts[c.name] for c in case.candidates if c.yardstick and c.name in verdicts]
+    limits = allowed(case, yardsticks)
     for name, verdict in verdicts.items():
         if name not in runs:
             continue
-        decide(verdict, allowed, peer=name != ours)
+        decide(case, verdict, limits, peer=name != ours)
         row = rows[name] = blank(case, name, verdict.status, verdict.reason)
         row.error = verdict.error if math.isfinite(verdict.error) else None
-        row.budget, row.worst = allowed, verdict.worst
+        row.budget, row.worst = verdict.budget or None, verdict.worst
         if verdict.status != "ok":
             runs.pop(name, None)
     return rows, {name: run for name, run in runs.items() if name in verdicts}, inputs

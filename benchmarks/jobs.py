@@ -162,7 +162,7 @@ class Runner:
         from ast_fast.equivalence import run_ops
 
         with run_ops.tf32(job["precision"] == "tf32"):
-            case = self._find(job)
+            case = dataclasses.replace(self._find(job), tf32=job["precision"] == "tf32")
             # plain PyTorch, the yardstick, takes part whatever peers are asked for
             alone = dataclasses.replace(self.settings, peers=("none",))
             rows, _, _ = harness.check(case, alone)

@@ -163,8 +163,7 @@ def run(
     with scope, run_ops.tf32(variant.tf32):
         case = case_for(variant, settings)
         if variant.tf32:
-            # the floor of plain float32 does not hold for TF32 products
-            case = dataclasses.replace(case, floor=2e-3)
+            case = dataclasses.replace(case, tf32=True)
         rows = harness.measure(case, settings, ceilings, limits, say=lambda _: None)
     for row in rows:
         row.suite, row.case = "tuned", variant.label

@@ -12,12 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import DTYPES, Candidate, Case, Inputs, Settings, Skipped, candidate, generator, oracle
-from ..gate import FLOORS
+from ..case import (
+    DTYPES,
+    Candidate,
+    Case,
+    Inputs,
+    Kind,
+    Settings,
+    Skipped,
+    candidate,
+    generator,
+    oracle,
+)
 from ..peers import need, sdpa
 
 MODES = ("forward", "backward")
 WRT = ("q", "k", "v")
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "forward": ("attention",),
+    "backward": ("attention gradient",) * 3,
+}
 
 Function = Callable[..., Sequence[Tensor]]
 Oracle = Callable[[Inputs], Sequence[Tensor]]
@@ -85,7 +99,7 @@ def dense_case(settings: Settings, dtype: str, b: int, t: int, h: int, d: int, m
             # the unfused scores of the largest cases do not fit in memory
             *([] if large else [make("sdpa-math", sdpa("sdpa-math"))]),
         ),
-        floor=FLOORS[dtype][mode == "backward"],
+        kinds=KINDS[mode],
         clips=b,
         flops=float(products) * b * h * t * t * d,
         graph=b == 1,
@@ -203,7 +217,7 @@ def _packed(settings: Settings) -> Iterator[Case]:
                     make("sdpa-padded", _padded(lengths)),
                     make("loop", _loop(lengths, sdpa("sdpa")), yardstick=True),
                 ),
-                floor=FLOORS[dtype][mode == "backward"],
+                kinds=KINDS[mode],
                 clips=len(lengths),
                 flops=(4.0 if mode == "forward" else 10.0) * h * squares * d,
             )

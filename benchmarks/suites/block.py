@@ -3,15 +3,14 @@ the whole block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import DTYPES, Case, Inputs, Run, Settings, candidate, generator, oracle
+from ..case import DTYPES, Case, Inputs, Kind, Run, Settings, candidate, generator, oracle
 from ..case import Candidate as Entry
-from ..gate import FLOORS, MODEL_FLOORS
 from ..models import SIZES, PlainBlock
 from ..peers import compiled, need
 
@@ -144,26 +143,27 @@ def _case(
     ours: Function,
     plain: Function,
     outputs: tuple[str, ...],
+    kinds: Mapping[str, Kind],
     *,
     bytes_: float | None = None,
     flops: float | None = None,
-    floor: float | None = None,
 ) -> Case:
     upstream = tuple(f"d{out}" for out in outputs)
     wrt = tuple(shapes)
     drawn = {**shapes, **{f"d{out}": shapes["x"] for out in outputs}}
     b, t, c = size
+    named = outputs if mode == "forward" else tuple(f"d{given}" for given in wrt)
     return Case(
         suite="block",
         name=name,
         mode=mode,
         shape={"B": b, "T": t, "C": c},
         dtype=dtype,
-        outputs=outputs if mode == "forward" else tuple(f"d{given}" for given in wrt),
+        outputs=named,
         make_inputs=_drawn(drawn, dtype, settings.device),
         oracle=oracle(plain, mode, wrt, upstream),
         candidates=_entries(settings, ours, plain, mode, wrt, upstream),
-        floor=floor or FLOORS[dtype][mode == "backward"],
+        kinds=tuple(kinds[name] for name in named),
         clips=b,
         flops=flops,
         bytes=bytes_,
@@ -182,6 +182,22 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 OPS = ("layer_norm", "add_layer_norm", "mlp")
+_NORM_KINDS: dict[str, Kind] = {
+    "y": "normalised",
+    "total": "elementwise",
+    "dx": "normalised",
+    "dresidual": "normalised",
+    "dweight": "row sum",
+    "dbias": "row sum",
+}
+_MLP_KINDS: dict[str, Kind] = {
+    "y": "product",
+    "dx": "product",
+    "dw1": "product",
+    "db1": "product",
+    "dw2": "product",
+    "db2": "row sum",
+}
 
 
 def op_case(
@@ -194,7 +210,7 @@ def op_case(
     if name == "layer_norm":
         return _case(
             *(settings, name, mode, dtype, size, {"x": size, "weight": vector, "bias": vector}),
-            *(_layer_norm_ours, _layer_norm_torch, ("y",)),
+            *(_layer_norm_ours, _layer_norm_torch, ("y",), _NORM_KINDS),
             bytes_=(3 if back else 2) * one,
         )
     if name == "add_layer_norm":
@@ -202,12 +218,14 @@ def op_case(
         return _case(
             *(settings, name, mode, dtype, size, added),
             *(_add_layer_norm_ours, _add_layer_norm_torch, ("y", "total")),
+            # the statistics are of the rounded sum, which float64 does not round
+            {**_NORM_KINDS, "dweight": "product"},
             bytes_=4 * one,
         )
     mlp = {"x": size, "w1": (4 * c, c), "b1": (4 * c,), "w2": (c, 4 * c), "b2": vector}
     return _case(
         *(settings, name, mode, dtype, size, mlp),
-        *(_mlp_ours, _mlp_torch, ("y",)),
+        *(_mlp_ours, _mlp_torch, ("y",), _MLP_KINDS),
         flops=(32.0 if back else 16.0) * b * t * c * c,
     )
 
@@ -228,12 +246,13 @@ def _blocks(settings: Settings, dtype: str) -> Iterator[Case]:
             **{"w1": (4 * c, c), "b1": (4 * c,), "w2": (c, 4 * c)},
         }
         ordered = {name: shapes[name] for name in ("x", *_BLOCK_NAMES)}
+        # a small model: many roundings follow one another
+        kinds = {"y": "logits", **dict.fromkeys((f"d{name}" for name in ordered), "whole gradient")}
         products = 24.0 * b * t * c * c + 4.0 * b * t * t * c
         for mode in MODES:
             yield _case(
                 *(settings, f"block_{size}", mode, dtype, (b, t, c), ordered),
-                *(_block_ours(heads), _block_torch(c, heads), ("y",)),
+                *(_block_ours(heads), _block_torch(c, heads), ("y",), kinds),
                 # backward: two products for each of forward's; attention recomputes one
                 flops=products * 2 + 2.0 * b * t * t * c if mode == "backward" else products,
-                floor=MODEL_FLOORS[dtype][mode == "backward"],
             )

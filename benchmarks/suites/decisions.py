@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, forward_run, generator
-from ..gate import FLOORS
 from ..peers import need
 
 PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
@@ -56,7 +55,7 @@ def _product(settings: Settings, name: str, kind: str, b: int, dtype: str) -> Ca
         make_inputs=make,
         oracle=expected,
         candidates=(Candidate("torch", lambda inputs: forward_run(multiply, inputs)),),
-        floor={"f32": 1e-5, "bf16": 1e-2, "f16": 2e-3}[dtype],
+        kinds=("product",),
         clips=b,
         flops=2.0 * rows * width_in * width_out,
     )
@@ -116,7 +115,7 @@ def _gelu(settings: Settings, mode: str, b: int, dtype: str) -> Case:
             Candidate(settings.ours, run(own)),
             Candidate("torch", run(eager), yardstick=True),
         ),
-        floor=FLOORS[dtype][0],
+        kinds=("elementwise",) * (1 if mode == "forward" else 2),
         bytes=float((2 if mode == "forward" else 4) * rows * width * item),
         bound="copy",
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, Skipped, generator
-from ..gate import MODEL_FLOORS
 from ..models import (
     DEPTH,
     State,
@@ -211,7 +210,7 @@ def _features(
         make_inputs=_spectrograms(settings, frames, clips, dtype),
         oracle=_oracle(size, frames, settings, dtype),
         candidates=(make(settings.ours, ours), *peers),
-        floor=MODEL_FLOORS[dtype][0],
+        kinds=("logits",),
         clips=clips,
         flops=clips * forward_flops(size, frames, depth_of(settings)),
         graph=clips == 1,
@@ -279,8 +278,7 @@ def _waveforms(settings: Settings, size: str, clips: int, dtype: str) -> Case:
             entry("torch", plain, torch_features),
             entry("transformers", with_transformers("sdpa"), feature_extractor),
         ),
-        # both round the features to the model's dtype on the way
-        floor=max(MODEL_FLOORS[dtype][0], 1e-4),
+        kinds=("logits",),
         clips=clips,
         flops=clips * forward_flops(size, frames, depth_of(settings)),
     )

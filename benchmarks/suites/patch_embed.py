@@ -10,14 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import DTYPES, Case, Inputs, Run, Settings, candidate, generator, oracle
+from ..case import DTYPES, Case, Inputs, Kind, Run, Settings, candidate, generator, oracle
 from ..case import Candidate as Entry
-from ..gate import FLOORS
 from ..peers import need
 
 STRIDE = 10
 PATCH = 16
 WRT = ("weight", "bias", "pos", "prefix")
+# of the gradients
+KINDS: dict[str, Kind] = {
+    "x": "product",
+    "weight": "product",
+    "bias": "row sum",
+    "pos": "row sum",
+    "prefix": "row sum",
+}
 
 
 def _ours(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor) -> tuple[Tensor]:
@@ -102,7 +109,7 @@ def patch_case(
         make_inputs=_inputs(dtype, settings.device, b, s, mels, c, f * t),
         oracle=oracle(_unfold, mode, wrt, ("dy",)),
         candidates=tuple(entries),
-        floor=FLOORS[dtype][mode == "backward"],
+        kinds=("product",) if mode == "forward" else tuple(KINDS[name] for name in wrt),
         clips=b,
         flops=2.0 * b * f * t * c * PATCH**2,
         bytes=float(b * (s * mels + (2 + f * t) * c) * DTYPES[dtype].itemsize),

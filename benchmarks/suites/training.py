@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, generator
-from ..gate import MODEL_FLOORS
 from ..models import (
     LABELS,
     forward_flops,
@@ -167,7 +166,7 @@ def _case(
         make_gate_inputs=_inputs(settings, frames, 1, dtype),
         oracle=_oracle(settings, size, frames, dtype),
         candidates=(make(settings.ours, ours), *peers),
-        floor=MODEL_FLOORS[dtype][1],
+        kinds=("logits", "whole gradient"),
         clips=clips,
         flops=3.0 * clips * forward_flops(size, frames, depth_of(settings)),
     )

@@ -31,7 +31,7 @@ def _case(*candidates: Candidate, **options: object) -> Case:
             "x": torch.randn(64, generator=torch.Generator().manual_seed(seed))
         },
         "oracle": oracle(_double, "forward"),
-        "floor": 1e-6,
+        "kinds": ("elementwise",),
         "clips": 4,
         "flops": 64.0,
     } | options
@@ -81,14 +81,32 @@ def test_a_poor_yardstick_widens_the_budget_only_twofold():
     def scaled(factor: float):
         return lambda x: ((x + x) * (1 + factor),)
 
-    inside = _measure(
-        _case(_ours(scaled(1.9e-3)), candidate("torch", scaled(1e-3), "forward", yardstick=True))
-    )
-    outside = _measure(
-        _case(_ours(scaled(2.1e-3)), candidate("torch", scaled(1e-3), "forward", yardstick=True))
-    )
-    assert inside[SETTINGS.ours].status == "ok"
-    assert outside[SETTINGS.ours].status == "wrong"
+    def status(ours: float, plain: float) -> str:
+        peer = candidate("torch", scaled(plain), "forward", yardstick=True)
+        return _measure(_case(_ours(scaled(ours)), peer))[SETTINGS.ours].status
+
+    assert status(3.8e-6, 2e-6) == "ok"
+    assert status(4.2e-6, 2e-6) == "wrong"
+    # where plain PyTorch is poor, ours must not be
+    assert status(7.5e-6, 1e-3) == "ok"
+    assert status(8.5e-6, 1e-3) == "wrong"
+
+
+def test_every_output_has_a_budget_of_its_own():
+    def both(x):
+        return x + x, x.sum(keepdim=True)
+
+    def off(x):
+        return x + x, x.sum(keepdim=True) * (1 + 1.5e-6)
+
+    def run(*kinds):
+        case = _case(_ours(off), outputs=("y", "s"), kinds=kinds, oracle=oracle(both, "forward"))
+        return _measure(case)[SETTINGS.ours]
+
+    assert run("elementwise", "row sum").status == "ok"
+    row = run("row sum", "elementwise")
+    assert row.status == "wrong"
+    assert row.worst == "s rel_l2" and row.budget == pytest.approx(1e-6)
 
 
 def test_absent_and_broken_peers_are_named_and_the_rest_is_measured():
