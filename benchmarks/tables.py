@@ -20,17 +20,26 @@ from .table import duration
 
 Content = dict[str, Any]
 
+_MEASURED = ("frontend", "attention", "patch_embed", "block", "inference", "training")
+_PEERS = (
+    *("torchaudio", "kaldi-native-fbank", "sdpa", "varlen", "sdpa-padded", "torch-compile"),
+    *("transformers", "transformers-compile", "timm", "onnxruntime", "openvino"),
+)
+# suites whose cases are different things: a line each in a summary
+_DIVERSE = ("frontend", "attention", "block")
 # name of a table -> device type, suites, and the peers worth a line in a README
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-frontend": ("cpu", ("frontend",), ("torchaudio", "kaldi-native-fbank", "transformers")),
     "cpu-models": ("cpu", ("inference", "training"), ("transformers",)),
     "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
+    "cpu-summary": ("cpu", _MEASURED, _PEERS),
     "gpu-checks": ("cuda", ("checks", "tuned"), ()),
     "gpu-attention": ("cuda", ("attention",), ("sdpa", "sdpa-padded", "varlen")),
     "gpu-models": ("cuda", ("inference", "training"), ("transformers", "torch", "torch-compile")),
     "gpu-frontend": ("cuda", ("frontend",), ("torch", "torchaudio")),
     "gpu-block": ("cuda", ("block", "patch_embed"), ("torch", "torch-compile")),
+    "gpu-summary": ("cuda", _MEASURED, _PEERS),
 }
 OWED = "Not measured yet: needs a GPU (`python -m benchmarks.gpu`)."
 _NOT_HERE = "Not measured yet (`python -m benchmarks.run`)."
@@ -62,6 +71,8 @@ def table(name: str, contents: Sequence[Content]) -> str:
     files = newest(contents, device, suites)
     if not files:
         return OWED if device == "cuda" else _NOT_HERE
+    if name.endswith("summary"):
+        return _summary(files, peers)
     return "\n\n".join(_counts(file) if not peers else _ratios(file, peers) for file in files)
 
 
@@ -97,6 +108,41 @@ def _ratios(file: Content, peers: Sequence[str]) -> str:
         elif row["provider"] in peers and row["status"] in ("ok", "wrong"):
             lines.append(_line(ours, row))
     return "\n".join(lines)
+
+
+def _summary(files: Sequence[Content], peers: Sequence[str]) -> str:
+    """One line a suite (or op), direction, dtype and peer: the range of the medians."""
+    ratios: dict[tuple[str, ...], list[float]] = {}
+    for file in files:
+        for row in file["rows"]:
+            if row["provider"] not in peers or row["ratio"] is None or row["clock"] == "graph":
+                continue
+            name = row["case"] if row["suite"] in _DIVERSE else row["suite"]
+            what = name + {"forward": "", "step": ""}.get(row["mode"], f" {row['mode']}")
+            key = (what, row["dtype"], row["provider"])
+            ratios.setdefault(key, []).append(row["ratio"]["p50"])
+    lines = [
+        _heads(files),
+        "",
+        "| what | dtype | peer | cases | ours is faster by |",
+        "|---|---|---|---|---|",
+    ]
+    for (what, dtype, peer), values in ratios.items():
+        low, high = min(values), max(values)
+        span = f"{low:.2f}x" if len(values) == 1 else f"{low:.2f}x to {high:.2f}x"
+        lines.append(f"| {what} | {dtype} | {peer} | {len(values)} | {span} |")
+    return "\n".join(lines)
+
+
+def _heads(files: Sequence[Content]) -> str:
+    """Where all of it was measured; the files' own heads say the commits."""
+    facts = files[-1]["environment"]
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}, "
+    dates = sorted({file["environment"]["date"][:10] for file in files})
+    return (
+        f"On {facts['device_name']}; {threads if facts['device'] == 'cpu' else ''}"
+        f"torch {facts['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
 
 
 def _line(ours: Content, peer: Content) -> str:

@@ -1,7 +1,7 @@
 // Exact (erf) GELU and its gradient, with the column sums that are the bias gradient.
 //
 // gelu(x) = x * Phi(x). For x < 0 the tail Phi(-|x|) is used as it is, so small results keep their relative accuracy.
-// +inf gives inf, -inf gives -0, NaN gives NaN.
+// +inf gives inf, -inf gives 0, NaN gives NaN.
 
 #include "vmath.h"
 
@@ -11,16 +11,15 @@ using ast_fast::BF16;
 using ast_fast::ColumnSumArgs;
 using ast_fast::GeluArgs;
 
+// max(x, 0) - |x| Phi(-|x|)
 AST_INLINE vf gelu_of(vf x, const Normal& normal) {
-  // the tail is 0 in fp32 long before -20; the clamp keeps -inf * 0 out
-  const vf bounded = at_least(splat(-20.0f), x);
-  return select(x < 0.0f, bounded * normal.tail, x * (1.0f - normal.tail));
+  return at_least(splat(0.0f), x) - normal.size * normal.tail;
 }
 
+// Phi(x) + x phi(x), by symmetry from the side where Phi is small
 AST_INLINE vf slope_of(vf x, const Normal& normal) {
-  const vf bounded = at_most(splat(20.0f), at_least(splat(-20.0f), x));
-  const vf phi = select(x < 0.0f, normal.tail, 1.0f - normal.tail);
-  return phi + bounded * 0.3989422804014327f * normal.density;
+  const vf lower = normal.tail - normal.size * 0.3989422804014327f * normal.density;
+  return select(x < 0.0f, lower, 1.0f - lower);
 }
 
 template <class T>
@@ -32,11 +31,11 @@ void forward(const GeluArgs& a) {
     int64_t c = 0;
     for (; c + W <= a.cols; c += W) {
       const vf x = load(h + c);
-      store(g + c, gelu_of(x, normal_of(x)));
+      store(g + c, gelu_of(x, normal_of(x, (const T*)nullptr)));
     }
     if (c < a.cols) {
       const vf x = load_part(h + c, a.cols - c);
-      store_part(g + c, gelu_of(x, normal_of(x)), a.cols - c);
+      store_part(g + c, gelu_of(x, normal_of(x, (const T*)nullptr)), a.cols - c);
     }
   }
 }
@@ -60,7 +59,7 @@ void backward(const GeluArgs& a) {
       int64_t c = 0;
       for (; c + W <= a.cols; c += W) {
         const vf x = load(h + c);
-        const Normal normal = normal_of(x);
+        const Normal normal = normal_of(x, (const T*)nullptr);
         // the bias gradient sums what is stored, as a separate sum of dh would
         const vf grad = rounded_as(load(dg + c) * slope_of(x, normal), (const T*)nullptr);
         store(sums + c, load(sums + c) + grad);
@@ -70,7 +69,7 @@ void backward(const GeluArgs& a) {
       if (c < a.cols) {
         const int64_t n = a.cols - c;
         const vf x = load_part(h + c, n);
-        const Normal normal = normal_of(x);
+        const Normal normal = normal_of(x, (const T*)nullptr);
         const vf grad = rounded_as(load_part(dg + c, n) * slope_of(x, normal), (const T*)nullptr);
         store_part(sums + c, load_part(sums + c, n) + grad, n);
         store_part(dh + c, grad, n);

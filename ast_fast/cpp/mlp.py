@@ -48,7 +48,10 @@ def forward(
 
 
 def gelu_forward(h: Tensor, out: Tensor | None = None) -> Tensor:  # [R, K] -> [R, K]
-    """Exact GELU: h * Phi(h), with +inf -> inf, -inf -> -0 and NaN -> NaN."""
+    """Exact (erf) GELU: h * Phi(h), with +inf -> inf, -inf -> 0 and NaN -> NaN.
+
+    Within 2e-6 in float32 and, before the rounding, 2.5e-4 in bfloat16, relatively.
+    """
     h = rows_of(h)
     rows, cols = h.shape
     g = torch.empty((rows, cols), dtype=h.dtype) if out is None else out
