@@ -40,6 +40,7 @@ KERNELS = (
     "log_mel",
     "log_mel_backward",
     "patch_project",
+    "patch_weight_gradient",
     "patches",
 )
 BASE_FLAGS = [

@@ -83,6 +83,15 @@ struct PatchProjectArgs {
   int32_t threads;
 };
 
+struct PatchWeightGradientArgs {
+  const float* x;   // [clips, frames, bins], bins contiguous
+  const float* dy;  // [clips, prefix + f * t, width], contiguous; width a multiple of 32
+  float* dweight;   // [width / 32, pt * pf, 32], time the slower axis of a patch
+  int64_t clips, x_stride_clip, x_stride_frame, width;
+  int64_t f, t, pf, pt, fstride, tstride, prefix;
+  int32_t threads;
+};
+
 // One clip of an attention problem; offsets count elements from the base pointers.
 struct AttentionClip {
   int64_t q, k, v, o;            // first row of the clip
@@ -143,6 +152,7 @@ struct LogMelArgs {
   X(patch_gather, PatchArgs)                       \
   X(patch_scatter, PatchArgs)                      \
   X(patch_project, PatchProjectArgs)               \
+  X(patch_weight_gradient, PatchWeightGradientArgs) \
   X(attention_forward, AttentionArgs)              \
   X(attention_backward, AttentionArgs)             \
   X(log_mel_forward, LogMelArgs)                   \

@@ -195,6 +195,17 @@ void patch_project(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintp
   call(kernels->patch_project, a);
 }
 
+void patch_weight_gradient(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t dy, uintptr_t dweight,
+                           int64_t clips, int64_t width, py::tuple grid, int threads) {
+  PatchWeightGradientArgs a{};
+  a.x = at<float>(x), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
+  a.dy = at<float>(dy), a.dweight = at<float>(dweight);
+  a.clips = clips, a.width = width, a.threads = team(threads);
+  int64_t* fields[] = {&a.f, &a.t, &a.pf, &a.pt, &a.fstride, &a.tstride, &a.prefix};
+  for (size_t i = 0; i < 7; ++i) *fields[i] = grid[i].cast<int64_t>();
+  call(kernels->patch_weight_gradient, a);
+}
+
 // (address, stride of a clip, of a row, of a head); packed tokens have no clip stride
 struct View {
   uintptr_t address;
@@ -334,6 +345,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("patch_gather", &patch_gather);
   m.def("patch_scatter", &patch_scatter);
   m.def("patch_project", &patch_project);
+  m.def("patch_weight_gradient", &patch_weight_gradient);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("log_mel_forward", &log_mel_forward);

@@ -1,28 +1,13 @@
 // Patch embedding in fp32 without a matrix of patches: blocks of tokens are gathered into cache, multiplied with the
 // packed weight, and position table and bias are added as the result is written.
 
-#include "attention_tiles.h"
+#include "patch_tiles.h"
 
 namespace {
 
 using ast_fast::PatchProjectArgs;
 
 constexpr int64_t TOKENS = 8 * MR;  // tokens of a work item
-constexpr int64_t DEPTH = 256;      // elements of a patch multiplied at a time
-constexpr int PATCH_STRIDE = DEPTH + 16;
-
-// one patch, time the slower axis, into rows of DEPTH elements that lie `pitch` apart
-void gather_patch(const PatchProjectArgs& a, const float* corner, float* out, int64_t pitch) {
-  int64_t at = 0;
-  for (int64_t k = 0; k < a.pt; ++k) {
-    const float* run = corner + k * a.x_stride_frame;
-    for (int64_t done = 0; done < a.pf;) {
-      const int64_t count = smaller(a.pf - done, DEPTH - at % DEPTH);
-      memcpy(out + at / DEPTH * pitch + at % DEPTH, run + done, (size_t)count * sizeof(float));
-      done += count, at += count;
-    }
-  }
-}
 
 void block_of_tokens(const PatchProjectArgs& a, int64_t clip, int64_t first, const float* packed, float* patches,
                      float* tile) {
@@ -31,7 +16,8 @@ void block_of_tokens(const PatchProjectArgs& a, int64_t clip, int64_t first, con
   const int64_t pitch = TOKENS * PATCH_STRIDE;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = (first + r) / a.t, j = (first + r) % a.t;
-    gather_patch(a, x + j * a.tstride * a.x_stride_frame + i * a.fstride, patches + r * PATCH_STRIDE, pitch);
+    gather_patch(x + j * a.tstride * a.x_stride_frame + i * a.fstride, a.x_stride_frame, a.pf, a.pt,
+                 patches + r * PATCH_STRIDE, pitch);
   }
   const float* table = a.table + (a.prefix + first) * a.width;
   float* y = a.y + (clip * (a.prefix + tokens) + a.prefix + first) * a.width;

@@ -1,8 +1,9 @@
 """Patch embedding on CPU: patches gathered into bounded scratch, one GEMM straight into the tokens.
 
-In float32 with AVX-512 a kernel of ours gathers and multiplies block by block, because the BLAS that
-PyTorch brings may stop at AVX2 (it does on AMD). Elsewhere the GEMM is PyTorch's: the scratch holds whole clips, including zero rows for the prefix tokens, so that a GEMM with
-`beta = 1` completes a clip's token matrix that was filled with bias, position and prefix before.
+In float32 with AVX-512 kernels of ours gather and multiply block by block, because the BLAS that
+PyTorch brings may stop at AVX2 (it does on AMD). Elsewhere the GEMM is PyTorch's: the scratch holds whole
+clips, including zero rows for the prefix tokens, so that a GEMM with `beta = 1` completes a clip's token
+matrix that was filled with bias, position and prefix before.
 """
 
 from __future__ import annotations
@@ -56,6 +57,24 @@ def _gather(x: Tensor, columns: Tensor, grid: tuple[int, ...]) -> None:
         grid,
         threads(),
     )
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Weight gradient as [C, pt * pf], summed over all tokens in an order that no thread count changes."""
+    width, area = dy.shape[2], grid[2] * grid[3]
+    panels = torch.empty((width // 32, area, 32), dtype=torch.float32)
+    _C.patch_weight_gradient(
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        dy.data_ptr(),
+        panels.data_ptr(),
+        x.shape[0],
+        width,
+        grid,
+        threads(),
+    )
+    return panels.transpose(1, 2).reshape(width, area)
 
 
 def forward(
@@ -129,18 +148,24 @@ def backward(
         dpos = column_sum(dy.view(clips, -1)).view(tokens, width)
     else:
         dpos = torch.zeros((tokens, width))
-    dweight = torch.zeros((width, area), dtype=torch.float32)
     if x.stride(2) != 1 and x.shape[2] > 1:
         x = x.contiguous()
+    own = bool(dy.numel()) and tokens > num_prefix and _has_own_gemm(x.dtype, width, area)
+    own = own and dy.dtype == torch.float32
+    if own:
+        dweight = _weight_gradient(dy, x, grid)
+    else:
+        dweight = torch.zeros((width, area), dtype=torch.float32)
     block = _clips_per_block(tokens, area, x.element_size())
     columns = torch.empty((min(block, clips), tokens, area), dtype=x.dtype)
     matrix = weight[:, 0].transpose(1, 2).reshape(width, area)
-    for start in range(0, clips if dy.numel() else 0, block):
+    for start in range(0, clips if dy.numel() and not (own and dx is None) else 0, block):
         part = x[start : start + block]
         rows = columns[: part.shape[0]].view(-1, area)
         grads = dy[start : start + block].view(-1, width)
-        _gather(part, rows, grid)
-        dweight += grads.t() @ rows
+        if not own:
+            _gather(part, rows, grid)
+            dweight += grads.t() @ rows
         if dx is not None:
             torch.mm(grads, matrix, out=rows)
             _C.patch_scatter(

@@ -71,16 +71,30 @@ def test_patch_embed_matches_a_convolution_in_fp64(case, dtype, within):
     "case", ["the model's patches", "tokens past one block, a patch past one pass"]
 )
 def test_the_kernels_own_multiplication_agrees_with_pytorchs(case, monkeypatch, within):
-    (x, weight, bias, pos, prefix), strides, _ = inputs(case, F32)
+    (x, weight, bias, pos, prefix), strides, num_prefix = inputs(case, F32)
     weight, bias = weight.repeat(2, 1, 1, 1)[:32], bias.repeat(2)[:32]
     pos, prefix = pos[:, :32].contiguous(), prefix[:, :32].contiguous()
-    exact = plain(*(t.double() for t in (x, weight, bias, pos, prefix)), strides)
-    for own in (False, True):
+    wide = [t.double().requires_grad_() for t in (x, weight, bias, pos, prefix)]
+    exact = plain(*wide, strides)
+    dy = torch.randn(exact.shape)
+    exact.backward(dy.double())
+    own_results = []
+    for own in {False, patch_embed._OWN_GEMM}:
         monkeypatch.setattr(patch_embed, "_OWN_GEMM", own)
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y = patch_embed.forward(x, weight, bias, pos, prefix, *strides)
-            within(y, None, exact, 1e-6, f"own GEMM: {own}")
+            within(y, None, exact.detach(), 1e-6, f"own GEMM: {own}")
+            for needs_dx in (False, True):
+                dweight, *_, dx = patch_embed.backward(
+                    dy, x, weight, *strides, num_prefix, needs_dx
+                )
+                within(dweight, None, wide[1].grad, 1e-6, f"dweight, own GEMM: {own}")
+                if needs_dx:
+                    within(dx, None, wide[0].grad, 1e-6, f"dx, own GEMM: {own}")
+                if own:
+                    own_results.append(dweight)
+    assert all(torch.equal(result, own_results[0]) for result in own_results)
 
 
 def test_views_of_a_larger_batch_cost_no_change_in_the_result():
