@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ASTModel": "models.ast",
     "LogMel": "frontend",
+    "StreamingLogMel": "streaming",
+    "StreamingTagger": "streaming",
     "check_equivalence": "equivalence",
     "create_model": "models.registry",
     "list_models": "models.registry",
@@ -38,6 +40,7 @@ _MODULES = (
     "models",
     "ops",
     "reference",
+    "streaming",
     "training",
 )
 
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
         models,
         ops,
         reference,
+        streaming,
         training,
     )
     from .backend import use_backend
@@ -62,10 +66,13 @@ if TYPE_CHECKING:
     from .inference import predict, tag
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
+    from .streaming import StreamingLogMel, StreamingTagger
 
 __all__ = [
     "ASTModel",
     "LogMel",
+    "StreamingLogMel",
+    "StreamingTagger",
     "__version__",
     "audio",
     "backend",
@@ -82,6 +89,7 @@ __all__ = [
     "ops",
     "predict",
     "reference",
+    "streaming",
     "tag",
     "training",
     "use_backend",

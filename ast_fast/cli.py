@@ -1,4 +1,4 @@
-"""The command `ast-fast`: demo, train, eval, tag, verify, bench, convert, doctor.
+"""The command `ast-fast`: demo, train, eval, tag, listen, verify, bench, convert, doctor.
 
 Only the arguments live here, so that `--help` answers without loading PyTorch; the work is in
 `commands`. A mistake of the user is one line on standard error and exit status 2; `--debug` shows
@@ -138,6 +138,41 @@ def tag(
     return commands.tag(paths, model, top_k, labels, activation, keep_truncated, batch_size, json)
 
 
+def listen(
+    model: str,
+    rate: int = 16000,
+    hop: float = 1.0,
+    window: float | None = None,
+    top_k: Annotated[int, tyro.conf.arg(aliases=("--top",))] = 5,
+    labels: Path | None = None,
+    activation: Literal["auto", "softmax", "sigmoid"] = "auto",
+    smoothing: float = 0.0,
+    json: bool = False,
+) -> int:
+    """Print the most probable labels of a live stream, a line a hop.
+
+    Reads raw 16-bit little-endian mono samples from standard input until it ends:
+    arecord -t raw -f S16_LE -r 16000 | ast-fast listen --model DIR
+
+    Args:
+        model: pretrained directory, file or hub id.
+        rate: sample rate of the stream in Hz; resampled if it is not the model's.
+        hop: seconds from one line to the next.
+        window: seconds of audio behind each line (default: all that the model takes).
+        top_k: labels a line.
+        labels: class_labels_indices.csv or a list of names; default: the model's own.
+        activation: sigmoid for several labels at a time, softmax for one; auto takes sigmoid for 527
+            classes.
+        smoothing: weight of the scores before in each line, 0 to below 1.
+        json: print one JSON object a line instead of text.
+    """
+    from . import listen_command
+
+    return listen_command.listen(
+        model, rate, hop, window, top_k, labels, activation, smoothing, json
+    )
+
+
 def verify(
     device: str | None = None,
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
@@ -194,6 +229,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "eval": evaluate,
     "tag": tag,
+    "listen": listen,
     "verify": verify,
     "convert": convert,
     "doctor": doctor,

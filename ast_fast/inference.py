@@ -135,6 +135,33 @@ def class_names(model: Any, labels: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_activation(activation: str) -> None:
+    """Raise ValueError unless `activation` is one that `class_probabilities` knows."""
+    if activation not in ("auto", "softmax", "sigmoid"):
+        raise ValueError(f"activation={activation!r}: expected auto, softmax or sigmoid")
+
+
+def class_probabilities(logits: Tensor, activation: Activation) -> Tensor:
+    """Probabilities [B, classes] on the CPU in float32; "auto" goes by the number of classes."""
+    if activation == "auto":
+        activation = "sigmoid" if logits.shape[1] == AUDIOSET_CLASSES else "softmax"
+    logits = logits.float().cpu()
+    return logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+
+
+def best_labels(
+    probabilities: Tensor,  # [classes]
+    names: Sequence[str],
+    top_k: int,
+) -> tuple[tuple[str, float], ...]:
+    """Name and probability of the most probable classes, best first."""
+    best = probabilities.topk(min(top_k, len(names)))
+    return tuple(
+        (names[index], value)
+        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    )
+
+
 def _run(
     sources: Iterable[Source | Tensor],
     model: Any,
@@ -146,12 +173,9 @@ def _run(
 ) -> Iterator[Prediction | Failure]:
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k}, batch_size={batch_size}: expected at least 1 of each")
-    if activation not in ("auto", "softmax", "sigmoid"):
-        raise ValueError(f"activation={activation!r}: expected auto, softmax or sigmoid")
+    check_activation(activation)
     model = load_model(model)
     names = class_names(model, labels)
-    if activation == "auto":
-        activation = "sigmoid" if len(names) == AUDIOSET_CLASSES else "softmax"
     front: LogMelConfig = model.frontend_config
     settings = (audio or AudioConfig()).replace(sample_rate_hz=front.sample_rate_hz)
     waiting: list[_Pending] = []
@@ -216,7 +240,7 @@ def _finish(
     model: Any,
     names: tuple[str, ...],
     top_k: int,
-    activation: str,
+    activation: Activation,
     batch_size: int,
 ) -> Iterator[Prediction | Failure]:
     device = next(model.parameters()).device
@@ -228,8 +252,8 @@ def _finish(
         wave = torch.zeros(len(part), int(lengths.max()), dtype=torch.float32)
         for row, window in zip(wave, part, strict=True):
             row[: len(window)] = window if window.dtype != torch.int16 else window / 32768.0
-        logits = model.forward_waveform(wave.to(device), lengths.to(device)).float().cpu()
-        rows += (logits.softmax(1) if activation == "softmax" else logits.sigmoid()).unbind()
+        logits = model.forward_waveform(wave.to(device), lengths.to(device))
+        rows += class_probabilities(logits, activation).unbind()
     position = 0
     for item in waiting:
         if item.error is not None:
@@ -238,11 +262,7 @@ def _finish(
         mine = torch.stack(rows[position : position + len(item.windows)])
         position += len(item.windows)
         probabilities = mine.mean(0)
-        best = probabilities.topk(min(top_k, len(names)))
-        found = tuple(
-            (names[index], value)
-            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        )
+        found = best_labels(probabilities, names, top_k)
         yield Prediction(
             item.source, item.path, found, probabilities, len(item.windows), item.report
         )

@@ -97,7 +97,7 @@ def test_help_comes_without_loading_pytorch():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
     )
     assert "loaded: []" in done.stderr
-    for name in ("demo", "train", "eval", "tag", "verify", "bench", "convert", "doctor"):
+    for name in ("demo", "train", "eval", "tag", "listen", "verify", "bench", "convert", "doctor"):
         assert name in done.stdout
 
 
