@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import LogMelConfig
 from ..frontend import log_mel_features
-from ..reference.mel import MelSizes, mel_sizes
+from ..reference.mel import MelSizes, mel_tables
 
 _DTYPES = (torch.float32, torch.int16)
 
@@ -101,8 +101,13 @@ class StreamingLogMel:
                 rows = torch.cat((tail, rows), 1)
         skipped = min(self._skip, rows.shape[1])
         rows = rows[:, skipped:]
-        frames = log_mel_features(rows, self.config, out_dtype=out_dtype)
-        done = frames.shape[1] * self._sizes.hop_samples
+        count = self._sizes.num_frames(rows.shape[1])
+        if count:
+            frames = log_mel_features(rows, self.config, out_dtype=out_dtype)
+        else:  # most chunks of a few samples: not worth a call
+            shape = (rows.shape[0], 0, self.config.num_mel_bins)
+            frames = rows.new_empty(shape, dtype=out_dtype or torch.float32)
+        done = count * self._sizes.hop_samples
         self._skip += max(0, done - rows.shape[1]) - skipped
         # a copy: a view would keep the whole chunk alive, and change with it
         self._tail = rows[:, done:].clone(memory_format=torch.contiguous_format)
@@ -156,8 +161,22 @@ class StreamingLogMel:
 
 
 def frame_sizes(config: LogMelConfig) -> MelSizes:
-    """Window, hop and FFT of a front end in samples."""
-    return mel_sizes(config.sample_rate_hz, config.num_mel_bins, config.window_ms, config.hop_ms)
+    """Window, hop and FFT of a front end in samples.
+
+    Raises:
+        ValueError: the settings do not fit each other, the filters included.
+    """
+    tables = mel_tables(
+        config.sample_rate_hz,
+        config.num_mel_bins,
+        config.window_ms,
+        config.hop_ms,
+        config.low_freq_hz,
+        config.high_freq_hz,
+        config.preemphasis,
+        config.remove_dc,
+    )
+    return tables.sizes
 
 
 def as_chunk(chunk: Tensor | np.ndarray, dims: tuple[int, ...]) -> Tensor:
