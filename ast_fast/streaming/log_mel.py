@@ -1,9 +1,10 @@
 """Log-mel of a stream that comes in chunks of any size: the frames of `LogMel`, each as soon as it can be.
 
 A frame comes with the chunk that brings its last sample, and less than one frame of audio is kept.
-Under the C++ backend and Triton a frame has a lane or row of its own from samples to logarithm, so that
-frames are bitwise those of the whole waveform, whatever the chunks. In plain PyTorch the matrix product
-rounds by the number of frames it is given: there they are equal within two roundings of float32.
+Under the C++ backend a frame has a lane of its own from samples to logarithm, so that frames are bitwise
+those of the whole waveform, whatever the chunks; Triton's have a row of their own, with the same effect.
+In plain PyTorch the matrix product rounds by the number of frames it is given: there they are equal
+within two roundings of float32.
 
 Dimensions: B streams that run together, N samples of a chunk, s frames it completes, F mel bins.
 """

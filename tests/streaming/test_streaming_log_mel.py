@@ -151,7 +151,7 @@ def test_nan_stays_in_the_frames_that_hold_it(backend, bad):
     with use_backend(backend):
         found, expected = (stream(x, [37, 900, 1], config) for x in (wave, clean))
     starts = 160 * torch.arange(len(found))
-    hit = (starts <= 2500) & (2500 < starts + 400)
+    hit = (starts <= 2500) & (starts + 400 > 2500)
     assert int(hit.sum()) in (2, 3)
     assert found[hit].isnan().any(1).all()
     assert torch.equal(found[~hit], expected[~hit])
@@ -188,9 +188,7 @@ def test_arrays_are_taken_read_only_ones_too():
     assert not received.flags.writeable
     assert torch.equal(StreamingLogMel().push(received), offline(wave, LogMelConfig()))
     reversed_wave = wave.numpy()[::-1]
-    assert torch.equal(
-        StreamingLogMel().push(reversed_wave), offline(wave.flip(0), LogMelConfig())
-    )
+    assert torch.equal(StreamingLogMel().push(reversed_wave), offline(wave.flip(0), LogMelConfig()))
 
 
 def test_frames_of_a_number_are_refused_and_the_configs_number_is_dropped():
@@ -240,7 +238,7 @@ def test_a_chunk_that_does_not_fit_is_refused_and_changes_nothing(first, second,
 def test_settings_that_do_not_fit_are_refused_at_once():
     with pytest.raises(ValueError, match="high_freq_hz=9000"):
         StreamingLogMel(high_freq_hz=9000.0)
-    with pytest.raises(ValueError, match="hop_ms=0.01"):
+    with pytest.raises(ValueError, match=r"hop_ms=0\.01"):
         StreamingLogMel(hop_ms=0.01)
 
 
@@ -249,6 +247,6 @@ def test_settings_that_do_not_fit_are_refused_at_once():
 def test_triton_gives_the_offline_frames_bit_by_bit_on_a_gpu(dtype):
     wave = noise(3, 48000, dtype=dtype).cuda()
     for sizes in ([1, 160, 161, 7], [401], [4000, 33], [20000]):
-        assert torch.equal(
-            stream(wave, sizes, LogMelConfig()), offline(wave, LogMelConfig())
-        ), sizes
+        assert torch.equal(stream(wave, sizes, LogMelConfig()), offline(wave, LogMelConfig())), (
+            sizes
+        )
