@@ -257,7 +257,7 @@ class StreamingTagger:
         wave = wave.to(next(self.model.parameters()).device)
         while wave.shape[0]:
             # an exact product each time, so that no rounding adds up
-            due = math.floor((self._hops + 1) * self._hop)
+            due = (self._hops + 1) * math.floor(self._hop)
             part = wave[: due - self._mel.num_samples]
             self._ring.append(self._mel.push(part))
             wave = wave[part.shape[0] :]
