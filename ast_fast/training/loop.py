@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .._optional import require_package
 from ..audio import AudioReport
-from ..config import TrainConfig
+from ..config import ModelConfig, TrainConfig
 from ..data.dataset import Batch, ClipSet, make_loader
 from ..data.sampler import BatchSampler, balanced_weights
 from ..frontend import log_mel_features
@@ -102,6 +102,10 @@ class Trainer:
         self.model: Any = (
             model  # an nn.Module with frontend_config, forward_waveform, save_pretrained
         )
+        if isinstance(settings := getattr(model, "config", None), ModelConfig):
+            # tagging needs to know, from the saved model alone
+            kind = "multi" if self.multi_label else "single"
+            self.model.config = settings.replace(problem_type=f"{kind}_label_classification")
         self._sampler = BatchSampler(
             len(train_set),
             config.batch_size,
