@@ -55,6 +55,14 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.step = step
 
 
+def _with_problem_type(model: Any, multi_label: bool) -> Any:
+    """The same model, which notes what it is trained for: tagging needs to know it when it is saved."""
+    if isinstance(getattr(model, "config", None), ModelConfig):
+        kind = "multi" if multi_label else "single"
+        model.config = model.config.replace(problem_type=f"{kind}_label_classification")
+    return model
+
+
 class Trainer:
     """Trains a model with `forward_waveform` on clips.
 
@@ -99,13 +107,8 @@ class Trainer:
         )
         if config.devices > 1:
             self.fabric.launch()
-        self.model: Any = (
-            model  # an nn.Module with frontend_config, forward_waveform, save_pretrained
-        )
-        if isinstance(settings := getattr(model, "config", None), ModelConfig):
-            # tagging needs to know, from the saved model alone
-            kind = "multi" if self.multi_label else "single"
-            self.model.config = settings.replace(problem_type=f"{kind}_label_classification")
+        # an nn.Module with frontend_config, forward_waveform, save_pretrained
+        self.model: Any = _with_problem_type(model, self.multi_label)
         self._sampler = BatchSampler(
             len(train_set),
             config.batch_size,
