@@ -71,8 +71,8 @@ def predict(
         model: an `ASTModel`, or what `ASTModel.from_pretrained` takes.
         top_k: how many labels.
         labels: class names, if the model has none or others are wanted.
-        activation: "softmax" for one label a clip, "sigmoid" for several; "auto" takes sigmoid for
-            AudioSet's 527 classes and softmax otherwise.
+        activation: "softmax" for one label a clip, "sigmoid" for several; "auto" takes what the model
+            was trained for (`config.problem_type`), else sigmoid for AudioSet's 527 classes.
         audio: how to read the file; the sample rate is always the model's.
 
     Raises:
@@ -135,16 +135,23 @@ def class_names(model: Any, labels: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_activation(activation: str) -> None:
-    """Raise ValueError unless `activation` is one that `class_probabilities` knows."""
+def resolve_activation(activation: Activation, model: Any) -> Activation:
+    """Softmax or sigmoid; "auto" goes by `config.problem_type`, else by the number of classes.
+
+    Raises:
+        ValueError: it is none of the three.
+    """
     if activation not in ("auto", "softmax", "sigmoid"):
         raise ValueError(f"activation={activation!r}: expected auto, softmax or sigmoid")
+    if activation != "auto":
+        return activation
+    several = {"multi_label_classification": True, "single_label_classification": False}
+    known = several.get(model.config.problem_type, model.config.label_dim == AUDIOSET_CLASSES)
+    return "sigmoid" if known else "softmax"
 
 
 def class_probabilities(logits: Tensor, activation: Activation) -> Tensor:
-    """Probabilities [B, classes] on the CPU in float32; "auto" goes by the number of classes."""
-    if activation == "auto":
-        activation = "sigmoid" if logits.shape[1] == AUDIOSET_CLASSES else "softmax"
+    """Probabilities [B, classes] on the CPU in float32; `activation` as `resolve_activation` gives it."""
     logits = logits.float().cpu()
     return logits.softmax(1) if activation == "softmax" else logits.sigmoid()
 
@@ -173,8 +180,8 @@ def _run(
 ) -> Iterator[Prediction | Failure]:
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k}, batch_size={batch_size}: expected at least 1 of each")
-    check_activation(activation)
     model = load_model(model)
+    activation = resolve_activation(activation, model)
     names = class_names(model, labels)
     front: LogMelConfig = model.frontend_config
     settings = (audio or AudioConfig()).replace(sample_rate_hz=front.sample_rate_hz)

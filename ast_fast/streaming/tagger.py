@@ -22,10 +22,10 @@ from ..frontend import log_mel_features
 from ..inference import (
     Activation,
     best_labels,
-    check_activation,
     class_names,
     class_probabilities,
     load_model,
+    resolve_activation,
 )
 from .log_mel import StreamingLogMel, as_chunk, frame_sizes
 
@@ -103,11 +103,10 @@ class StreamingTagger:
             raise ValueError(f"smoothing={smoothing}: expected 0 (none) to below 1")
         if non_finite not in ("error", "zero"):
             raise ValueError(f"non_finite={non_finite!r}: expected error or zero")
-        check_activation(activation)
         self.model = load_model(model)
         self.config: LogMelConfig = self.model.frontend_config
         self.names = class_names(self.model, labels)
-        self.top_k, self.activation = top_k, activation
+        self.top_k, self.activation = top_k, resolve_activation(activation, self.model)
         self.smoothing, self.non_finite = smoothing, non_finite
         self._sizes = frame_sizes(self.config)
         self._window = self._window_frames(window_s)
@@ -257,7 +256,7 @@ class StreamingTagger:
         wave = wave.to(next(self.model.parameters()).device)
         while wave.shape[0]:
             # an exact product each time, so that no rounding adds up
-            due = (self._hops + 1) * math.floor(self._hop)
+            due = math.floor((self._hops + 1) * self._hop)
             part = wave[: due - self._mel.num_samples]
             self._ring.append(self._mel.push(part))
             wave = wave[part.shape[0] :]
