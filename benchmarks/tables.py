@@ -39,6 +39,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-models": ("cpu", ("inference", "training"), _MODELS),
     "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
+    "cpu-decisions": ("cpu", ("decisions",), ("torch",)),
     "cpu-summary": ("cpu", _MEASURED, ()),
     "gpu-checks": ("cuda", ("checks", "tuned"), ()),
     "gpu-attention": ("cuda", ("attention",), ("sdpa", "sdpa-padded", "varlen")),
