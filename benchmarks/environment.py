@@ -23,13 +23,16 @@ PACKAGES = (
     "openvino",
 )
 
+# stands in a device's name before an instruction set below what the CPU has (AST_FAST_CPU_ISA)
+HELD_TO = ", ours held to "
+
 
 def collect(device: str) -> dict[str, Any]:
     """Facts about this process and machine, without names of hosts, users or folders."""
     commit, changed = _commit()
     facts: dict[str, Any] = {
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_in_use(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit,
         "uncommitted_changes": changed,
@@ -78,6 +81,12 @@ def _cpp_isa() -> str:
     except ImportError:
         return ""
     return str(_C.isa())
+
+
+def _cpu_in_use() -> str:
+    """The CPU, and the instruction set that our kernels were held to, if they were."""
+    held = os.environ.get("AST_FAST_CPU_ISA")
+    return _cpu_name() + (f"{HELD_TO}{held}" if held else "")
 
 
 def _cpu_name() -> str:

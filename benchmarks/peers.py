@@ -34,6 +34,7 @@ PEERS = {
     "transformers-eager": "transformers' AST with eager attention",
     "transformers-compile": "transformers' AST with SDPA under torch.compile",
     "timm": "timm's transformer blocks in the original AST's forward",
+    "one thread": "ours on one thread, where ours takes two",
     "torchaudio": "torchaudio.compliance.kaldi.fbank, a clip at a time",
     "kaldi-native-fbank": "kaldi-native-fbank, a clip at a time",
     "onnxruntime": "the plain PyTorch AST exported to ONNX",

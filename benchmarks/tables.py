@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from . import record
+from .environment import HELD_TO
 from .table import duration
 
 Content = dict[str, Any]
 
 _MEASURED = ("frontend", "attention", "patch_embed", "block", "inference", "training")
+_FRONT_ENDS = ("torchaudio", "kaldi-native-fbank", "transformers")
 _MODELS = ("transformers", "transformers-compile", "timm", "onnxruntime", "openvino")
 # of each suite, the peers in a summary
 _PEERS = {
-    "frontend": ("torchaudio", "kaldi-native-fbank", "transformers"),
+    "frontend": (*_FRONT_ENDS, "one thread"),
     "attention": ("sdpa", "sdpa-padded", "varlen"),
     "block": ("torch",),
     "patch_embed": ("torch",),
@@ -35,7 +37,9 @@ _PEERS = {
 _DIVERSE = ("frontend", "attention", "block")
 # name of a table -> device type, suites, and the peers worth a line in a README
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "cpu-frontend": ("cpu", ("frontend",), ("torchaudio", "kaldi-native-fbank", "transformers")),
+    "cpu-frontend": ("cpu", ("frontend",), (*_FRONT_ENDS, "one thread")),
+    "cpu-frontend-avx2": ("cpu", ("frontend",), _FRONT_ENDS),
+    "cpu-frontend-baseline": ("cpu", ("frontend",), _FRONT_ENDS),
     "cpu-models": ("cpu", ("inference", "training"), _MODELS),
     "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
@@ -48,6 +52,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "gpu-block": ("cuda", ("block", "patch_embed"), ("torch", "torch-compile")),
     "gpu-summary": ("cuda", _MEASURED, ()),
 }
+# tables of our kernels held to an instruction set below what the CPU has
+_HELD = {"cpu-frontend-avx2": "avx2", "cpu-frontend-baseline": "baseline"}
 OWED = "Not measured yet: needs a GPU (`python -m benchmarks.gpu`)."
 _NOT_HERE = "Not measured yet (`python -m benchmarks.run`)."
 
@@ -62,9 +68,17 @@ def load(folder: Path = record.RESULTS) -> list[Content]:
     return sorted(contents, key=lambda content: content["environment"]["date"])
 
 
-def newest(contents: Sequence[Content], device: str, suites: Sequence[str]) -> list[Content]:
+def newest(
+    contents: Sequence[Content], device: str, suites: Sequence[str], held_to: str = ""
+) -> list[Content]:
     """The newest file of each suite on a device type, all of one device: the one measured last."""
-    wanted = [c for c in contents if c["environment"]["device"] == device and c["suite"] in suites]
+    wanted = [
+        content
+        for content in contents
+        if content["environment"]["device"] == device
+        and content["suite"] in suites
+        and content["environment"]["device_name"].partition(HELD_TO)[2] == held_to
+    ]
     if not wanted:
         return []
     name = wanted[-1]["environment"]["device_name"]
@@ -75,7 +89,7 @@ def newest(contents: Sequence[Content], device: str, suites: Sequence[str]) -> l
 def table(name: str, contents: Sequence[Content]) -> str:
     """One table as markdown, or the sentence that says what is owed."""
     device, suites, peers = TABLES[name]
-    files = newest(contents, device, suites)
+    files = newest(contents, device, suites, _HELD.get(name, ""))
     if not files:
         return OWED if device == "cuda" else _NOT_HERE
     if name.endswith("summary"):

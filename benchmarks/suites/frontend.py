@@ -5,7 +5,9 @@ The error is the largest absolute one in nats against float64, and the budget is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -142,6 +144,33 @@ def cases(settings: Settings) -> Iterator[Case]:
     for name, dtype, frames, normalise in kinds:
         for batch in batches:
             yield _case(settings, name, batch, seconds, dtype, frames, normalise)
+    if not settings.cuda and (os.cpu_count() or 1) >= 2:
+        yield _two_threads(settings, batches[-1], seconds)
+
+
+def _two_threads(settings: Settings, batch: int, seconds: float) -> Case:
+    """Ours on two threads, against itself on one."""
+
+    def on(threads: int) -> Callable[[list[Inputs]], Run]:
+        def prepare(inputs: list[Inputs]) -> Run:
+            run = forward_run(_ours(None, False), inputs)
+
+            def limited(index: int) -> Sequence[Tensor]:
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                try:
+                    return run(index)
+                finally:
+                    torch.set_num_threads(before)
+
+            return limited
+
+        return prepare
+
+    case = _case(settings, "log_mel_two_threads", batch, seconds, torch.float32, None, False)
+    yardstick = dataclasses.replace(case.candidates[1], timed=False)
+    ours, one = Candidate(settings.ours, on(2)), Candidate("one thread", on(1))
+    return dataclasses.replace(case, candidates=(ours, one, yardstick))
 
 
 def _case(
