@@ -98,7 +98,10 @@ class AudioConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LogMelConfig(Config):
-    """The front end: waveform to normalised log-mel (torchaudio's Kaldi fbank as AST calls it)."""
+    """The front end: waveform to normalised log-mel (torchaudio's Kaldi fbank as AST calls it).
+
+    `mel_spectrogram` gives the other common front end. `ops.log_mel` explains every setting.
+    """
 
     sample_rate_hz: int = 16000
     num_mel_bins: int = 128
@@ -111,13 +114,136 @@ class LogMelConfig(Config):
     remove_dc: bool = True
     mean: float = NORMALISATION["audioset"][0]
     std: float = NORMALISATION["audioset"][1]
+    n_fft: int | None = None  # None: the power of two at or above the window
+    window_samples: int | None = None  # instead of window_ms
+    hop_samples: int | None = None  # instead of hop_ms
+    window: Literal["hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular"] = "hann"
+    mel_scale: Literal["kaldi", "htk", "slaney"] = "kaldi"
+    mel_norm: Literal["none", "slaney"] = "none"
+    power: int = 2  # of the spectrum's magnitude
+    padding: Literal["none", "reflect", "zeros"] = "none"  # others: frames centred on hops
+    output: Literal["log", "db"] = "log"
+    log_floor: float = 1.1920928955078125e-07  # float32 epsilon, as Kaldi
+    log_offset: float = 0.0  # added to energies before the floor
+    top_db: float | None = None  # decibels below a clip's loudest value
 
     def __post_init__(self) -> None:
         check(self.std > 0, f"std={self.std}: expected a positive value")
+        for name in ("num_frames", "n_fft", "window_samples", "hop_samples"):
+            value = getattr(self, name)
+            check(
+                value is None or value > 0, f"{name}={value}: expected a positive number, or None"
+            )
+        for name, allowed in (
+            ("window", ("hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular")),
+            ("mel_scale", ("kaldi", "htk", "slaney")),
+            ("mel_norm", ("none", "slaney")),
+            ("power", (1, 2)),
+            ("padding", ("none", "reflect", "zeros")),
+            ("output", ("log", "db")),
+        ):
+            value = getattr(self, name)
+            check(
+                value in allowed, f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}"
+            )
+        check(self.log_floor > 0, f"log_floor={self.log_floor:g}: expected a positive energy")
+        check(self.log_offset >= 0, f"log_offset={self.log_offset:g}: expected 0 or more")
         check(
-            self.num_frames is None or self.num_frames > 0,
-            f"num_frames={self.num_frames}: expected a positive number, or None",
+            self.mel_norm == "none" or self.mel_scale != "kaldi",
+            "mel_norm='slaney' needs mel_scale='htk' or 'slaney': Kaldi's filters have no norm",
         )
+        check(
+            self.top_db is None or (self.output == "db" and self.top_db >= 0),
+            f"top_db={self.top_db} with output={self.output!r}: expected 0 or more, and output='db'",
+        )
+
+    @property
+    def framing(self) -> dict[str, Any]:
+        """The settings that decide how many frames a clip has: the arguments of `mel_sizes`."""
+        sizes = ("window_ms", "hop_ms", "n_fft", "window_samples", "hop_samples")
+        names = ("sample_rate_hz", "num_mel_bins", *sizes, "padding")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def mel_spectrogram(
+        cls,
+        sample_rate_hz: int = 16000,
+        n_fft: int = 400,
+        win_length: int | None = None,
+        hop_length: int | None = None,
+        n_mels: int = 128,
+        f_min: float = 0.0,
+        f_max: float = 0.0,
+        top_db: float | None = None,
+        **changes: Any,
+    ) -> Self:
+        """`torchaudio.transforms.MelSpectrogram` and `AmplitudeToDB`, not normalised.
+
+        Lengths are in samples, as there; `changes` are settings of this class (`power`, `mel_scale`,
+        `mel_norm`, `padding`, `output="log"`, `mean`, `std`, `num_frames`...). `top_db` counts from
+        each clip's loudest value (torchaudio's from a batch's, if the batch has three dimensions).
+        """
+        window = win_length or n_fft
+        settings: dict[str, Any] = {
+            "sample_rate_hz": sample_rate_hz,
+            "num_mel_bins": n_mels,
+            "num_frames": None,
+            "n_fft": n_fft,
+            "window_samples": window,
+            "hop_samples": hop_length or window // 2,
+            "low_freq_hz": f_min,
+            "high_freq_hz": f_max,
+            "preemphasis": 0.0,
+            "remove_dc": False,
+            "mean": 0.0,
+            "std": 0.5,
+            "window": "hann_periodic",
+            "mel_scale": "htk",
+            "padding": "reflect",
+            "output": "db",
+            "log_floor": 1e-10,
+            "top_db": top_db,
+        }
+        return cls(**(settings | changes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MfccConfig(Config):
+    """Cepstra: the cosine transform of log-mel energies. Defaults are Kaldi's, as torchaudio's are."""
+
+    log_mel: LogMelConfig = LogMelConfig(
+        num_mel_bins=23, num_frames=None, window="povey", mean=0.0, std=0.5
+    )
+    num_ceps: int = 13
+    lifter: float = 22.0  # 0 switches it off
+    mean: float = 0.0
+    std: float = 0.5  # cepstra are (x - mean) / (2 std)
+
+    def __post_init__(self) -> None:
+        bins = self.log_mel.num_mel_bins
+        check(
+            1 <= self.num_ceps <= bins,
+            f"num_ceps={self.num_ceps}: expected 1 to {bins}, the mel bins",
+        )
+        check(self.lifter >= 0, f"lifter={self.lifter:g}: expected 0 (off) or more")
+        check(self.std > 0, f"std={self.std}: expected a positive value")
+        check(
+            self.log_mel.mean == 0.0 and self.log_mel.std == 0.5,
+            f"log_mel.mean={self.log_mel.mean:g} and log_mel.std={self.log_mel.std:g}: expected 0 and "
+            "0.5, since cepstra are normalised and not what they are made of",
+        )
+
+    @classmethod
+    def torchaudio(
+        cls, num_ceps: int = 40, mean: float = 0.0, std: float = 0.5, **mel: Any
+    ) -> Self:
+        """`torchaudio.transforms.MFCC`; `mel` are arguments of `LogMelConfig.mel_spectrogram`.
+
+        `log_mels=True` there is `output="log", log_floor=1e-30, log_offset=1e-6, top_db=None` here.
+        """
+        settings: dict[str, Any] = {"top_db": 80.0, **mel}
+        front = LogMelConfig.mel_spectrogram(**settings)
+        return cls(log_mel=front, num_ceps=num_ceps, lifter=0.0, mean=mean, std=std)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

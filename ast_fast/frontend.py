@@ -36,9 +36,21 @@ def log_mel_features(
         high_freq_hz=config.high_freq_hz,
         preemphasis=config.preemphasis,
         remove_dc=config.remove_dc,
+        log_floor=config.log_floor,
         mean=config.mean,
         std=config.std,
         out_dtype=out_dtype,
+        n_fft=config.n_fft,
+        window_samples=config.window_samples,
+        hop_samples=config.hop_samples,
+        window=config.window,
+        mel_scale=config.mel_scale,
+        mel_norm=config.mel_norm,
+        power=config.power,
+        padding=config.padding,
+        output=config.output,
+        log_offset=config.log_offset,
+        top_db=config.top_db,
     )
 
 

@@ -43,6 +43,8 @@ class LogMelTables(Protocol):
     log_floor: float
     window: Tensor  # [window_samples] float64
     filters: Tensor  # [F, n_fft // 2 + 1] float64
+    magnitude: bool
+    log_offset: float
 
 
 class Operator(NamedTuple):
