@@ -144,7 +144,8 @@ class LogMelConfig(Config):
         ):
             value = getattr(self, name)
             check(
-                value in allowed, f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}"
+                value in allowed,
+                f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}",
             )
         check(self.log_floor > 0, f"log_floor={self.log_floor:g}: expected a positive energy")
         check(self.log_offset >= 0, f"log_offset={self.log_offset:g}: expected 0 or more")

@@ -325,7 +325,14 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
 
     counts = dict.fromkeys(("num_samples", "num_frames"), "i32")
     tile = tuned["mel"]
-    mel: dict[str, Any] = {"tile": tile, "WIN": 400, "HOP": 160, "NUM_MEL": 128, "N": 256, "MAGNITUDE": False}
+    mel: dict[str, Any] = {
+        "tile": tile,
+        "WIN": 400,
+        "HOP": 160,
+        "NUM_MEL": 128,
+        "N": 256,
+        "MAGNITUDE": False,
+    }
     mel["BLOCK_S"] = tile["frames"]
     for dy in ("fp32", "fp16", "bf16") if arch >= 80 else ("fp32", "fp16"):
         pointers = {

@@ -230,7 +230,17 @@ def _limit_range(
 
 def _tables(setting: Sequence[float]) -> MelTables:
     rate, bins, window_ms, hop_ms, low, high, preemphasis, remove_dc, floor = setting[:9]
-    kaldi = (int(rate), int(bins), window_ms, hop_ms, low, high, preemphasis, bool(remove_dc), floor)
+    kaldi = (
+        int(rate),
+        int(bins),
+        window_ms,
+        hop_ms,
+        low,
+        high,
+        preemphasis,
+        bool(remove_dc),
+        floor,
+    )
     if len(setting) == 9:
         return mel_tables(*kaldi)
     n_fft, window, hop, shape, scale, norm, power, offset = setting[9:]

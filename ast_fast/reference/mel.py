@@ -93,7 +93,9 @@ class MelSizes(NamedTuple):
     def frames_of(self, lengths: Tensor) -> Tensor:
         """`num_frames` of every entry of an integer tensor."""
         if self.padding == "none":
-            steps = torch.div(lengths - self.window_samples, self.hop_samples, rounding_mode="floor")
+            steps = torch.div(
+                lengths - self.window_samples, self.hop_samples, rounding_mode="floor"
+            )
             return (1 + steps).clamp(min=0)
         least = self.n_fft // 2 if self.padding == "reflect" else 0
         steps = torch.div(lengths, self.hop_samples, rounding_mode="floor")
@@ -312,10 +314,13 @@ def mel_tables(
     if power not in (1, 2):
         raise ValueError(f"power={power}: expected 1 (magnitude) or 2 (power)")
     shape = (num_mel_bins, sizes.n_fft, sample_rate_hz, low_freq_hz, high_freq_hz)
-    if mel_scale == "kaldi":
-        filters = mel_filters(*shape)
-    else:
-        filters = mel_filters_in_hz(*shape, mel_scale, mel_norm)
+    # the cache outlives inference mode, whose tensors no later gradient could use
+    with torch.inference_mode(False):
+        if mel_scale == "kaldi":
+            filters = mel_filters(*shape)
+        else:
+            filters = mel_filters_in_hz(*shape, mel_scale, mel_norm)
+        shaping = window_function(window, sizes.window_samples)
     return MelTables(
         sample_rate_hz,
         sizes.window_samples,
@@ -325,7 +330,7 @@ def mel_tables(
         preemphasis,
         remove_dc,
         log_floor,
-        window_function(window, sizes.window_samples),
+        shaping,
         filters,
         power == 1,
         log_offset,
