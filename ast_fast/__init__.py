@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ASTModel": "models.ast",
     "LogMel": "frontend",
+    "MFCC": "frontend",
+    "Resample": "resample",
     "check_equivalence": "equivalence",
     "create_model": "models.registry",
     "list_models": "models.registry",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 _MODULES = (
     "audio",
+    "augment",
     "backend",
     "config",
     "data",
@@ -38,12 +41,15 @@ _MODULES = (
     "models",
     "ops",
     "reference",
+    "resample",
+    "seeding",
     "training",
 )
 
 if TYPE_CHECKING:
     from . import (
         audio,
+        augment,
         backend,
         config,
         data,
@@ -54,20 +60,26 @@ if TYPE_CHECKING:
         models,
         ops,
         reference,
+        resample,
+        seeding,
         training,
     )
     from .backend import use_backend
     from .equivalence import check_equivalence
-    from .frontend import LogMel
+    from .frontend import MFCC, LogMel
     from .inference import predict, tag
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
+    from .resample import Resample
 
 __all__ = [
+    "MFCC",
     "ASTModel",
     "LogMel",
+    "Resample",
     "__version__",
     "audio",
+    "augment",
     "backend",
     "check_equivalence",
     "config",
@@ -82,6 +94,8 @@ __all__ = [
     "ops",
     "predict",
     "reference",
+    "resample",
+    "seeding",
     "tag",
     "training",
     "use_backend",
