@@ -11,6 +11,12 @@ PositionRule = Literal["bilinear", "nearest", "reinitialise"]
 # transformers' terms
 ProblemType = Literal["single_label_classification", "multi_label_classification"]
 
+Window = Literal["hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular"]
+MelScale = Literal["kaldi", "htk", "slaney"]
+MelNorm = Literal["none", "slaney"]
+Padding = Literal["none", "reflect", "zeros"]
+Output = Literal["log", "db"]
+
 # (mean, std) of log-mel energies; features are (x - mean) / (2 std). From the original recipes.
 NORMALISATION = {
     "audioset": (-4.2677393, 4.5689974),
@@ -120,12 +126,12 @@ class LogMelConfig(Config):
     n_fft: int | None = None  # None: the power of two at or above the window
     window_samples: int | None = None  # instead of window_ms
     hop_samples: int | None = None  # instead of hop_ms
-    window: Literal["hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular"] = "hann"
-    mel_scale: Literal["kaldi", "htk", "slaney"] = "kaldi"
-    mel_norm: Literal["none", "slaney"] = "none"
+    window: Window = "hann"
+    mel_scale: MelScale = "kaldi"
+    mel_norm: MelNorm = "none"
     power: int = 2  # of the spectrum's magnitude
-    padding: Literal["none", "reflect", "zeros"] = "none"  # others: frames centred on hops
-    output: Literal["log", "db"] = "log"
+    padding: Padding = "none"  # others: frames centred on hops
+    output: Output = "log"
     log_floor: float = 1.1920928955078125e-07  # float32 epsilon, as Kaldi
     log_offset: float = 0.0  # added to energies before the floor
     top_db: float | None = None  # decibels below a clip's loudest value
@@ -138,12 +144,12 @@ class LogMelConfig(Config):
                 value is None or value > 0, f"{name}={value}: expected a positive number, or None"
             )
         for name, allowed in (
-            ("window", ("hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular")),
-            ("mel_scale", ("kaldi", "htk", "slaney")),
-            ("mel_norm", ("none", "slaney")),
+            ("window", typing.get_args(Window)),
+            ("mel_scale", typing.get_args(MelScale)),
+            ("mel_norm", typing.get_args(MelNorm)),
             ("power", (1, 2)),
-            ("padding", ("none", "reflect", "zeros")),
-            ("output", ("log", "db")),
+            ("padding", typing.get_args(Padding)),
+            ("output", typing.get_args(Output)),
         ):
             value = getattr(self, name)
             check(

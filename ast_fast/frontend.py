@@ -117,6 +117,8 @@ def cosine_transform(num_mel_bins: int, num_ceps: int, lifter: float) -> Tensor:
     return matrix
 
 
+# graphs hold the matrix as a constant: traced, it would be made anew in every call
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=16)
 def _placed_transform(
     num_mel_bins: int, num_ceps: int, lifter: float, device: torch.device, dtype: torch.dtype

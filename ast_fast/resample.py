@@ -45,29 +45,27 @@ def _prototype(
     return torch.where(inside, torch.sinc(time) * shape, torch.zeros_like(time))
 
 
-@functools.lru_cache(maxsize=16)
+# graphs hold the matrix as a constant: traced, it would be made anew in every call
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=8)
 def _filters(
-    source: int, target: int, filter_width: int, rolloff: float, window: str, beta: float
-) -> tuple[Tensor, int, int]:
-    """Matrix [taps, outputs a block] in float64, taps before the block, inputs a block."""
+    layout: tuple[int, int, int, int, int],
+    filter_width: int,
+    rolloff: float,
+    window: str,
+    beta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:  # [taps, outputs]
+    """The filter at every distance between an input and an output of a block, made in float64."""
+    source, target, reach, step, outputs = layout
     base = min(source, target) * rolloff
-    reach = math.ceil(filter_width * source / base)
-    # as many periods as make a block about as long as the filter
-    periods = math.ceil(2 * reach / source)
-    taps, outputs = 2 * reach + source * periods, target * periods
-    require(
-        taps * outputs <= _MOST_ENTRIES,
-        f"rates in the ratio {source}:{target} need {taps} x {outputs} filter taps: expected a ratio "
-        "of smaller numbers; resample on the CPU with soxr (ast_fast.audio) or round a rate",
-    )
     # not an inference tensor, which no later gradient could use
     with torch.inference_mode(False):
-        inputs = (
-            torch.arange(-reach, source * periods + reach, dtype=torch.float64)[:, None] / source
-        )
+        inputs = torch.arange(-reach, step + reach, dtype=torch.float64)[:, None] / source
         at = torch.arange(outputs, dtype=torch.float64) / target
         matrix = _prototype((inputs - at) * base, filter_width, window, beta) * (base / source)
-    return matrix, reach, source * periods
+        return matrix.to(device, dtype)
 
 
 class Resample(nn.Module):
@@ -109,7 +107,20 @@ class Resample(nn.Module):
         self.from_hz, self.to_hz = int(from_hz), int(to_hz)
         self.source, self.target = self.from_hz // divisor, self.to_hz // divisor
         self.design = (int(filter_width), float(rolloff), str(window), float(kaiser_beta))
-        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        # inputs the filter reaches to either side; inputs and outputs a block: as many periods as
+        # make it about as long as the filter
+        self._reach = math.ceil(
+            filter_width * self.source / (min(self.source, self.target) * rolloff)
+        )
+        periods = math.ceil(2 * self._reach / self.source)
+        self._step, self._outputs = self.source * periods, self.target * periods
+        taps = 2 * self._reach + self._step
+        require(
+            taps * self._outputs <= _MOST_ENTRIES,
+            f"rates in the ratio {self.source}:{self.target} need {taps} x {self._outputs} filter "
+            "taps: expected a ratio of smaller numbers; resample on the CPU with soxr "
+            "(ast_fast.audio) or round a rate",
+        )
 
     def output_length(self, samples: int) -> int:
         """Samples of the result: the input's duration, rounded up to a whole sample."""
@@ -154,17 +165,13 @@ class Resample(nn.Module):
         return torch.where(kept, result, torch.zeros_like(result))
 
     def _product(self, wave: Tensor) -> Tensor:
-        matrix, reach, step = _filters(self.source, self.target, *self.design)
-        placed = self._placed.get((wave.device, wave.dtype))
-        if placed is None:
-            # not an inference tensor, which no later gradient could use
-            with torch.inference_mode(False):
-                placed = self._placed[wave.device, wave.dtype] = matrix.to(wave.device, wave.dtype)
-        taps, outputs = matrix.shape
-        blocks = -(-self.output_length(wave.shape[1]) // outputs)
-        behind = (blocks - 1) * step + taps - reach - wave.shape[1]
-        padded = nn.functional.pad(wave, (reach, behind))
-        return (padded.unfold(1, taps, step) @ placed).flatten(1)
+        layout = (self.source, self.target, self._reach, self._step, self._outputs)
+        filters = _filters(layout, *self.design, wave.device, wave.dtype)
+        taps = 2 * self._reach + self._step
+        blocks = -(-self.output_length(wave.shape[1]) // self._outputs)
+        behind = (blocks - 1) * self._step + taps - self._reach - wave.shape[1]
+        padded = nn.functional.pad(wave, (self._reach, behind))
+        return (padded.unfold(1, taps, self._step) @ filters).flatten(1)
 
     def response_db(self, frequencies_hz: Tensor) -> Tensor:
         """Gain in decibels of the filter at frequencies in Hz, in float64.
@@ -183,18 +190,3 @@ class Resample(nn.Module):
         """The rates, for printing."""
         width, rolloff, window, _ = self.design
         return f"{self.from_hz} to {self.to_hz} Hz, {window}, width {width}, rolloff {rolloff:g}"
-
-
-def resample(
-    wave: Tensor,  # [B, N]
-    from_hz: int,
-    to_hz: int,
-    lengths: Tensor | None = None,  # [B]
-) -> Tensor:  # [B, M]
-    """`Resample` with its default filter, as a function."""
-    return _resampler(int(from_hz), int(to_hz))(wave, lengths)
-
-
-@functools.lru_cache(maxsize=16)
-def _resampler(from_hz: int, to_hz: int) -> Resample:
-    return Resample(from_hz, to_hz)

@@ -311,8 +311,13 @@ def aot_cases(arch: int) -> list[AotCase]:
     """Every configuration tuned for `arch` in the dtypes it serves, for 16 kHz and 128 mel bins."""
     tuned = _tuned.configs("log_mel", arch)
     cases = []
-    for wave, output in (("i16", "power"), ("fp32", "power"), ("fp32", "spectrum")):
-        tile = tuned[output]
+    for wave, output in (
+        ("i16", "power"),
+        ("fp32", "power"),
+        ("fp32", "magnitude"),
+        ("fp32", "spectrum"),
+    ):
+        tile = tuned["spectrum" if output == "spectrum" else "power"]
         half = tile["pieces"] == "float16"
         pointers = {
             "wave_ptr": f"*{wave}",
@@ -329,7 +334,7 @@ def aot_cases(arch: int) -> list[AotCase]:
             "N": 256,
             "REMOVE_DC": True,
             "KEEP_SPECTRUM": output == "spectrum",
-            "MAGNITUDE": False,
+            "MAGNITUDE": output == "magnitude",
             "BLOCK_S": tile["frames"],
             "BLOCK_K": tile["samples"],
             "BLOCK_N": tile["bins"],

@@ -331,10 +331,10 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
         "HOP": 160,
         "NUM_MEL": 128,
         "N": 256,
-        "MAGNITUDE": False,
+        "BLOCK_S": tile["frames"],
     }
-    mel["BLOCK_S"] = tile["frames"]
-    for dy in ("fp32", "fp16", "bf16") if arch >= 80 else ("fp32", "fp16"):
+    gradients = [("fp32", False), ("fp32", True), ("fp16", False), ("bf16", False)]
+    for dy, magnitude in gradients if arch >= 80 else gradients[:3]:
         pointers = {
             "dy_ptr": f"*{dy}",
             "spectrum_ptr": "*fp32",
@@ -345,10 +345,9 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
         }
         scalars = counts | dict.fromkeys(("stride_dyb", "stride_dys"), "i32")
         scalars |= dict.fromkeys(("log_floor", "log_offset", "inverse_2std"), "fp32")
-        kernel = _energy_gradient_kernel
-        add(
-            f"energy_gradient-{dy}", kernel, pointers, scalars, TAPS=10, BLOCK_F=tile["mels"], **mel
-        )
+        kernel, name = _energy_gradient_kernel, f"energy_gradient-{dy}" + "-magnitude" * magnitude
+        sizes = {"TAPS": 10, "BLOCK_F": tile["mels"], "MAGNITUDE": magnitude}
+        add(name, kernel, pointers, scalars, **sizes, **mel)
     pointers = {
         "denergy_ptr": "*fp32",
         "spectrum_ptr": "*fp32",
@@ -356,8 +355,10 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
         "first_mel_ptr": "*i32",
         "weights_ptr": "*fp32",
     }
-    kernel = _spectrum_gradient_kernel
-    add("spectrum_gradient", kernel, pointers, counts, TAPS=2, BLOCK_N=tile["mels"], **mel)
+    for magnitude in (False, True):
+        kernel, name = _spectrum_gradient_kernel, "spectrum_gradient" + "-magnitude" * magnitude
+        sizes = {"TAPS": 2, "BLOCK_N": tile["mels"], "MAGNITUDE": magnitude}
+        add(name, kernel, pointers, counts, **sizes, **mel)
     tile = tuned["frame_gradient"]
     add(
         "frame_gradient",

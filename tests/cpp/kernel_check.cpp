@@ -207,7 +207,7 @@ void check_log_mel(int threads) {
   for (int64_t n = 0; n < window; ++n) shape[n] = 0.5 - 0.5 * std::cos(6.283185307179586 * (double)n / (double)(window - 1));
   for (int64_t m = 0; m + 1 < bins; ++m)  // the last filter stays empty
     for (int64_t i = 1; i < 5; ++i) filters[m * (half + 1) + m * 3 + i] = 0.3 * (double)i;
-  const LogMelTablesOwner owner(shape.data(), filters.data(), window, hop, n_fft, bins, 0.97, true, 1e-7);
+  const LogMelTablesOwner owner(shape.data(), filters.data(), window, hop, n_fft, bins, 0.97, true, 1e-7, false, 0.0);
   const auto wave = random_values(samples);
   const int64_t frames = 1 + (samples - window) / hop;
   std::vector<float> out(frames * bins), dy(frames * bins, 1.0f), dwave(samples);

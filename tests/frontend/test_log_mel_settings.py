@@ -139,7 +139,9 @@ def test_ragged_clips_are_each_clip_alone(backend):
             assert alone.shape[1] == (
                 0 if length == 200 and config.padding == "reflect" else 1 + length // 200
             )
-            assert torch.equal(got[clip, : alone.shape[1]], alone[0])
+            # PyTorch's own products round otherwise in a batch
+            slack = 1e-3 if backend == "reference" else 0.0
+            assert torch.allclose(got[clip, : alone.shape[1]], alone[0], rtol=0.0, atol=slack)
             assert torch.allclose(got[clip, alone.shape[1] :], torch.tensor(0.75))
 
 

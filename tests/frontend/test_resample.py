@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ast_fast
-from ast_fast.resample import Resample, resample
+from ast_fast.resample import Resample
 from ast_fast.testing import random_tensor
 
 RATES = [
@@ -116,7 +116,6 @@ def test_gradients_and_types():
     assert module(narrow).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(narrow.float()), module(narrow))
-    assert torch.equal(resample(narrow.float(), 3, 2), Resample(3, 2)(narrow.float()))
     assert not list(module.state_dict()) and ast_fast.Resample is Resample
     with torch.inference_mode():
         first = Resample(5, 4)
@@ -133,11 +132,18 @@ def test_compiled_it_is_the_same():
 
 def test_soxr_agrees_in_the_pass_band():
     soxr = pytest.importorskip("soxr")
-    time = torch.arange(44100, dtype=torch.float64) / 44100
-    wave = sum(torch.sin(2 * math.pi * f * time + f) for f in (100, 997, 3500, 7000)) / 5
-    theirs = torch.from_numpy(soxr.resample(wave.numpy(), 44100, 16000, quality="VHQ"))
-    ours = Resample(44100, 16000)(wave[None])[0]
-    assert (ours - theirs)[1000:-1000].abs().max() < 2e-5
+    hz, shares = torch.tensor([[100.0], [997.0], [3500.0], [7000.0]]).double(), 0.25
+
+    def chord(rate):
+        return (shares * torch.sin(2 * math.pi * hz * torch.arange(rate) / rate + hz)).sum(0)
+
+    middle = slice(1000, -1000)
+    exact = chord(16000)[middle]
+    theirs = torch.from_numpy(soxr.resample(chord(44100).numpy(), 44100, 16000, quality="VHQ"))
+    ours = Resample(44100, 16000)(chord(44100)[None])[0]
+    assert (ours[middle] - exact).abs().max() < 1e-6
+    # soxr loses 0.005 dB at 7 kHz
+    assert (theirs[middle] - exact).abs().max() < 2e-4
 
 
 def test_errors_name_what_is_wrong():
