@@ -326,13 +326,26 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig(Config):
-    """SpecAugment, mixup, noise and roll, as the original recipes order them."""
+    """SpecAugment, mixup, noise and roll, as the original recipes order them; waveforms first.
+
+    Draws belong to a clip: seed, step and clip decide them, not the batch around it.
+    """
 
     freq_mask_bins: int = 0  # widest frequency mask
     time_mask_frames: int = 0  # widest time mask
     mixup: float = 0.0  # probability that a clip is mixed with another, lambda ~ Beta(10, 10)
     noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
     roll_frames: int = 0  # largest circular shift in time
+    roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
+    gain_db: float = 0.0  # louder or softer by up to so many decibels
+    snr_db: tuple[float, float] | None = None  # white noise, so many decibels below the clip
+
+    def __post_init__(self) -> None:
+        check(self.gain_db >= 0, f"gain_db={self.gain_db:g}: expected 0 (off) or more")
+        check(
+            self.snr_db is None or (len(self.snr_db) == 2 and self.snr_db[0] <= self.snr_db[1]),
+            f"snr_db={self.snr_db}: expected the lowest and the highest ratio in decibels, or None",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from . import ops
 from .augment import (
     add_noise,
+    add_noise_at_snr,
     draw_mixup,
     mask_value,
     mixup_targets,
     mixup_waveforms,
+    random_gain,
     roll_frames,
+    roll_waveforms,
     spec_augment,
 )
 from .config import LogMelConfig, MfccConfig
@@ -30,13 +33,16 @@ __all__ = [
     "MFCC",
     "LogMel",
     "add_noise",
+    "add_noise_at_snr",
     "draw_mixup",
     "log_mel_features",
     "mask_value",
     "mfcc_features",
     "mixup_targets",
     "mixup_waveforms",
+    "random_gain",
     "roll_frames",
+    "roll_waveforms",
     "spec_augment",
 ]
 

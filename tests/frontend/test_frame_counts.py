@@ -43,7 +43,7 @@ def test_every_length_has_a_centred_frame_a_hop(rate):
         centres = sizes.hop_samples * torch.arange(LONGEST // sizes.hop_samples + 2)
         # the last frame may lie on the end itself: one sample past the clip
         counted = torch.searchsorted(centres, LENGTHS, right=True)
-        counted = torch.where(LENGTHS > least, counted, 0)
+        counted = counted.masked_fill(least >= LENGTHS, 0)
         assert torch.equal(sizes.frames_of(LENGTHS), counted)
         assert [sizes.num_frames(length) for length in range(LONGEST + 1)] == counted.tolist()
 
