@@ -123,8 +123,6 @@ def cosine_transform(num_mel_bins: int, num_ceps: int, lifter: float) -> Tensor:
     return matrix
 
 
-# graphs hold the matrix as a constant: traced, it would be made anew in every call
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=16)
 def _placed_transform(
     num_mel_bins: int, num_ceps: int, lifter: float, device: torch.device, dtype: torch.dtype
@@ -132,6 +130,12 @@ def _placed_transform(
     # not an inference tensor, which no later gradient could use
     with torch.inference_mode(False):
         return cosine_transform(num_mel_bins, num_ceps, lifter).to(device, dtype)
+
+
+# compiled graphs hold the matrix as a constant: traced, it would be made anew in every call
+@torch.compiler.assume_constant_result
+def _constant_transform(*sizes: Any) -> Tensor:
+    return _placed_transform(*sizes)
 
 
 def mfcc_features(
@@ -147,7 +151,7 @@ def mfcc_features(
     wide = torch.float64 if wave.dtype == torch.float64 else torch.float32
     energies = log_mel_features(wave, config.log_mel, lengths, wide)
     sizes = (config.log_mel.num_mel_bins, config.num_ceps, config.lifter)
-    matrix = _placed_transform(*sizes, energies.device, energies.dtype)
+    matrix = _constant_transform(*sizes, energies.device, energies.dtype)
     cepstra = without_autocast(torch.matmul, energies, matrix)
     return ((cepstra - config.mean) * (0.5 / config.std)).to(out_dtype or wide)
 

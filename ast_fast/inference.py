@@ -212,7 +212,8 @@ def split_windows(wave: Tensor, front: LogMelConfig) -> list[Tensor]:
     sizes = mel_sizes(**front.framing)
     step = (front.num_frames or 0) * sizes.hop_samples
     starts = list(range(0, wave.shape[0], step))
-    if wave.shape[0] - starts[-1] < max(sizes.window_samples, step // 10):
+    rest = wave.shape[0] - starts[-1]
+    if rest < step // 10 or not sizes.num_frames(rest):
         starts[-1] = wave.shape[0] - most
     return [wave[start : start + most] for start in starts]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,6 @@ def _prototype(
     return torch.where(inside, torch.sinc(time) * shape, torch.zeros_like(time))
 
 
-# graphs hold the matrix as a constant: traced, it would be made anew in every call
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=8)
 def _filters(
     layout: tuple[int, int, int, int, int],
@@ -66,6 +64,12 @@ def _filters(
         at = torch.arange(outputs, dtype=torch.float64) / target
         matrix = _prototype((inputs - at) * base, filter_width, window, beta) * (base / source)
         return matrix.to(device, dtype)
+
+
+# compiled graphs hold the matrix as a constant: traced, it would be made anew in every call
+@torch.compiler.assume_constant_result
+def _constant_filters(*design: Any) -> Tensor:
+    return _filters(*design)
 
 
 class Resample(nn.Module):
@@ -166,7 +170,7 @@ class Resample(nn.Module):
 
     def _product(self, wave: Tensor) -> Tensor:
         layout = (self.source, self.target, self._reach, self._step, self._outputs)
-        filters = _filters(layout, *self.design, wave.device, wave.dtype)
+        filters = _constant_filters(layout, *self.design, wave.device, wave.dtype)
         taps = 2 * self._reach + self._step
         blocks = -(-self.output_length(wave.shape[1]) // self._outputs)
         behind = (blocks - 1) * self._step + taps - self._reach - wave.shape[1]

@@ -71,6 +71,7 @@ def test_gradients_padding_and_normalisation():
     assert torch.allclose(cepstra[1], alone[0], atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected:UserWarning")
 def test_autocast_and_half_precision_do_not_round_the_product():
     module = MFCC(num_ceps=20)
     want = module(WAVE)
