@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,41 +122,22 @@ def log_mel(
             f"({wave.shape[0]},) integers, valid samples a clip",
         )
         lengths = lengths.to(device=wave.device, dtype=torch.int64).clamp(0, wave.shape[1])
-    require(output in ("log", "db"), f"output={output!r}: expected 'log' or 'db'")
-    require(
-        top_db is None or (output == "db" and top_db >= 0),
-        f"top_db={top_db} with output={output!r}: expected 0 or more, and output='db'",
-    )
-    for name, value, known in (
-        ("window", window, WINDOWS),
-        ("mel_scale", mel_scale, MEL_SCALES),
-        ("mel_norm", mel_norm, MEL_NORMS),
-    ):
-        require(value in known, f"{name}={value!r}: expected one of {', '.join(known)}")
-    sizes = mel_sizes(
-        *(sample_rate_hz, num_mel_bins, float(window_ms), float(hop_ms)),
-        *(n_fft, window_samples, hop_samples, padding),
-    )
+    # checked and turned into numbers once, outside of graphs; tracing would not see a cache
+    resolve = _resolve if torch.compiler.is_compiling() else _resolved
+    sizes, scale, setting = resolve(
+        sample_rate_hz, num_mel_bins, window_ms, hop_ms, low_freq_hz, high_freq_hz, preemphasis,
+        remove_dc, log_floor, n_fft, window_samples, hop_samples, window, mel_scale, mel_norm, power,
+        log_offset, padding, output, top_db,
+    )  # fmt: skip
     if wave.dtype in (torch.float16, torch.bfloat16):
         wave = wave.float()
     if out_dtype is None:
         out_dtype = torch.float64 if wave.dtype == torch.float64 else torch.float32
     whole = sizes.num_frames(wave.shape[1])
     wanted = whole if num_frames is None else num_frames
-    # decibels are an affine function of the logarithm, which the backends compute anyway
-    scale = 1.0 if output == "log" else (20.0 if power == 1 else 10.0) / math.log(10.0)
     clip_lengths = lengths
     if padding != "none":
         wave, lengths = pad_clips(wave, lengths, sizes)
-    setting = [
-        *map(float, (sample_rate_hz, num_mel_bins, window_ms, hop_ms, low_freq_hz, high_freq_hz)),
-        *map(float, (preemphasis, bool(remove_dc), log_floor)),
-        *map(float, (sizes.n_fft, sizes.window_samples, sizes.hop_samples)),
-        float(WINDOWS.index(window)),
-        float(MEL_SCALES.index(mel_scale)),
-        float(MEL_NORMS.index(mel_norm)),
-        *map(float, (power, log_offset)),
-    ]
     chosen = backend.choose("log_mel", _load, wave, lengths, sizes)
     limited = top_db is not None
     kept = max(whole, wanted) if limited else wanted
@@ -228,27 +211,78 @@ def _limit_range(
     return torch.where(inside, torch.maximum(features, limit), features)
 
 
-def _tables(setting: Sequence[float]) -> MelTables:
-    rate, bins, window_ms, hop_ms, low, high, preemphasis, remove_dc, floor = setting[:9]
-    kaldi = (
-        int(rate),
-        int(bins),
-        window_ms,
-        hop_ms,
-        low,
-        high,
-        preemphasis,
-        bool(remove_dc),
-        floor,
+def _name_of(names: tuple[str, ...]) -> Callable[[float], str]:
+    return lambda index: names[int(index)]
+
+
+# what each number of an op's `setting` is to `mel_tables`; names travel as their index, and numbers
+# may be left out at the end for the defaults
+_FORMS: tuple[Callable[[float], Any], ...] = (
+    *(int, int, float, float, float, float, float, bool, float),
+    *(int, int, int, _name_of(WINDOWS), _name_of(MEL_SCALES), _name_of(MEL_NORMS), int, float),
+)
+
+
+# the defaults of the last eight
+_KALDI = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(setting: tuple[float, ...]) -> MelTables:
+    return mel_tables(*(form(value) for form, value in zip(_FORMS, setting, strict=False)))
+
+
+def _resolve(
+    sample_rate_hz: int,
+    num_mel_bins: int,
+    window_ms: float,
+    hop_ms: float,
+    low_freq_hz: float,
+    high_freq_hz: float,
+    preemphasis: float,
+    remove_dc: bool,
+    log_floor: float,
+    n_fft: int | None,
+    window_samples: int | None,
+    hop_samples: int | None,
+    window: str,
+    mel_scale: str,
+    mel_norm: str,
+    power: int,
+    log_offset: float,
+    padding: str,
+    output: str,
+    top_db: float | None,
+) -> tuple[MelSizes, float, tuple[float, ...]]:
+    """Checked settings: sizes, units of the output in a nat, and the op's `setting`."""
+    require(output in ("log", "db"), f"output={output!r}: expected 'log' or 'db'")
+    require(
+        top_db is None or (output == "db" and top_db >= 0),
+        f"top_db={top_db} with output={output!r}: expected 0 or more, and output='db'",
     )
-    if len(setting) == 9:
-        return mel_tables(*kaldi)
-    n_fft, window, hop, shape, scale, norm, power, offset = setting[9:]
-    return mel_tables(
-        *kaldi,
-        *(int(n_fft), int(window), int(hop), WINDOWS[int(shape)], MEL_SCALES[int(scale)]),
-        *(MEL_NORMS[int(norm)], int(power), offset),
+    for name, value, known in (
+        ("window", window, WINDOWS),
+        ("mel_scale", mel_scale, MEL_SCALES),
+        ("mel_norm", mel_norm, MEL_NORMS),
+    ):
+        require(value in known, f"{name}={value!r}: expected one of {', '.join(known)}")
+    require(power in (1, 2), f"power={power}: expected 1 (magnitude) or 2 (power)")
+    sizes = mel_sizes(
+        *(sample_rate_hz, num_mel_bins, float(window_ms), float(hop_ms)),
+        *(n_fft, window_samples, hop_samples, padding),
     )
+    # decibels are an affine function of the logarithm, which the backends compute anyway
+    scale = 1.0 if output == "log" else (20.0 if power == 1 else 10.0) / math.log(10.0)
+    kaldi = (sample_rate_hz, num_mel_bins, window_ms, hop_ms, low_freq_hz, high_freq_hz)
+    setting = (*map(float, kaldi), float(preemphasis), float(bool(remove_dc)), float(log_floor))
+    beyond = (
+        *map(float, (n_fft or 0, window_samples or 0, hop_samples or 0, WINDOWS.index(window))),
+        *map(float, (MEL_SCALES.index(mel_scale), MEL_NORMS.index(mel_norm), power, log_offset)),
+    )
+    return sizes, scale, setting if beyond == _KALDI else setting + beyond
+
+
+_resolved = functools.lru_cache(maxsize=64)(_resolve)
 
 
 @register("log_mel")
@@ -262,9 +296,9 @@ def log_mel_op(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Registered op; `setting` holds the arguments of `mel_tables` in order, names as their index."""
+    """Registered op; `setting` holds the arguments of `mel_tables` in order: see `_FORMS`."""
     run = reference.ops.log_mel if backend == "reference" else _load(backend).forward
-    arguments = (lengths, _tables(setting), num_frames, mean, std, out_dtype)
+    arguments = (lengths, _tables(tuple(setting)), num_frames, mean, std, out_dtype)
     return without_autocast(run, wave, *arguments)
 
 
@@ -293,7 +327,7 @@ def log_mel_backward_op(
     backend: str,
 ) -> Tensor:
     """Registered op: the gradient of the waveform."""
-    tables = _tables(setting)
+    tables = _tables(tuple(setting))
     if backend == "reference":
         return reference_backward.log_mel(dy, wave, lengths, tables, std)
     return _load(backend).backward(dy, wave, lengths, tables, mean, std)
