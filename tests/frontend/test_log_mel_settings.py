@@ -14,7 +14,7 @@ from ast_fast.equivalence.budgets import log_mel_budget
 from ast_fast.equivalence.measures import measure
 from ast_fast.frontend import LogMel
 from ast_fast.reference.mel import MEL_SCALES, WINDOWS, mel_filters_in_hz, mel_tables
-from ast_fast.testing import random_tensor
+from ast_fast.testing import assert_within, random_tensor
 
 BACKENDS = ["reference", "cpp"]
 NAMES = {"hann": "hanning"}
@@ -214,7 +214,7 @@ def test_gradcheck(setting):
 
 
 @pytest.mark.parametrize("setting", GRADIENTS, ids=str)
-def test_gradients_of_the_kernels(setting, within):
+def test_gradients_of_the_kernels(setting):
     cpp = pytest.importorskip("ast_fast.cpp")
     if not cpp.available():
         pytest.skip(cpp.why_unavailable())
@@ -230,8 +230,11 @@ def test_gradients_of_the_kernels(setting, within):
             y = ops.log_mel(wave, lengths, **SMALL, **setting)
         y.backward(random_tensor(*y.shape, seed=11).to(dtype))
         grads.append(wave.grad)
-    within(*grads, 1e-5, "dwave")
-    assert not grads[0][2].any()
+    ours, plain, exact = grads
+    assert_within(ours, exact, "waveform gradient", plain)
+    # 12 samples are no window, but one with zeros around them
+    heard = 12 if setting.get("padding") == "zeros" else 0
+    assert not ours[2, heard:].any()
 
 
 def test_the_registered_gradient_of_the_reference_is_autograds():
