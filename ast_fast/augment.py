@@ -30,6 +30,22 @@ def _check_clips(seeds: ClipSeeds, clips: int) -> None:
         raise ValueError(f"generator draws for {len(seeds)} clips: expected the batch's {clips}")
 
 
+def _check_floating(wave: Tensor) -> None:
+    if not wave.is_floating_point():
+        raise TypeError(f"wave is {wave.dtype}: expected float32; divide int16 by 32768 first")
+
+
+def _inside(wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Samples a clip as [B, 1], and which samples those are, [B, N]."""
+    _check_floating(wave)
+    b, n = wave.shape
+    index = torch.arange(n, device=wave.device)
+    if lengths is None:
+        return torch.full((b, 1), n, device=wave.device), torch.ones_like(wave, dtype=torch.bool)
+    lengths = lengths.to(wave.device)[:, None].clamp(0, n)
+    return lengths, index < lengths
+
+
 def _mask_axis(x: Tensor, size: int, dim: int, widest: int, value: float, source: Source) -> Tensor:
     # torchaudio's draw: width floor(U widest), start floor(U (size - U widest)); one mask a clip
     widths = _draw((x.shape[0],), source, x, f"mask width {dim}") * widest
@@ -147,14 +163,12 @@ def mixup_waveforms(
         lengths: [B] valid samples a clip; all if None.
         partners: index of each clip's partner.
         weights: of the clip itself; the partner has 1 - weight.
+
+    Raises:
+        TypeError: wave is not floating.
     """
-    if not wave.is_floating_point():
-        raise TypeError(f"wave is {wave.dtype}: expected float32; divide int16 by 32768 first")
+    _, inside = _inside(wave, lengths)
     partners, weights = partners.to(wave.device), weights.to(wave)[:, None]
-    if lengths is None:
-        inside = torch.ones_like(wave, dtype=torch.bool)
-    else:
-        inside = torch.arange(wave.shape[1], device=wave.device) < lengths.to(wave.device)[:, None]
     centred = _centre(wave, inside)
     mixed = weights * centred + (1.0 - weights) * centred[partners]
     return _centre(mixed, inside)
@@ -174,22 +188,13 @@ def mixup_targets(targets: Tensor, partners: Tensor, weights: Tensor) -> Tensor:
     return weights * targets + (1.0 - weights) * targets[partners]
 
 
-def _inside(wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Samples a clip as [B, 1], and which samples those are, [B, N]."""
-    if not wave.is_floating_point():
-        raise TypeError(f"wave is {wave.dtype}: expected float32; divide int16 by 32768 first")
-    b, n = wave.shape
-    index = torch.arange(n, device=wave.device)
-    if lengths is None:
-        return torch.full((b, 1), n, device=wave.device), torch.ones_like(wave, dtype=torch.bool)
-    lengths = lengths.to(wave.device)[:, None].clamp(0, n)
-    return lengths, index < lengths
-
-
 def random_gain(wave: Tensor, max_db: float = 6.0, generator: Source = None) -> Tensor:
-    """Louder or softer waveforms [B, N]: each clip by -max_db to max_db decibels, evenly drawn."""
-    if not wave.is_floating_point():
-        raise TypeError(f"wave is {wave.dtype}: expected float32; divide int16 by 32768 first")
+    """Louder or softer waveforms [B, N]: each clip by -max_db to max_db decibels, evenly drawn.
+
+    Raises:
+        TypeError: wave is not floating.
+    """
+    _check_floating(wave)
     draws = _draw((wave.shape[0], 1), generator, wave, "gain")
     return wave * torch.pow(10.0, (2.0 * draws - 1.0) * (max_db / 20.0)).to(wave.dtype)
 
@@ -199,7 +204,16 @@ def roll_waveforms(
     lengths: Tensor | None = None,  # [B]
     generator: Source = None,
 ) -> Tensor:  # [B, N]
-    """Start each clip at a sample drawn evenly from it and continue at its beginning; zeros behind."""
+    """Start each clip at a sample drawn evenly from it and continue at its beginning; zeros behind.
+
+    Args:
+        wave: [B, N] float.
+        lengths: [B] valid samples a clip; all if None.
+        generator: source of the draws.
+
+    Raises:
+        TypeError: wave is not floating.
+    """
     count, inside = _inside(wave, lengths)
     draws = _draw((wave.shape[0], 1), generator, wave, "roll waveforms")
     shifts = (draws.double() * count).long()
@@ -227,6 +241,10 @@ def add_noise_at_snr(
         low_db: smallest ratio.
         high_db: largest ratio.
         generator: source of the draws.
+
+    Raises:
+        ValueError: low_db is above high_db.
+        TypeError: wave is not floating.
     """
     if low_db > high_db:
         raise ValueError(f"low_db={low_db:g} is above high_db={high_db:g}: expected low to high")

@@ -83,6 +83,9 @@ class Resample(nn.Module):
         rolloff: where the filter has lost 6 dB, in Nyquist frequencies of the lower rate.
         kaiser_beta: more damps the stop band and widens the transition.
 
+    Raises:
+        ValueError: a setting is out of range, or the rates' ratio needs too large a filter.
+
     `Resample(a, b, "hann", 6, 0.99)` is `torchaudio.functional.resample` as it comes.
 
     >>> Resample(48000, 16000)(torch.zeros(2, 48001)).shape
@@ -145,6 +148,10 @@ class Resample(nn.Module):
             wave: [B, N] floating, or int16 (scaled by 1/32768).
             lengths: [B] valid samples; what lies behind counts as zeros, whatever it holds, and the
                 result is zero from `output_lengths(lengths)` on.
+
+        Raises:
+            ValueError: wave is not [B, N].
+            TypeError: wave is neither int16 nor floating.
         """
         require(wave.dim() == 2, f"wave has shape {tuple(wave.shape)}: expected [B, N]")
         if wave.dtype == torch.int16:

@@ -49,6 +49,9 @@ class ClipSeeds:
         step: epoch or step: what makes a clip's next visit differ from this one.
         clips: [B] integers, the clips' numbers in the dataset; they live where draws are wanted.
 
+    Raises:
+        ValueError: clips is not a vector of integers.
+
     >>> seeds = ClipSeeds(0, 1, torch.tensor([7, 3]))
     >>> again = ClipSeeds(0, 1, torch.tensor([3]))
     >>> bool(seeds.uniform("gain")[1] == again.uniform("gain")[0])
@@ -121,6 +124,9 @@ def beta_quantile(probability: Tensor, alpha: float) -> Tensor:
 
     The distribution is symmetric, and of x^alpha its density is smooth below 1/2: a table of its
     integral, inverted linearly, is good to 1e-6.
+
+    Raises:
+        ValueError: alpha is not positive.
     """
     if not alpha > 0:
         raise ValueError(f"alpha={alpha}: expected a positive number")

@@ -99,7 +99,7 @@ def log_mel(
         output: "log" for natural logarithms, "db" for decibels (20 log10 of a magnitude).
         log_offset: added to the energies before floor and logarithm.
         top_db: decibels below a clip's loudest value are raised to that much below it; the loudest
-            of all its frames, whatever `num_frames` keeps.
+            of all its frames, whatever `num_frames` keeps. NaN in one frame is then NaN in all.
 
     Returns:
         [B, S, F], natural-log energies or decibels, normalised.
