@@ -300,10 +300,8 @@ class Trainer:
         seeds = clip_seeds(self.config.seed, self.step, batch.indices, len(self.train_set))
         batch = batch.to(self.fabric.device)
         placed, settings = seeds.to(self.fabric.device), self.config.augment
-        wave, targets = (
-            augment_waveforms(batch.wave, batch.lengths, settings, placed),
-            batch.targets,
-        )
+        wave = augment_waveforms(batch.wave, batch.lengths, settings, placed)
+        targets = batch.targets
         if settings.mixup:
             classes = len(self.train_set.classes)
             wave, targets = mixup(wave, batch.lengths, targets, settings.mixup, classes, seeds)
