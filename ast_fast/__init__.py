@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ASTModel": "models.ast",
     "LogMel": "frontend",
+    "MFCC": "frontend",
+    "Resample": "resample",
     "StreamingLogMel": "streaming",
     "StreamingTagger": "streaming",
     "check_equivalence": "equivalence",
@@ -30,6 +32,7 @@ _HOMES = {
 }
 _MODULES = (
     "audio",
+    "augment",
     "backend",
     "config",
     "data",
@@ -40,6 +43,8 @@ _MODULES = (
     "models",
     "ops",
     "reference",
+    "resample",
+    "seeding",
     "streaming",
     "training",
 )
@@ -47,6 +52,7 @@ _MODULES = (
 if TYPE_CHECKING:
     from . import (
         audio,
+        augment,
         backend,
         config,
         data,
@@ -57,24 +63,30 @@ if TYPE_CHECKING:
         models,
         ops,
         reference,
+        resample,
+        seeding,
         streaming,
         training,
     )
     from .backend import use_backend
     from .equivalence import check_equivalence
-    from .frontend import LogMel
+    from .frontend import MFCC, LogMel
     from .inference import predict, tag
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
+    from .resample import Resample
     from .streaming import StreamingLogMel, StreamingTagger
 
 __all__ = [
+    "MFCC",
     "ASTModel",
     "LogMel",
+    "Resample",
     "StreamingLogMel",
     "StreamingTagger",
     "__version__",
     "audio",
+    "augment",
     "backend",
     "check_equivalence",
     "config",
@@ -89,6 +101,8 @@ __all__ = [
     "ops",
     "predict",
     "reference",
+    "resample",
+    "seeding",
     "streaming",
     "tag",
     "training",

@@ -11,6 +11,12 @@ PositionRule = Literal["bilinear", "nearest", "reinitialise"]
 # transformers' terms
 ProblemType = Literal["single_label_classification", "multi_label_classification"]
 
+Window = Literal["hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular"]
+MelScale = Literal["kaldi", "htk", "slaney"]
+MelNorm = Literal["none", "slaney"]
+Padding = Literal["none", "reflect", "zeros"]
+Output = Literal["log", "db"]
+
 # (mean, std) of log-mel energies; features are (x - mean) / (2 std). From the original recipes.
 NORMALISATION = {
     "audioset": (-4.2677393, 4.5689974),
@@ -101,7 +107,10 @@ class AudioConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LogMelConfig(Config):
-    """The front end: waveform to normalised log-mel (torchaudio's Kaldi fbank as AST calls it)."""
+    """The front end: waveform to normalised log-mel (torchaudio's Kaldi fbank as AST calls it).
+
+    `mel_spectrogram` gives the other common front end. `ops.log_mel` explains every setting.
+    """
 
     sample_rate_hz: int = 16000
     num_mel_bins: int = 128
@@ -114,13 +123,137 @@ class LogMelConfig(Config):
     remove_dc: bool = True
     mean: float = NORMALISATION["audioset"][0]
     std: float = NORMALISATION["audioset"][1]
+    n_fft: int | None = None  # None: the power of two at or above the window
+    window_samples: int | None = None  # instead of window_ms
+    hop_samples: int | None = None  # instead of hop_ms
+    window: Window = "hann"
+    mel_scale: MelScale = "kaldi"
+    mel_norm: MelNorm = "none"
+    power: int = 2  # of the spectrum's magnitude
+    padding: Padding = "none"  # others: frames centred on hops
+    output: Output = "log"
+    log_floor: float = 1.1920928955078125e-07  # float32 epsilon, as Kaldi
+    log_offset: float = 0.0  # added to energies before the floor
+    top_db: float | None = None  # decibels below a clip's loudest value
 
     def __post_init__(self) -> None:
         check(self.std > 0, f"std={self.std}: expected a positive value")
+        for name in ("num_frames", "n_fft", "window_samples", "hop_samples"):
+            value = getattr(self, name)
+            check(
+                value is None or value > 0, f"{name}={value}: expected a positive number, or None"
+            )
+        for name, allowed in (
+            ("window", typing.get_args(Window)),
+            ("mel_scale", typing.get_args(MelScale)),
+            ("mel_norm", typing.get_args(MelNorm)),
+            ("power", (1, 2)),
+            ("padding", typing.get_args(Padding)),
+            ("output", typing.get_args(Output)),
+        ):
+            value = getattr(self, name)
+            check(
+                value in allowed,
+                f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}",
+            )
+        check(self.log_floor > 0, f"log_floor={self.log_floor:g}: expected a positive energy")
+        check(self.log_offset >= 0, f"log_offset={self.log_offset:g}: expected 0 or more")
         check(
-            self.num_frames is None or self.num_frames > 0,
-            f"num_frames={self.num_frames}: expected a positive number, or None",
+            self.mel_norm == "none" or self.mel_scale != "kaldi",
+            "mel_norm='slaney' needs mel_scale='htk' or 'slaney': Kaldi's filters have no norm",
         )
+        check(
+            self.top_db is None or (self.output == "db" and self.top_db >= 0),
+            f"top_db={self.top_db} with output={self.output!r}: expected 0 or more, and output='db'",
+        )
+
+    @property
+    def framing(self) -> dict[str, Any]:
+        """The settings that decide how many frames a clip has: the arguments of `mel_sizes`."""
+        sizes = ("window_ms", "hop_ms", "n_fft", "window_samples", "hop_samples")
+        names = ("sample_rate_hz", "num_mel_bins", *sizes, "padding")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def mel_spectrogram(
+        cls,
+        sample_rate_hz: int = 16000,
+        n_fft: int = 400,
+        win_length: int | None = None,
+        hop_length: int | None = None,
+        n_mels: int = 128,
+        f_min: float = 0.0,
+        f_max: float = 0.0,
+        top_db: float | None = None,
+        **changes: Any,
+    ) -> Self:
+        """`torchaudio.transforms.MelSpectrogram` and `AmplitudeToDB`, not normalised.
+
+        Lengths are in samples, as there; `changes` are settings of this class (`power`, `mel_scale`,
+        `mel_norm`, `padding`, `output="log"`, `mean`, `std`, `num_frames`...). `top_db` counts from
+        each clip's loudest value (torchaudio's from a batch's, if the batch has three dimensions).
+        """
+        window = win_length or n_fft
+        settings: dict[str, Any] = {
+            "sample_rate_hz": sample_rate_hz,
+            "num_mel_bins": n_mels,
+            "num_frames": None,
+            "n_fft": n_fft,
+            "window_samples": window,
+            "hop_samples": hop_length or window // 2,
+            "low_freq_hz": f_min,
+            "high_freq_hz": f_max,
+            "preemphasis": 0.0,
+            "remove_dc": False,
+            "mean": 0.0,
+            "std": 0.5,
+            "window": "hann_periodic",
+            "mel_scale": "htk",
+            "padding": "reflect",
+            "output": "db",
+            "log_floor": 1e-10,
+            "top_db": top_db,
+        }
+        return cls(**(settings | changes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MfccConfig(Config):
+    """Cepstra: the cosine transform of log-mel energies. Defaults are Kaldi's, as torchaudio's are."""
+
+    log_mel: LogMelConfig = LogMelConfig(
+        num_mel_bins=23, num_frames=None, window="povey", mean=0.0, std=0.5
+    )
+    num_ceps: int = 13
+    lifter: float = 22.0  # 0 switches it off
+    mean: float = 0.0
+    std: float = 0.5  # cepstra are (x - mean) / (2 std)
+
+    def __post_init__(self) -> None:
+        bins = self.log_mel.num_mel_bins
+        check(
+            1 <= self.num_ceps <= bins,
+            f"num_ceps={self.num_ceps}: expected 1 to {bins}, the mel bins",
+        )
+        check(self.lifter >= 0, f"lifter={self.lifter:g}: expected 0 (off) or more")
+        check(self.std > 0, f"std={self.std}: expected a positive value")
+        check(
+            self.log_mel.mean == 0.0 and self.log_mel.std == 0.5,
+            f"log_mel.mean={self.log_mel.mean:g} and log_mel.std={self.log_mel.std:g}: expected 0 and "
+            "0.5, since cepstra are normalised and not what they are made of",
+        )
+
+    @classmethod
+    def torchaudio(
+        cls, num_ceps: int = 40, mean: float = 0.0, std: float = 0.5, **mel: Any
+    ) -> Self:
+        """`torchaudio.transforms.MFCC`; `mel` are arguments of `LogMelConfig.mel_spectrogram`.
+
+        `log_mels=True` there is `output="log", log_floor=1e-30, log_offset=1e-6, top_db=None` here.
+        """
+        settings: dict[str, Any] = {"top_db": 80.0, **mel}
+        front = LogMelConfig.mel_spectrogram(**settings)
+        return cls(log_mel=front, num_ceps=num_ceps, lifter=0.0, mean=mean, std=std)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,13 +326,26 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig(Config):
-    """SpecAugment, mixup, noise and roll, as the original recipes order them."""
+    """SpecAugment, mixup, noise and roll, as the original recipes order them; waveforms first.
+
+    Draws belong to a clip: seed, step and clip decide them, not the batch around it.
+    """
 
     freq_mask_bins: int = 0  # widest frequency mask
     time_mask_frames: int = 0  # widest time mask
     mixup: float = 0.0  # probability that a clip is mixed with another, lambda ~ Beta(10, 10)
     noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
     roll_frames: int = 0  # largest circular shift in time
+    roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
+    gain_db: float = 0.0  # louder or softer by up to so many decibels
+    snr_db: tuple[float, float] | None = None  # white noise, so many decibels below the clip
+
+    def __post_init__(self) -> None:
+        check(self.gain_db >= 0, f"gain_db={self.gain_db:g}: expected 0 (off) or more")
+        check(
+            self.snr_db is None or (len(self.snr_db) == 2 and self.snr_db[0] <= self.snr_db[1]),
+            f"snr_db={self.snr_db}: expected the lowest and the highest ratio in decibels, or None",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

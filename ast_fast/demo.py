@@ -227,7 +227,7 @@ def _pictures_of_attention(model: Any, test: WaveformDataset) -> bytes:
     features = log_mel_features(batch.wave, front, batch.lengths)
     weights = spread_patches(attention_rollout(model, features), model)
     energies = (features * (2.0 * front.std) + front.mean).cpu()
-    sizes = mel_sizes(front.sample_rate_hz, front.num_mel_bins, front.window_ms, front.hop_ms)
+    sizes = mel_sizes(**front.framing)
     lengths = [min(sizes.num_frames(int(n)), features.shape[1]) for n in batch.lengths]
     longest = min(features.shape[1], max(lengths) + 2)
     return plots.attention_overlays(

@@ -233,10 +233,11 @@ def split_windows(wave: Tensor, front: LogMelConfig) -> list[Tensor]:
         return []
     if most is None or wave.shape[0] <= most:
         return [wave]
-    sizes = mel_sizes(front.sample_rate_hz, front.num_mel_bins, front.window_ms, front.hop_ms)
+    sizes = mel_sizes(**front.framing)
     step = (front.num_frames or 0) * sizes.hop_samples
     starts = list(range(0, wave.shape[0], step))
-    if wave.shape[0] - starts[-1] < max(sizes.window_samples, step // 10):
+    rest = wave.shape[0] - starts[-1]
+    if rest < step // 10 or not sizes.num_frames(rest):
         starts[-1] = wave.shape[0] - most
     return [wave[start : start + most] for start in starts]
 

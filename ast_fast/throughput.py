@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import use_backend
 from .equivalence.plain import ast_logits
 from .frontend import log_mel_features
-from .reference import ops as reference_ops
-from .reference.mel import mel_tables
 
 _AGREE = 1e-4  # relative L2 of float32 logits
 
@@ -57,18 +56,9 @@ def compare_throughput(
         logits: Tensor = fast(features)
         return logits
 
-    tables = mel_tables(
-        front.sample_rate_hz,
-        front.num_mel_bins,
-        *(front.window_ms, front.hop_ms, front.low_freq_hz, front.high_freq_hz),
-        *(front.preemphasis, front.remove_dc),
-    )
-
     def plain() -> Tensor:
-        with torch.no_grad():
-            features = reference_ops.log_mel(
-                wave, lengths, tables, front.num_frames, front.mean, front.std, torch.float32
-            )
+        with torch.no_grad(), use_backend("reference"):
+            features = log_mel_features(wave, front, lengths)
         return ast_logits(
             weights,
             features,

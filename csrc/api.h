@@ -119,7 +119,8 @@ struct AttentionArgs {
 struct LogMelTables {
   int64_t window_samples, hop_samples, n_fft, num_mel_bins;
   float preemphasis, log_floor, log_of_floor;
-  int32_t remove_dc;
+  float log_offset;            // added to every energy
+  int32_t remove_dc, magnitude;
   const float* window;         // [window_samples rounded up to 16], zero padded
   const float* twiddles;       // see fft.h
   const float* split;          // [n_fft / 4 + 1, 2] cos, sin of 2 pi k / n_fft

@@ -362,9 +362,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("log_mel_backward", &log_mel_backward);
   py::class_<LogMelTablesOwner>(m, "LogMelTables")
       .def(py::init([](uintptr_t window, uintptr_t filters, int64_t window_samples, int64_t hop_samples, int64_t n_fft,
-                       int64_t num_mel_bins, double preemphasis, bool remove_dc, double log_floor) {
+                       int64_t num_mel_bins, double preemphasis, bool remove_dc, double log_floor, bool magnitude,
+                       double log_offset) {
         return std::make_unique<LogMelTablesOwner>(at<double>(window), at<double>(filters), window_samples,
                                                    hop_samples, n_fft, num_mel_bins, preemphasis, remove_dc,
-                                                   log_floor);
+                                                   log_floor, magnitude, log_offset);
       }));
 }

@@ -2,9 +2,10 @@
 //
 // A real signal of n samples is read as n / 2 complex numbers z_j = x_2j + i x_2j+1 stored in digit-reversed order
 // (`order`, so the caller's scatter costs nothing), transformed in place by decimation in time (one radix-2 stage
-// when log2 is odd, then radix 4), and split into the spectrum of x. Rows are W floats; real part of entry j in row
-// 2j, imaginary part in row 2j + 1.
-// Twiddles, stage after stage for sub-transform sizes m > 1: for k < m the cos, sin of 2 pi q k / 4m for q = 1, 2, 3.
+// when log2 of the power of two in it is odd, then radix 4, then 5 and 3), and split into the spectrum of x. Rows are
+// W floats; real part of entry j in row 2j, imaginary part in row 2j + 1.
+// Twiddles, stage after stage for sub-transform sizes m > 1 and radix r: for k < m the cos, sin of 2 pi q k / rm for
+// q = 1 .. r - 1.
 #pragma once
 
 #include "simd.h"
@@ -44,10 +45,60 @@ AST_INLINE void radix4(float* rows, int64_t at, int64_t m, const float* w) {
   d[1] = ti + vr;
 }
 
-// z in digit-reversed order becomes its transform in natural order
+// y of a stage, multiplied by cos - i sin
+AST_INLINE void twiddled(const vf* y, const float* w, vf* re, vf* im) {
+  *re = y[0] * w[0] + y[1] * w[1];
+  *im = y[1] * w[0] - y[0] * w[1];
+}
+
+// a - i b and a + i b
+AST_INLINE void conjugate_pair(vf ar, vf ai, vf br, vf bi, vf* minus, vf* plus) {
+  minus[0] = ar + bi;
+  minus[1] = ai - br;
+  plus[0] = ar - bi;
+  plus[1] = ai + br;
+}
+
+AST_INLINE void radix3(float* rows, int64_t at, int64_t m, const float* w) {
+  vf* y0 = row_at(rows, 2 * at);
+  vf* y1 = row_at(rows, 2 * (at + m));
+  vf* y2 = row_at(rows, 2 * (at + 2 * m));
+  vf r1, i1, r2, i2;
+  twiddled(y1, w, &r1, &i1);
+  twiddled(y2, w + 2, &r2, &i2);
+  const float turn = 0.866025403784438647f;  // sin(2 pi / 3)
+  const vf sr = r1 + r2, si = i1 + i2, dr = (r1 - r2) * turn, di = (i1 - i2) * turn;
+  const vf ar = y0[0] - sr * 0.5f, ai = y0[1] - si * 0.5f;
+  y0[0] += sr;
+  y0[1] += si;
+  conjugate_pair(ar, ai, dr, di, y1, y2);
+}
+
+AST_INLINE void radix5(float* rows, int64_t at, int64_t m, const float* w) {
+  vf* y[5];
+  for (int q = 0; q < 5; ++q) y[q] = row_at(rows, 2 * (at + q * m));
+  vf r1, i1, r2, i2, r3, i3, r4, i4;
+  twiddled(y[1], w, &r1, &i1);
+  twiddled(y[2], w + 2, &r2, &i2);
+  twiddled(y[3], w + 4, &r3, &i3);
+  twiddled(y[4], w + 6, &r4, &i4);
+  // cos and sin of 2 pi / 5 and of twice that
+  const float c1 = 0.309016994374947424f, c2 = -0.809016994374947424f;
+  const float s1 = 0.951056516295153572f, s2 = 0.587785252292473129f;
+  const vf pr = r1 + r4, pi = i1 + i4, qr = r2 + r3, qi = i2 + i3;
+  const vf er = r1 - r4, ei = i1 - i4, fr = r2 - r3, fi = i2 - i3;
+  const vf x0 = y[0][0], z0 = y[0][1];
+  y[0][0] = x0 + (pr + qr);
+  y[0][1] = z0 + (pi + qi);
+  conjugate_pair(x0 + pr * c1 + qr * c2, z0 + pi * c1 + qi * c2, er * s1 + fr * s2, ei * s1 + fi * s2, y[1], y[4]);
+  conjugate_pair(x0 + pr * c2 + qr * c1, z0 + pi * c2 + qi * c1, er * s2 - fr * s1, ei * s2 - fi * s1, y[2], y[3]);
+}
+
+// z in digit-reversed order becomes its transform in natural order; `count` is 2^a 3^b 5^c, a at least 1 (or 1)
 void complex_fft(float* rows, int64_t count, const float* twiddles) {
   int64_t m = 1;
-  if (__builtin_ctzll((unsigned long long)count) & 1) {
+  const int64_t even = count & -count;
+  if (__builtin_ctzll((unsigned long long)even) & 1) {
     for (int64_t at = 0; at < count; at += 2) {
       vf* a = row_at(rows, 2 * at);
       const vf ar = a[0], ai = a[1], br = a[2], bi = a[3];
@@ -57,13 +108,21 @@ void complex_fft(float* rows, int64_t count, const float* twiddles) {
       a[3] = ai - bi;
     }
     m = 2;
-  } else if (count >= 4) {
+  } else if (even >= 4) {
     for (int64_t at = 0; at < count; at += 4) radix4(rows, at, 1, nullptr);
     m = 4;
   }
-  for (; m < count; m *= 4) {
+  for (; m < even; m *= 4) {
     for (int64_t k = 0; k < m; ++k, twiddles += 6)
       for (int64_t at = k; at < count; at += 4 * m) radix4(rows, at, m, twiddles);
+  }
+  for (; count / m % 5 == 0; m *= 5) {
+    for (int64_t k = 0; k < m; ++k, twiddles += 8)
+      for (int64_t at = k; at < count; at += 5 * m) radix5(rows, at, m, twiddles);
+  }
+  for (; m < count; m *= 3) {
+    for (int64_t k = 0; k < m; ++k, twiddles += 4)
+      for (int64_t at = k; at < count; at += 3 * m) radix3(rows, at, m, twiddles);
   }
 }
 

@@ -64,6 +64,12 @@ void group_of_frames(const LogMelArgs& a, int64_t clip, int64_t first, int64_t v
     for (int64_t i = 0; i < t.mel_count[m]; ++i) *row_at(bin_grads, t.mel_start[m] + i) += grad * weights[i];
     weights += t.mel_count[m];
   }
+  if (t.magnitude)
+    for (int64_t k = 0; k <= half; ++k) {
+      const vf size = *row_at(power, power_row(k, half));
+      vf* grad = row_at(bin_grads, k);
+      *grad = select(size <= 0.0f, vf{}, *grad * 0.5f / size);
+    }
   inverse_of_weighted(t, rows, bin_grads, power);
 
   // adjoint of window, pre-emphasis and mean removal, from the last sample to the first; results overwrite `rows`

@@ -82,10 +82,15 @@ AST_INLINE void powers(const LogMelTables& t, const float* from, float* to) {
   if (half >= 2) p[half] = (z[half] * z[half] + z[half + 1] * z[half + 1]) * 4.0f;
   p[0] = dc * dc;
   p[1] = nyquist * nyquist;
+  if (t.magnitude) {
+    for (int64_t k = 0; k < half; ++k) p[2 * k] = square_root(p[2 * k]);
+    p[1] = square_root(p[1]);
+  }
 }
 
 AST_INLINE int64_t power_row(int64_t bin, int64_t half) { return bin == half ? 1 : 2 * bin; }
 
+// of one filter, with the offset
 AST_INLINE vf mel_energy(const LogMelTables& t, const float* power, int64_t mel, const float* weights) {
   const int64_t half = t.n_fft / 2, start = t.mel_start[mel], count = t.mel_count[mel];
   vf even = {}, odd = {};
@@ -96,7 +101,7 @@ AST_INLINE vf mel_energy(const LogMelTables& t, const float* power, int64_t mel,
     odd += p[2] * weights[i + 1];
   }
   for (; i < count; ++i) even += *(const vf*)(power + power_row(start + i, half) * W) * weights[i];
-  return even + odd;
+  return even + odd + t.log_offset;
 }
 
 }  // namespace

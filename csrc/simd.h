@@ -46,6 +46,17 @@ AST_INLINE vi splat_int(int32_t value) { return vi{} + value; }
 AST_INLINE vf as_float(vi value) { return (vf)value; }
 AST_INLINE vi as_int(vf value) { return (vi)value; }
 AST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+AST_INLINE vf square_root(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  vf root;
+  for (int i = 0; i < W; ++i) root[i] = __builtin_sqrtf(x[i]);
+  return root;
+#endif
+}
 
 // the larger of a constant and x, and the smaller; a NaN in x stays (x86 returns the second operand then)
 AST_INLINE vf at_least(vf low, vf x) {

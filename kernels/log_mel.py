@@ -49,7 +49,7 @@ def _spectrum_kernel(
     wave_ptr,  # [B, N] float32 or int16
     lengths_ptr,  # [B] int64, or None
     operator_ptr,  # [3, K, 2 * N] float16, or [2, K, 2 * N] float32
-    out_ptr,  # [B, S, N] float32: power, or [B, S, 2 * N]: spectrum when KEEP_SPECTRUM
+    out_ptr,  # [B, S, N] float32: power or its root, or [B, S, 2 * N]: spectrum when KEEP_SPECTRUM
     num_samples,
     num_frames,
     stride_wb,
@@ -60,6 +60,7 @@ def _spectrum_kernel(
     N: tl.constexpr,
     REMOVE_DC: tl.constexpr,
     KEEP_SPECTRUM: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,7 +145,10 @@ def _spectrum_kernel(
             pairs = tl.reshape(spectrum * spectrum, [BLOCK_S, BLOCK_N, 2])
             bins = block * BLOCK_N + tl.arange(0, BLOCK_N)
             out_ptrs = out_ptr + rows[:, None] * N + bins[None, :]
-            tl.store(out_ptrs, tl.sum(pairs, axis=2), mask=valid[:, None])
+            power = tl.sum(pairs, axis=2)
+            if MAGNITUDE:
+                power = tl.sqrt(power)
+            tl.store(out_ptrs, power, mask=valid[:, None])
 
 
 @triton.jit
@@ -157,6 +161,7 @@ def _mel_kernel(
     num_samples,
     num_frames,
     log_floor,
+    log_offset,
     mean,
     inverse_2std,
     WIN: tl.constexpr,
@@ -177,7 +182,7 @@ def _mel_kernel(
     first = tl.load(first_bin_ptr + mels, mask=in_mel, other=0)
     power_ptrs = power_ptr + rows[:, None] * N + first[None, :]
     mask = valid[:, None] & in_mel[None, :]
-    energy = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    energy = tl.zeros([BLOCK_S, BLOCK_F], tl.float32) + log_offset
     for tap in range(TAPS):
         w = tl.load(weights_ptr + tap * NUM_MEL + mels, mask=in_mel, other=0.0)
         energy += tl.load(power_ptrs + tap, mask=mask, other=0.0) * w[None, :]
@@ -230,6 +235,7 @@ def launch_spectrum(
             N=cols,
             REMOVE_DC=tables.remove_dc,
             KEEP_SPECTRUM=keep_spectrum,
+            MAGNITUDE=tables.magnitude,
             BLOCK_S=tile["frames"],
             BLOCK_K=tile["samples"],
             BLOCK_N=tile["bins"],
@@ -274,6 +280,7 @@ def forward(
                 wave.shape[1],
                 num_frames,
                 tables.log_floor,
+                tables.log_offset,
                 mean,
                 0.5 / std,
                 WIN=tables.window_samples,
@@ -304,8 +311,13 @@ def aot_cases(arch: int) -> list[AotCase]:
     """Every configuration tuned for `arch` in the dtypes it serves, for 16 kHz and 128 mel bins."""
     tuned = _tuned.configs("log_mel", arch)
     cases = []
-    for wave, output in (("i16", "power"), ("fp32", "power"), ("fp32", "spectrum")):
-        tile = tuned[output]
+    for wave, output in (
+        ("i16", "power"),
+        ("fp32", "power"),
+        ("fp32", "magnitude"),
+        ("fp32", "spectrum"),
+    ):
+        tile = tuned["spectrum" if output == "spectrum" else "power"]
         half = tile["pieces"] == "float16"
         pointers = {
             "wave_ptr": f"*{wave}",
@@ -322,6 +334,7 @@ def aot_cases(arch: int) -> list[AotCase]:
             "N": 256,
             "REMOVE_DC": True,
             "KEEP_SPECTRUM": output == "spectrum",
+            "MAGNITUDE": output == "magnitude",
             "BLOCK_S": tile["frames"],
             "BLOCK_K": tile["samples"],
             "BLOCK_N": tile["bins"],
@@ -348,7 +361,7 @@ def aot_cases(arch: int) -> list[AotCase]:
             "out_ptr": f"*{out}",
         }
         scalars = dict.fromkeys(("num_samples", "num_frames"), "i32")
-        scalars |= dict.fromkeys(("log_floor", "mean", "inverse_2std"), "fp32")
+        scalars |= dict.fromkeys(("log_floor", "log_offset", "mean", "inverse_2std"), "fp32")
         constexprs = {"WIN": 400, "HOP": 160, "NUM_MEL": 128, "N": 256, "TAPS": 10}
         constexprs |= {"BLOCK_S": tile["frames"], "BLOCK_F": tile["mels"]}
         name = f"log_mel-mel-{out}"

@@ -41,12 +41,14 @@ def _energy_gradient_kernel(
     stride_dyb,
     stride_dys,
     log_floor,
+    log_offset,
     inverse_2std,
     WIN: tl.constexpr,
     HOP: tl.constexpr,
     NUM_MEL: tl.constexpr,
     N: tl.constexpr,
     TAPS: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -60,12 +62,15 @@ def _energy_gradient_kernel(
     rows = clip * num_frames + frames
     first = tl.load(first_bin_ptr + mels, mask=in_mel, other=0)
     re_ptrs = spectrum_ptr + rows[:, None] * (2 * N) + 2 * first[None, :]
-    energy = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    energy = tl.zeros([BLOCK_S, BLOCK_F], tl.float32) + log_offset
     for tap in range(TAPS):
         w = tl.load(weights_ptr + tap * NUM_MEL + mels, mask=in_mel, other=0.0)
         re = tl.load(re_ptrs + 2 * tap, mask=mask, other=0.0)
         im = tl.load(re_ptrs + 2 * tap + 1, mask=mask, other=0.0)
-        energy += (re * re + im * im) * w[None, :]
+        power = re * re + im * im
+        if MAGNITUDE:
+            power = tl.sqrt(power)
+        energy += power * w[None, :]
     dy_rows = clip * stride_dyb + frames.to(tl.int64) * stride_dys
     dy = tl.load(dy_ptr + dy_rows[:, None] + mels[None, :], mask=mask, other=0.0).to(tl.float32)
     above = energy > log_floor
@@ -88,6 +93,7 @@ def _spectrum_gradient_kernel(
     NUM_MEL: tl.constexpr,
     N: tl.constexpr,
     TAPS: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -106,6 +112,10 @@ def _spectrum_gradient_kernel(
     re_ptrs = spectrum_ptr + rows[:, None] * (2 * N) + 2 * bins[None, :]
     re = tl.load(re_ptrs, mask=valid[:, None], other=0.0)
     im = tl.load(re_ptrs + 1, mask=valid[:, None], other=0.0)
+    if MAGNITUDE:
+        power = re * re + im * im
+        empty = power <= 0.0
+        dpower = tl.where(empty, 0.0, 0.5 * dpower / tl.sqrt(tl.where(empty, 1.0, power)))
     # frames without signal become zero: the next kernel multiplies whole tiles
     in_rows = frames[:, None] < num_frames
     tl.store(re_ptrs, 2.0 * re * dpower, mask=in_rows)
@@ -242,10 +252,12 @@ def _launch_adjoint(
             dy.stride(0),
             dy.stride(1),
             tables.log_floor,
+            tables.log_offset,
             0.5 / std,
             NUM_MEL=num_mel,
             N=cols,
             TAPS=op.bin_weights.shape[0],
+            MAGNITUDE=tables.magnitude,
             BLOCK_S=tile["frames"],
             BLOCK_F=tile["mels"],
             num_warps=tile["warps"],
@@ -263,6 +275,7 @@ def _launch_adjoint(
             NUM_MEL=num_mel,
             N=cols,
             TAPS=op.mel_weights.shape[0],
+            MAGNITUDE=tables.magnitude,
             BLOCK_S=tile["frames"],
             BLOCK_N=tile["mels"],
             num_warps=tile["warps"],
@@ -312,9 +325,16 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
 
     counts = dict.fromkeys(("num_samples", "num_frames"), "i32")
     tile = tuned["mel"]
-    mel: dict[str, Any] = {"tile": tile, "WIN": 400, "HOP": 160, "NUM_MEL": 128, "N": 256}
-    mel["BLOCK_S"] = tile["frames"]
-    for dy in ("fp32", "fp16", "bf16") if arch >= 80 else ("fp32", "fp16"):
+    mel: dict[str, Any] = {
+        "tile": tile,
+        "WIN": 400,
+        "HOP": 160,
+        "NUM_MEL": 128,
+        "N": 256,
+        "BLOCK_S": tile["frames"],
+    }
+    gradients = [("fp32", False), ("fp32", True), ("fp16", False), ("bf16", False)]
+    for dy, magnitude in gradients if arch >= 80 else gradients[:3]:
         pointers = {
             "dy_ptr": f"*{dy}",
             "spectrum_ptr": "*fp32",
@@ -324,11 +344,10 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
             "denergy_ptr": "*fp32",
         }
         scalars = counts | dict.fromkeys(("stride_dyb", "stride_dys"), "i32")
-        scalars |= dict.fromkeys(("log_floor", "inverse_2std"), "fp32")
-        kernel = _energy_gradient_kernel
-        add(
-            f"energy_gradient-{dy}", kernel, pointers, scalars, TAPS=10, BLOCK_F=tile["mels"], **mel
-        )
+        scalars |= dict.fromkeys(("log_floor", "log_offset", "inverse_2std"), "fp32")
+        kernel, name = _energy_gradient_kernel, f"energy_gradient-{dy}" + "-magnitude" * magnitude
+        sizes = {"TAPS": 10, "BLOCK_F": tile["mels"], "MAGNITUDE": magnitude}
+        add(name, kernel, pointers, scalars, **sizes, **mel)
     pointers = {
         "denergy_ptr": "*fp32",
         "spectrum_ptr": "*fp32",
@@ -336,8 +355,10 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
         "first_mel_ptr": "*i32",
         "weights_ptr": "*fp32",
     }
-    kernel = _spectrum_gradient_kernel
-    add("spectrum_gradient", kernel, pointers, counts, TAPS=2, BLOCK_N=tile["mels"], **mel)
+    for magnitude in (False, True):
+        kernel, name = _spectrum_gradient_kernel, "spectrum_gradient" + "-magnitude" * magnitude
+        sizes = {"TAPS": 2, "BLOCK_N": tile["mels"], "MAGNITUDE": magnitude}
+        add(name, kernel, pointers, counts, **sizes, **mel)
     tile = tuned["frame_gradient"]
     add(
         "frame_gradient",

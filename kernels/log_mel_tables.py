@@ -7,7 +7,8 @@ Only bins that some filter uses are kept, and G is padded with zeros to whole ti
 G is stored scaled by a power of two that puts its largest entry in [2^12, 2^13), and cut into a
 coarse piece on a grid of 2^5, at most 2^8 steps, and remainders: two float16 remainders (30 bits in
 all) or one float32. Products of coarse pieces are integers small enough for float32 sums of a whole
-window to be exact, in any order and with any rounding; see log_mel.py.
+window to be exact, in any order and with any rounding; see log_mel.py. Windows of more than 1024
+samples with little taper are scaled to half of that, or their sums would not be.
 
 A mel filter is a short run of bins: filters are stored as first bin and weights, and once more
 transposed, as first filter and weights of each bin, for the gradient.
@@ -29,6 +30,8 @@ BIN_PADDING = 64
 SAMPLE_PADDING = 32
 _LARGEST_EXPONENT = 12
 _COARSE_STEP = 32.0
+# a sample has up to 2^7 coarse steps, and float32 holds integers up to 2^24
+_MOST_STEPS = 2.0**17
 
 
 class LogMelTables(Protocol):
@@ -43,6 +46,8 @@ class LogMelTables(Protocol):
     log_floor: float
     window: Tensor  # [window_samples] float64
     filters: Tensor  # [F, n_fft // 2 + 1] float64
+    magnitude: bool
+    log_offset: float
 
 
 class Operator(NamedTuple):
@@ -106,6 +111,10 @@ def runs(matrix: Tensor) -> tuple[Tensor, Tensor]:  # [rows] int32, [taps, rows]
     return first.to(torch.int32), matrix.gather(1, columns).t().to(torch.float32).contiguous()
 
 
+def _coarse_steps(dense: Tensor, exponent: int) -> Tensor:
+    return torch.round(dense * (2.0**exponent / _COARSE_STEP))
+
+
 def build_operator(tables: LogMelTables) -> Operator:
     """The tables of one setting, on the CPU."""
     filters = tables.filters.to("cpu", torch.float64)
@@ -116,8 +125,11 @@ def build_operator(tables: LogMelTables) -> Operator:
     dense = torch.zeros(rows, 2 * cols, dtype=torch.float64)
     dense[: folded.shape[0], : folded.shape[1]] = folded
     exponent = _LARGEST_EXPONENT - math.floor(math.log2(dense.abs().max().item() or 1.0))
+    # sums over a long window with little taper would leave the exact integers
+    while _coarse_steps(dense, exponent).abs().sum(0).max() > _MOST_STEPS:
+        exponent -= 1
     scaled = dense * 2.0**exponent
-    coarse = torch.round(scaled / _COARSE_STEP) * _COARSE_STEP
+    coarse = _coarse_steps(dense, exponent) * _COARSE_STEP
     fine = (scaled - coarse).to(torch.float16)
     finest = (scaled - coarse - fine.to(torch.float64)).to(torch.float16)
     padded = torch.zeros(tables.num_mel_bins, cols, dtype=torch.float64)

@@ -34,8 +34,19 @@ def _compiled(tables: MelTables) -> Any:
             tables.preemphasis,
             tables.remove_dc,
             tables.log_floor,
+            tables.magnitude,
+            tables.log_offset,
         )
     return made
+
+
+def _transformable(n_fft: int) -> bool:
+    # the stages of csrc/fft.h: of radix 2 to 5, on half the length, which is to be even
+    rest = n_fft
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1 and (n_fft % 4 == 0 or n_fft == 2)
 
 
 def unsupported(wave: Tensor, lengths: Tensor | None, tables: MelTables) -> str | None:
@@ -44,6 +55,8 @@ def unsupported(wave: Tensor, lengths: Tensor | None, tables: MelTables) -> str 
         return f"the C++ log-mel takes float32 and int16 waveforms, got {wave.dtype}"
     if wave.device.type != "cpu":
         return f"the C++ log-mel takes CPU tensors, wave is on {wave.device}"
+    if not _transformable(tables.n_fft):
+        return f"the C++ log-mel takes n_fft of 4 times factors 2, 3 and 5, got {tables.n_fft}"
     return None
 
 

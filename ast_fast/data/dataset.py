@@ -88,7 +88,7 @@ def max_samples(front: LogMelConfig) -> int | None:
     """Samples that a front end of fixed length can use: up to one hop beyond its last frame."""
     if front.num_frames is None:
         return None
-    sizes = mel_sizes(front.sample_rate_hz, front.num_mel_bins, front.window_ms, front.hop_ms)
+    sizes = mel_sizes(**front.framing)
     return sizes.window_samples + front.num_frames * sizes.hop_samples - 1
 
 

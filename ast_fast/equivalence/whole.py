@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import backend, reference
+from ..frontend import log_mel_features
 from . import plain
 
 if TYPE_CHECKING:
@@ -74,21 +75,10 @@ def oracle_features(
     if inputs.dim() == 3:
         return inputs.to(dtype)
     wave = inputs.to(dtype) / 32768.0 if inputs.dtype == torch.int16 else inputs.to(dtype)
-    front = model.frontend_config
-    tables = reference.mel.mel_tables(
-        front.sample_rate_hz,
-        front.num_mel_bins,
-        front.window_ms,
-        front.hop_ms,
-        front.low_freq_hz,
-        front.high_freq_hz,
-        front.preemphasis,
-        front.remove_dc,
-    )
-    frames = front.num_frames or tables.num_frames(wave.shape[1])
     if lengths is not None:
         lengths = lengths.to(wave.device)
-    return reference.ops.log_mel(wave, lengths, tables, frames, front.mean, front.std, dtype)
+    with backend.use_backend("reference"):
+        return log_mel_features(wave, model.frontend_config, lengths, dtype)
 
 
 def _outcome(

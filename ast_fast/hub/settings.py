@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import ProblemType
+from ..config import LogMelConfig, ProblemType
 from .errors import CheckpointError
 
 # ours: theirs, with the defaults transformers leaves out of its files
@@ -133,7 +133,7 @@ def settings_for_transformers(
     """Contents of config.json and preprocessor_config.json for our settings.
 
     Raises:
-        ValueError: transformers' AST cannot express the model.
+        ValueError: transformers' AST cannot express the model or its front end.
     """
     if model["num_prefix_tokens"] != 2:
         raise ValueError("num_prefix_tokens=1: transformers' AST always has a distillation token")
@@ -141,6 +141,11 @@ def settings_for_transformers(
         raise ValueError(
             f"patches of {model['patch_fdim']} x {model['patch_tdim']}: transformers' AST has square ones"
         )
+    for name, default in LogMelConfig().to_dict().items():
+        if name not in _FRONTEND and frontend.get(name, default) != default:
+            raise ValueError(
+                f"{name}={frontend[name]!r}: transformers' AST extractor has {default!r}, always"
+            )
     names = model["labels"] or tuple(f"LABEL_{index}" for index in range(model["label_dim"]))
     config = {theirs: model[ours] for ours, (theirs, _) in _SIZES.items()}
     config.update(

@@ -184,12 +184,16 @@ def log_mel(
     window = tables.window.to(wave)
     spectrum = torch.fft.rfft((frames - tables.preemphasis * previous) * window, n=tables.n_fft)
     filters = tables.filters.to(wave)
-    energy = (spectrum.real.square() + spectrum.imag.square()) @ filters.T
+    power = spectrum.real.square() + spectrum.imag.square()
+    magnitude = power.sqrt() if tables.magnitude else power
+    energy = magnitude @ filters.T + tables.log_offset
     denergy = dy[:, :whole].to(wave.dtype) / (2.0 * std) / torch.clamp(energy, min=tables.log_floor)
     dead = energy <= tables.log_floor
     if lengths is not None:
         dead = dead | ~inside
     dpower = denergy.masked_fill(dead, 0.0) @ filters  # [B, S, n_fft // 2 + 1]
+    if tables.magnitude:
+        dpower = torch.where(power <= 0, torch.zeros_like(dpower), 0.5 * dpower / magnitude)
     # sum_k Re(conj(g_k) X_k) with g = 2 dpower X is a real inverse transform without Hermitian weights
     full = torch.fft.fft(torch.conj(2.0 * dpower * spectrum), n=tables.n_fft)
     dframes = full.real[..., :win] * window

@@ -171,7 +171,7 @@ def attention_varlen(
 
 
 def power_spectrum(frames: Tensor, tables: MelTables) -> Tensor:
-    """Windowed power spectrum [..., n_fft // 2 + 1] of raw frames [..., window_samples]."""
+    """Windowed power (or magnitude) spectrum [..., n_fft // 2 + 1] of raw frames [..., window_samples]."""
     if tables.remove_dc:
         frames = frames - frames.mean(-1, keepdim=True)
     if tables.preemphasis:
@@ -179,7 +179,8 @@ def power_spectrum(frames: Tensor, tables: MelTables) -> Tensor:
         frames = frames - tables.preemphasis * previous
     windowed = frames * tables.window.to(frames)
     spectrum = torch.fft.rfft(windowed, n=tables.n_fft)
-    return spectrum.real.square() + spectrum.imag.square()
+    # the gradient of abs at 0 is 0, that of a square root of the power would be NaN
+    return spectrum.abs() if tables.magnitude else spectrum.real.square() + spectrum.imag.square()
 
 
 def frames_inside(lengths: Tensor, tables: MelTables, whole: int) -> Tensor:
@@ -216,6 +217,8 @@ def log_mel(
         # before the transform and after it: what lies in the padding may be NaN, whose gradient is too
         frames = torch.where(inside, frames, torch.zeros_like(frames))
         energy = power_spectrum(frames, tables) @ tables.filters.to(wave).T
+        if tables.log_offset:
+            energy = energy + tables.log_offset
         features = torch.log(torch.clamp(energy, min=tables.log_floor))
         features = torch.where(inside, features, torch.zeros_like(features))
     features = F.pad(features, (0, 0, 0, num_frames - whole))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import LogMelConfig
 from ..frontend import log_mel_features
-from ..reference.mel import MelSizes, mel_tables
+from ..reference.mel import MelSizes, mel_sizes
 
 _DTYPES = (torch.float32, torch.int16)
 
@@ -165,19 +165,20 @@ def frame_sizes(config: LogMelConfig) -> MelSizes:
     """Window, hop and FFT of a front end in samples.
 
     Raises:
-        ValueError: the settings do not fit each other, the filters included.
+        ValueError: the settings do not fit each other, the filters included, or need the whole clip.
     """
-    tables = mel_tables(
-        config.sample_rate_hz,
-        config.num_mel_bins,
-        config.window_ms,
-        config.hop_ms,
-        config.low_freq_hz,
-        config.high_freq_hz,
-        config.preemphasis,
-        config.remove_dc,
-    )
-    return tables.sizes
+    if config.padding != "none":
+        raise ValueError(
+            f"padding={config.padding!r}: frames centred on hops need what comes after them; expected "
+            "padding='none' for a stream"
+        )
+    if config.top_db is not None:
+        raise ValueError(
+            f"top_db={config.top_db:g}: the loudest value of a stream is known at its end only; "
+            "expected top_db=None"
+        )
+    log_mel_features(torch.zeros(1, 0), config.replace(num_frames=None))  # checks the filters
+    return mel_sizes(**config.framing)
 
 
 def as_chunk(chunk: Tensor | np.ndarray, dims: tuple[int, ...]) -> Tensor:

@@ -1,16 +1,54 @@
-"""The augmentations of one training step in the original's order, from one generator."""
+"""The augmentations of one training step in the original's order, drawn for each clip of its own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import frontend
+from .. import augment
 from ..config import AugmentConfig, LogMelConfig
+from ..seeding import ClipSeeds
+
+
+def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSeeds:
+    """The draws of a step's clips: those of a clip depend on seed, step and clip alone.
+
+    Args:
+        seed: of the run.
+        step: of the run.
+        indices: [B] places in the dataset; one that comes up again in the batch (class-balanced
+            sampling) gets other draws each time.
+        num_clips: clips in the dataset.
+    """
+    earlier = (indices[:, None] == indices).tril(-1).sum(1)
+    return ClipSeeds(seed, step, indices + num_clips * earlier)
+
+
+def augment_waveforms(
+    wave: Tensor, lengths: Tensor, settings: AugmentConfig, seeds: ClipSeeds
+) -> Tensor:
+    """Roll, gain and noise on waveforms [B, N]; float32 if any is asked for.
+
+    Args:
+        wave: [B, N] float32 or int16 (scaled by 1/32768).
+        lengths: [B] samples.
+        settings: which, and how strong.
+        seeds: source of every draw.
+    """
+    if not (settings.roll_waveforms or settings.gain_db or settings.snr_db):
+        return wave
+    wave = as_float(wave)
+    if settings.roll_waveforms:
+        wave = augment.roll_waveforms(wave, lengths, seeds)
+    if settings.gain_db:
+        wave = augment.random_gain(wave, settings.gain_db, seeds)
+    if settings.snr_db:
+        wave = augment.add_noise_at_snr(wave, lengths, *settings.snr_db, seeds)
+    return wave
 
 
 def augment_features(
-    x: Tensor, settings: AugmentConfig, front: LogMelConfig, generator: torch.Generator
+    x: Tensor, settings: AugmentConfig, front: LogMelConfig, seeds: ClipSeeds
 ) -> Tensor:
     """Masks, noise and roll on normalised features [B, S, F].
 
@@ -18,18 +56,18 @@ def augment_features(
         x: [B, S, F].
         settings: which, and how strong.
         front: mean and std of the normalisation; masks hold raw 0.
-        generator: source of every draw.
+        seeds: source of every draw.
     """
-    x = frontend.spec_augment(
+    x = augment.spec_augment(
         x,
         settings.freq_mask_bins,
         settings.time_mask_frames,
-        frontend.mask_value(front.mean, front.std),
-        generator,
+        augment.mask_value(front.mean, front.std),
+        seeds,
     )
     if settings.noise:
-        x = frontend.add_noise(x, generator)
-    return frontend.roll_frames(x, settings.roll_frames, generator)
+        x = augment.add_noise(x, seeds)
+    return augment.roll_frames(x, settings.roll_frames, seeds)
 
 
 def mixup(
@@ -38,11 +76,12 @@ def mixup(
     targets: Tensor,
     probability: float,
     num_classes: int,
-    generator: torch.Generator,
+    seeds: ClipSeeds,
 ) -> tuple[Tensor, Tensor]:
     """Mix some clips with others of the batch; a mixed clip keeps its length.
 
-    The original draws partners from the whole set; from the batch they cost no reading.
+    The original draws partners from the whole set; from the batch they cost no reading. Whether a
+    clip is mixed, and how much, is the clip's own draw; who its partner is, the batch's too.
 
     Args:
         wave: [B, N] float32 or int16.
@@ -50,17 +89,21 @@ def mixup(
         targets: [B] class indices or [B, C] vectors.
         probability: that a clip is mixed.
         num_classes: C.
-        generator: on the CPU.
+        seeds: on the CPU, so that no step waits for the device.
 
     Returns:
         wave [B, N] float32 and targets [B, C].
     """
     if targets.dim() == 1:
         targets = torch.nn.functional.one_hot(targets, num_classes).float()
-    if wave.dtype == torch.int16:
-        wave = wave.float() / 32768.0
+    wave = as_float(wave)
     if not len(wave):
         return wave, targets
-    partners, weights = frontend.draw_mixup(len(wave), probability, generator)
-    mixed = frontend.mixup_waveforms(wave, lengths, partners, weights)
-    return mixed, frontend.mixup_targets(targets, partners, weights)
+    partners, weights = augment.draw_mixup(len(wave), probability, seeds)
+    mixed = augment.mixup_waveforms(wave, lengths, partners, weights)
+    return mixed, augment.mixup_targets(targets, partners, weights)
+
+
+def as_float(wave: Tensor) -> Tensor:
+    """Waveforms in [-1, 1]: int16 scaled by 1/32768, others as they are."""
+    return wave.float() / 32768.0 if wave.dtype == torch.int16 else wave

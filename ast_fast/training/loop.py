@@ -29,7 +29,7 @@ from ..data.dataset import Batch, ClipSet, make_loader
 from ..data.sampler import BatchSampler, balanced_weights
 from ..frontend import log_mel_features
 from ..hub import CheckpointError, read_weights
-from .augment import augment_features, mixup
+from .augment import augment_features, augment_waveforms, clip_seeds, mixup
 from .checkpoints import CheckpointStore
 from .evaluate import Evaluation, evaluate
 from .logs import Progress, RunLog
@@ -269,7 +269,7 @@ class Trainer:
             group["lr"] = config.lr * rate_factor(
                 self.step, self.total_steps, config.warmup_steps, config.schedule
             )
-        features, targets = self._features(batch.to(self.fabric.device))
+        features, targets = self._features(batch)
         loss_fn = self._loss_function(targets)
         if self._monitor is not None and self._monitor.due(self.step) and len(batch):
             row = self._monitor.step(features, loss_fn, step=self.step)
@@ -295,18 +295,19 @@ class Trainer:
 
     @torch.no_grad()
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Augmented log-mel [B, S, F] and targets of a batch on the device."""
-        # one stream a step and process, drawn on the CPU: the same on every device
-        seed = (self.config.seed << 34) + (self.step << 10) + self.fabric.global_rank
-        generator = torch.Generator().manual_seed(seed)
-        settings = self.config.augment
-        wave, targets = batch.wave, batch.targets
+        """Augmented log-mel [B, S, F] and targets of a batch, on the device."""
+        # by clip rather than by process: the same on every device and over any number of them
+        seeds = clip_seeds(self.config.seed, self.step, batch.indices, len(self.train_set))
+        batch = batch.to(self.fabric.device)
+        placed, settings = seeds.to(self.fabric.device), self.config.augment
+        wave = augment_waveforms(batch.wave, batch.lengths, settings, placed)
+        targets = batch.targets
         if settings.mixup:
             classes = len(self.train_set.classes)
-            wave, targets = mixup(wave, batch.lengths, targets, settings.mixup, classes, generator)
+            wave, targets = mixup(wave, batch.lengths, targets, settings.mixup, classes, seeds)
         front = self.model.frontend_config
         features = log_mel_features(wave, front, batch.lengths)
-        return augment_features(features, settings, front, generator), targets
+        return augment_features(features, settings, front, placed), targets
 
     def _loss_function(self, targets: Tensor) -> Callable[[Tensor], Tensor]:
         """Loss of logits [B, C] for these targets."""

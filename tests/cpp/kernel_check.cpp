@@ -201,13 +201,14 @@ void check_attention(int threads, bool half) {
   expect("attention dv", ev, limit);
 }
 
-void check_log_mel(int threads) {
-  const int64_t window = 27, hop = 10, n_fft = 32, bins = 5, samples = 400, half = n_fft / 2;
+void check_log_mel(int threads, int64_t n_fft, bool magnitude) {
+  const int64_t window = 27, hop = 10, bins = 5, samples = 400, half = n_fft / 2;
   std::vector<double> shape(window), filters(bins * (half + 1));
   for (int64_t n = 0; n < window; ++n) shape[n] = 0.5 - 0.5 * std::cos(6.283185307179586 * (double)n / (double)(window - 1));
   for (int64_t m = 0; m + 1 < bins; ++m)  // the last filter stays empty
     for (int64_t i = 1; i < 5; ++i) filters[m * (half + 1) + m * 3 + i] = 0.3 * (double)i;
-  const LogMelTablesOwner owner(shape.data(), filters.data(), window, hop, n_fft, bins, 0.97, true, 1e-7);
+  const LogMelTablesOwner owner(shape.data(), filters.data(), window, hop, n_fft, bins, 0.97, true, 1e-7, magnitude,
+                                0.0);
   const auto wave = random_values(samples);
   const int64_t frames = 1 + (samples - window) / hop;
   std::vector<float> out(frames * bins), dy(frames * bins, 1.0f), dwave(samples);
@@ -229,7 +230,7 @@ void check_log_mel(int threads) {
           re += value * std::cos(6.283185307179586 * (double)(k * n) / (double)n_fft);
           im += value * std::sin(6.283185307179586 * (double)(k * n) / (double)n_fft);
         }
-        power[k] = re * re + im * im;
+        power[k] = magnitude ? std::sqrt(re * re + im * im) : re * re + im * im;
       }
       for (int64_t m = 0; m < bins; ++m) {
         double energy = 0;
@@ -265,7 +266,8 @@ int main() {
     check_patches(threads);
     check_attention(threads, false);
     check_attention(threads, true);
-    check_log_mel(threads);
+    check_log_mel(threads, 32, false);
+    check_log_mel(threads, 60, true);
   }
   return failures ? 1 : 0;
 }

@@ -24,11 +24,12 @@ GROUND = (
     "_containers",
     "_C",
     "labels",
+    "seeding",
 )
 FLOORS = (
     GROUND,
     ("ops", "data"),
-    ("layers", "frontend", "hub"),
+    ("layers", "augment", "frontend", "resample", "hub"),
     ("models",),
     ("equivalence",),
     ("testing",),

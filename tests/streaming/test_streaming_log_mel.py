@@ -20,6 +20,8 @@ CONFIGS = (
     {"window_ms": 32.0, "hop_ms": 8.0, "preemphasis": 0.0},
     {"window_ms": 10.0, "hop_ms": 10.0, "remove_dc": False},
     {"window_ms": 10.0, "hop_ms": 27.0, "num_mel_bins": 24},
+    {"window": "povey", "n_fft": 1024, "window_samples": 600, "hop_samples": 250},
+    {"mel_scale": "slaney", "mel_norm": "slaney", "power": 1, "output": "db", "preemphasis": 0.0},
 )
 # plain PyTorch's matrix product rounds by the number of rows; of values up to about 3
 REFERENCE_ATOL = 2 * 2.0**-22
@@ -112,7 +114,7 @@ def test_sample_by_sample_each_frame_comes_with_its_last_sample(rate):
 @pytest.mark.parametrize("changes", CONFIGS)
 def test_less_than_a_window_is_kept_however_long_the_stream(changes):
     config = LogMelConfig(**changes)
-    window = int(16 * config.window_ms)
+    window = config.window_samples or int(16 * config.window_ms)
     kept = []
 
     def look(_, live):
@@ -240,6 +242,10 @@ def test_settings_that_do_not_fit_are_refused_at_once():
         StreamingLogMel(high_freq_hz=9000.0)
     with pytest.raises(ValueError, match=r"hop_ms=0\.01"):
         StreamingLogMel(hop_ms=0.01)
+    with pytest.raises(ValueError, match="padding='reflect': frames centred on hops need"):
+        StreamingLogMel(LogMelConfig.mel_spectrogram())
+    with pytest.raises(ValueError, match="top_db=80: the loudest value"):
+        StreamingLogMel(output="db", top_db=80.0)
 
 
 @pytest.mark.gpu

@@ -31,8 +31,17 @@ TINY = {
     "frontend_config": FRONT,
 }
 EVERYTHING = AugmentConfig(
-    freq_mask_bins=4, time_mask_frames=4, mixup=0.5, noise=True, roll_frames=3
+    freq_mask_bins=4,
+    time_mask_frames=4,
+    mixup=0.5,
+    noise=True,
+    roll_frames=3,
+    roll_waveforms=True,
+    gain_db=3.0,
+    snr_db=(10.0, 30.0),
 )
+# mixing alone depends on who shares a batch with whom
+BY_CLIP = EVERYTHING.replace(mixup=0.0)
 CONFIG = TrainConfig(
     epochs=3, batch_size=8, lr=2e-3, warmup_steps=2, log_every=1, augment=EVERYTHING, seed=5
 )
@@ -351,7 +360,7 @@ TWO = """
     tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(tests)
     torch.set_num_threads(1)
     config = tests.CONFIG.replace(
-        devices=2, accelerator="cpu", epochs=2, augment=tests.AugmentConfig(), checkpoint_every=3
+        devices=2, accelerator="cpu", epochs=2, augment=tests.BY_CLIP, checkpoint_every=3
     )
     tests.trainer({folder!r}, config, data=tests.tones(40), eval_set=tests.tones(10, 1)).fit()
 """
@@ -368,7 +377,7 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr
-    config = CONFIG.replace(epochs=2, augment=AugmentConfig())
+    config = CONFIG.replace(epochs=2, augment=BY_CLIP)
     trainer(tmp_path / "one", config, data=tones(40), eval_set=tones(10, 1)).fit()
 
     def figures(name):
