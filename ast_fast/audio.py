@@ -176,7 +176,7 @@ class AudioClip:
     """Mono audio in memory.
 
     Attributes:
-        wave: [N] float32 in [-1, 1], or int16.
+        wave: [N] float32 in [-1, 1], or int16 (scaled by 1/32768 wherever it is used).
         sample_rate_hz: its rate.
         report: what was changed on the way.
     """
@@ -211,6 +211,42 @@ def load(source: Source, config: AudioConfig | None = None, **overrides: Any) ->
     name = source_name(source)
     report = AudioReport(clips=1)
     samples, rate_hz, subtype = _decode(source, name, config, report)  # [N, channels]
+    return _finished(samples, rate_hz, subtype, name, config, report)
+
+
+def from_samples(samples: np.ndarray, rate_hz: int, name: str, config: AudioConfig) -> AudioClip:
+    """What `load` makes of int16 samples [N] that lie in memory already.
+
+    Args:
+        samples: [N] int16.
+        rate_hz: their rate.
+        name: for messages.
+        config: rate, limits and what to do with clips that are not as expected.
+
+    Raises:
+        AudioError: one of its subclasses.
+    """
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise AudioDecodeError(
+            name, f"claims {rate_hz} Hz: expected {MIN_RATE_HZ} to {MAX_RATE_HZ}"
+        )
+    if not samples.shape[0]:
+        raise AudioEmptyError(name, "holds no samples; record it again or drop it")
+    _check_limits(name, samples.shape[0], 1, rate_hz, config)
+    if config.dtype == "float32" or config.sample_rate_hz not in (None, rate_hz):
+        samples = samples.astype(np.float32) / np.float32(32768.0)
+    report = AudioReport(clips=1)
+    return _finished(samples[:, None], rate_hz, "PCM_16", name, config, report)
+
+
+def _finished(
+    samples: np.ndarray,  # [N, channels]
+    rate_hz: int,
+    subtype: str,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+) -> AudioClip:
     samples = _check_samples(samples, name, subtype, config, report)
     wave = _to_mono(samples, name, config, report)
     wave, rate_hz = _to_rate(wave, rate_hz, name, config, report)
@@ -319,7 +355,7 @@ def _read(
         )
     if not 1 <= channels <= _MAX_CHANNELS:
         raise AudioDecodeError(name, f"has {channels} channels: expected 1 to {_MAX_CHANNELS}")
-    whole = config.dtype == "int16" and file.subtype == "PCM_16" and channels == 1
+    whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
     blocks, total = [], 0
     while True:
@@ -382,7 +418,9 @@ def _check_samples(
 ) -> np.ndarray:
     """Refuse or zero NaN and Inf; note clipping."""
     if samples.dtype == np.int16:
-        at_full_scale = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
+        at_full_scale = 0
+        if samples.max() == 32767 or samples.min() == -32768:  # rare: two quick passes, not four
+            at_full_scale = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
     else:
         finite = np.isfinite(samples)
         bad = samples.size - int(np.count_nonzero(finite))

@@ -1,6 +1,7 @@
 """Data: manifests, datasets that skip and count bad files, resumable sampling, the demo set."""
 
 from .dataset import AudioDataset, Batch, Clip, ClipSet, Collate, Skip, WaveformDataset, make_loader
+from .feeder import Feeder, FeedStats
 from .manifest import (
     Manifest,
     ManifestError,
@@ -9,7 +10,14 @@ from .manifest import (
     read_manifest,
 )
 from .sampler import BatchSampler, balanced_weights
+from .shard_index import is_shards
+from .shard_sampler import ShardSampler
+from .shard_writer import write_shards
+from .shards import ShardSet
 from .syllables import tone_datasets
+from .tar import ShardError
+from .transfer import Fed
+from .workers import LoaderError
 
 __all__ = [
     "AudioDataset",
@@ -18,14 +26,23 @@ __all__ = [
     "Clip",
     "ClipSet",
     "Collate",
+    "Fed",
+    "FeedStats",
+    "Feeder",
+    "LoaderError",
     "Manifest",
     "ManifestError",
+    "ShardError",
+    "ShardSampler",
+    "ShardSet",
     "Skip",
     "WaveformDataset",
     "audio_files",
     "balanced_weights",
+    "is_shards",
     "make_loader",
     "read_folder",
     "read_manifest",
     "tone_datasets",
+    "write_shards",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,20 @@ class Clip:
     labels: tuple[int, ...]
     index: int
     report: AudioReport
+
+    @property
+    def length(self) -> int:
+        """Samples."""
+        return self.wave.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the samples: float32 or int16."""
+        return self.wave.dtype
+
+    def copy_to(self, row: Tensor) -> None:
+        """Put the samples into `row` [N], in its dtype; int16 becomes float32 by 1/32768."""
+        copy_wave(self.wave, row)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,19 +83,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("wave", "lengths", "targets", "indices")
-        }
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (the loader calls this by name)."""
-        pinned = {
-            name: getattr(self, name).pin_memory()
-            for name in ("wave", "lengths", "targets", "indices")
-        }
+        pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
         return dataclasses.replace(self, **pinned)
+
+
+_TENSORS = ("wave", "lengths", "targets", "indices")
 
 
 def max_samples(front: LogMelConfig) -> int | None:
@@ -183,6 +194,47 @@ class WaveformDataset(Dataset[Any]):
         return Clip(self.waves[index], self.labels[index], index, AudioReport(clips=1))
 
 
+def copy_wave(wave: Tensor, row: Tensor) -> None:
+    """Copy samples; into float32 an int16 wave is scaled by 1/32768."""
+    row.copy_(wave)
+    if wave.dtype == torch.int16 and row.is_floating_point():
+        row.mul_(1.0 / 32768.0)
+
+
+class Waveform(Protocol):
+    """A clip as batches are made of: a `Clip`, or one that lies in a worker's memory."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Class indices."""
+
+    @property
+    def index(self) -> int:
+        """Its number in the dataset."""
+
+    @property
+    def report(self) -> AudioReport:
+        """What reading it changed."""
+
+    @property
+    def length(self) -> int:
+        """Samples."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the samples."""
+
+    def copy_to(self, row: Tensor) -> None:
+        """Put the samples into `row` [N], in its dtype."""
+
+
+Allocate = Callable[[int, int, torch.dtype], Tensor]  # (rows, columns, dtype) -> [rows, columns]
+
+
+def _allocate(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype)
+
+
 class Collate:
     """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets."""
 
@@ -190,17 +242,22 @@ class Collate:
         self.num_classes = num_classes
         self.multi_label = multi_label
 
-    def __call__(self, items: Sequence[Clip | Skip]) -> Batch:
-        """Pad the clips to the longest; places that could not be read stay out and are counted."""
+    def __call__(self, items: Sequence[Waveform | Skip], allocate: Allocate = _allocate) -> Batch:
+        """Pad the clips to the longest; places that could not be read stay out and are counted.
+
+        The batch is int16 if every clip is, and float32 otherwise.
+        """
         report = AudioReport()
         for item in items:
             report.merge(item.report)
-        clips = [item for item in items if isinstance(item, Clip)]
-        lengths = [clip.wave.shape[0] for clip in clips]
-        dtype = clips[0].wave.dtype if clips else torch.float32
-        wave = torch.zeros(len(clips), max(lengths, default=0), dtype=dtype)
-        for row, clip in zip(wave, clips, strict=True):
-            row[: clip.wave.shape[0]] = clip.wave
+        clips = [item for item in items if not isinstance(item, Skip)]
+        lengths = [clip.length for clip in clips]
+        whole = bool(clips) and all(clip.dtype == torch.int16 for clip in clips)
+        dtype = torch.int16 if whole else torch.float32
+        wave = allocate(len(clips), max(lengths, default=0), dtype)
+        for row, clip, length in zip(wave, clips, lengths, strict=True):
+            clip.copy_to(row[:length])
+            row[length:].zero_()
         if self.multi_label:
             targets = torch.zeros(len(clips), self.num_classes)
             for row, clip in zip(targets, clips, strict=True):
