@@ -186,12 +186,15 @@ class AudioClip:
     report: AudioReport
 
 
-def load(source: Source, config: AudioConfig | None = None, **overrides: Any) -> AudioClip:
+def load(
+    source: Source, config: AudioConfig | None = None, name: str | None = None, **overrides: Any
+) -> AudioClip:
     """Read one file (or bytes, or a binary file object) as mono audio at one rate.
 
     Args:
         source: path, bytes of a file, or a seekable binary file object.
         config: rate, limits and what to do with files that are not as expected.
+        name: how messages name it; its path or kind by default.
         **overrides: settings of `AudioConfig`, by name.
 
     Raises:
@@ -207,8 +210,10 @@ def load(source: Source, config: AudioConfig | None = None, **overrides: Any) ->
     >>> load(file.getvalue()).wave.shape
     torch.Size([16000])
     """
-    config = (config or AudioConfig()).replace(**overrides)
-    name = source_name(source)
+    config = config or AudioConfig()
+    if overrides:
+        config = config.replace(**overrides)
+    name = source_name(source) if name is None else name
     report = AudioReport(clips=1)
     samples, rate_hz, subtype = _decode(source, name, config, report)  # [N, channels]
     return _finished(samples, rate_hz, subtype, name, config, report)
@@ -298,6 +303,17 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, ReadAt, int]]:
         finally:
             os.close(handle)
         return
+    if isinstance(source, bytes) and hasattr(os, "memfd_create"):
+        # libsndfile reads a file by itself; from a Python object it calls back every few kilobytes
+        handle = os.memfd_create("ast_fast-clip", os.MFD_CLOEXEC)
+        try:
+            place = 0
+            while place < len(source):
+                place += os.pwrite(handle, memoryview(source)[place:], place)
+            yield handle, lambda offset, count: source[offset : offset + count], len(source)
+        finally:
+            os.close(handle)
+        return
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     begin = file.tell()
     size = file.seek(0, os.SEEK_END) - begin
@@ -365,6 +381,8 @@ def _read(
         blocks.append(block)
         total += len(block)
         _check_limits(name, total, channels, rate_hz, config)
+        if total == promised:
+            break
     if not total:
         raise AudioEmptyError(name, "holds no samples (header only); record it again or drop it")
     if total < promised < 1 << 40:  # beyond: unknown length

@@ -12,7 +12,6 @@ counted with shard and key; their neighbours are read all the same.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import stat
@@ -158,9 +157,7 @@ class ShardSet(Dataset[Any]):
         if sound.kind == "s16":
             wave, report = self._raw(content[start : start + sound.size], told, name)
         else:
-            file = _NamedFile(view[start : start + sound.size])
-            file.name = f"{shard}: {sound.name}"
-            clip = load(file, self.audio)
+            clip = load(view[start : start + sound.size].tobytes(), self.audio, name)
             wave, report = clip.wave, clip.report
         return Clip(wave, self.labels[index], index, report)
 
@@ -174,10 +171,6 @@ class ShardSet(Dataset[Any]):
             )
         clip = from_samples(content.view("<i2"), rate_hz, name, self.audio)
         return clip.wave, clip.report
-
-
-class _NamedFile(io.BytesIO):
-    name: str
 
 
 def _read_range(path: Path, begin: int, end: int) -> np.ndarray:
