@@ -11,7 +11,7 @@ from .manifest import (
 )
 from .sampler import BatchSampler, balanced_weights
 from .shard_index import is_shards
-from .shard_sampler import ShardSampler
+from .shard_sampler import ShardSampler, sampler_for
 from .shard_writer import write_shards
 from .shards import ShardSet
 from .syllables import tone_datasets
@@ -43,6 +43,7 @@ __all__ = [
     "make_loader",
     "read_folder",
     "read_manifest",
+    "sampler_for",
     "tone_datasets",
     "write_shards",
 ]

@@ -236,11 +236,17 @@ def _allocate(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 class Collate:
-    """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets."""
+    """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets.
 
-    def __init__(self, num_classes: int, multi_label: bool = False) -> None:
+    Clips longer than `most_samples` are counted as cut, as the front end uses only their start.
+    """
+
+    def __init__(
+        self, num_classes: int, multi_label: bool = False, most_samples: int | None = None
+    ) -> None:
         self.num_classes = num_classes
         self.multi_label = multi_label
+        self.most_samples = most_samples
 
     def __call__(self, items: Sequence[Waveform | Skip], allocate: Allocate = _allocate) -> Batch:
         """Pad the clips to the longest; places that could not be read stay out and are counted.
@@ -252,6 +258,8 @@ class Collate:
             report.merge(item.report)
         clips = [item for item in items if not isinstance(item, Skip)]
         lengths = [clip.length for clip in clips]
+        if self.most_samples is not None:
+            report.cut += sum(length > self.most_samples for length in lengths)
         whole = bool(clips) and all(clip.dtype == torch.int16 for clip in clips)
         dtype = torch.int16 if whole else torch.float32
         wave = allocate(len(clips), max(lengths, default=0), dtype)

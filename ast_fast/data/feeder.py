@@ -80,6 +80,7 @@ class Feeder:
         device: where batches go; on CUDA they are copied and transformed on a stream of their own,
             beside the consumer's work.
         transform: makes features of a batch on its device, such as log-mel and augmentation.
+        most_samples: clips longer than this are counted as cut, see `max_samples`.
         num_workers: processes (or threads) that read; 0 reads when a batch is asked for.
         workers: "processes" survive what a decoder may do; "threads" are for decoders that let
             other threads run.
@@ -99,6 +100,7 @@ class Feeder:
         multi_label: bool = False,
         device: torch.device | str = "cpu",
         transform: Transform | None = None,
+        most_samples: int | None = None,
         num_workers: int = 0,
         workers: Literal["processes", "threads"] = "processes",
         max_bytes: int = MAX_BYTES,
@@ -115,7 +117,7 @@ class Feeder:
         self.dataset, self.sampler = dataset, sampler
         self.device, self.transform = torch.device(device), transform
         self.stats = FeedStats()
-        self._collate = Collate(len(dataset.classes), multi_label)
+        self._collate = Collate(len(dataset.classes), multi_label, most_samples)
         self._blocks = isinstance(sampler, ShardSampler) and isinstance(dataset, ShardSet)
         self._read = _Reader(dataset, self._blocks)
         self._num_workers, self._kind = num_workers, workers
@@ -124,7 +126,8 @@ class Feeder:
         self._finalizer: Any = None
         self._restarts = 0
         self._numbers = 0  # tasks numbered so far
-        self._running: Generator[Fed, None, None] | None = None
+        # weak: the iteration holds the feeder, which must go when both are dropped
+        self._running: weakref.ref[Generator[Fed, None, None]] | None = None
 
     def __len__(self) -> int:
         """Batches left in the sampler's epoch."""
@@ -143,8 +146,9 @@ class Feeder:
 
     def __iter__(self) -> Iterator[Fed]:
         self._stop()
-        self._running = self._epoch()
-        return self._running
+        running = self._epoch()
+        self._running = weakref.ref(running)
+        return running
 
     def close(self) -> None:
         """End the workers and free what was read ahead; iterating again starts anew."""
@@ -163,7 +167,8 @@ class Feeder:
 
     def _stop(self) -> None:
         """End an iteration that its consumer left."""
-        running, self._running = self._running, None
+        running = self._running() if self._running is not None else None
+        self._running = None
         if running is not None:
             running.close()
 

@@ -6,12 +6,13 @@ from seed, epoch and index alone; so a run resumes at any batch, and every rank 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from .dataset import ClipSet
 from .sampler import BatchSampler
 from .shards import ShardSet
 
@@ -109,3 +110,29 @@ class ShardSampler(BatchSampler):
                     "same shards and settings, or start a new run folder"
                 )
         super().load_state_dict(state)
+
+
+def sampler_for(
+    dataset: ClipSet,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    weights: Sequence[float] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchSampler:
+    """The sampler that suits a dataset: block by block for shards, unless clips are drawn by weight."""
+    if isinstance(dataset, ShardSet) and weights is None:
+        return ShardSampler(
+            dataset, batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=world_size
+        )
+    return BatchSampler(
+        len(dataset),
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        weights=weights,
+        rank=rank,
+        world_size=world_size,
+    )
