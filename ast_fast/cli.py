@@ -127,8 +127,8 @@ def tag(
         model: pretrained directory, file or hub id.
         top_k: labels a file.
         labels: class_labels_indices.csv or a list of names; default: the model's own.
-        activation: sigmoid for several labels a clip, softmax for one; auto takes sigmoid for 527
-            classes.
+        activation: sigmoid for several labels a clip, softmax for one; auto takes what the model was
+            trained for, else sigmoid for 527 classes.
         keep_truncated: use what there is of truncated files.
         batch_size: clips run at a time.
         json: print one JSON object a file instead of text.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 PositionRule = Literal["bilinear", "nearest", "reinitialise"]
+# transformers' terms
+ProblemType = Literal["single_label_classification", "multi_label_classification"]
 
 # (mean, std) of log-mel energies; features are (x - mean) / (2 std). From the original recipes.
 NORMALISATION = {
@@ -141,6 +144,7 @@ class ModelConfig(Config):
     head_eps: float = 1e-5  # LayerNorm of the head
     dead_heads: bool = True  # v.head and v.head_dist, unused but in every original checkpoint
     labels: tuple[str, ...] | None = None  # display names, one a class
+    problem_type: ProblemType | None = None  # one label a clip or several, if known
 
     def __post_init__(self) -> None:
         for name in ("label_dim", "patch_fdim", "patch_tdim", "fstride", "tstride", "depth"):
@@ -159,6 +163,11 @@ class ModelConfig(Config):
             ("input_tdim", self.input_tdim, self.patch_tdim),
         ):
             check(size >= patch, f"{side}={size} is smaller than a patch of {patch}")
+        types = (None, *typing.get_args(ProblemType))
+        check(
+            self.problem_type in types,
+            f"problem_type={self.problem_type!r}: expected {', '.join(map(str, types))}",
+        )
         check(
             self.labels is None or len(self.labels) == self.label_dim,
             f"labels has {len(self.labels or ())} names: expected label_dim={self.label_dim}",

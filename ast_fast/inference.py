@@ -71,8 +71,8 @@ def predict(
         model: an `ASTModel`, or what `ASTModel.from_pretrained` takes.
         top_k: how many labels.
         labels: class names, if the model has none or others are wanted.
-        activation: "softmax" for one label a clip, "sigmoid" for several; "auto" takes sigmoid for
-            AudioSet's 527 classes and softmax otherwise.
+        activation: "softmax" for one label a clip, "sigmoid" for several; "auto" takes what the model
+            was trained for (`config.problem_type`), else sigmoid for AudioSet's 527 classes.
         audio: how to read the file; the sample rate is always the model's.
 
     Raises:
@@ -135,6 +135,13 @@ def class_names(model: Any, labels: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _activation_of(model: Any) -> Activation:
+    """What the model was trained for, or, where nobody noted it, what its classes suggest."""
+    several = {"multi_label_classification": True, "single_label_classification": False}
+    known = several.get(model.config.problem_type, model.config.label_dim == AUDIOSET_CLASSES)
+    return "sigmoid" if known else "softmax"
+
+
 def _run(
     sources: Iterable[Source | Tensor],
     model: Any,
@@ -151,7 +158,7 @@ def _run(
     model = load_model(model)
     names = class_names(model, labels)
     if activation == "auto":
-        activation = "sigmoid" if len(names) == AUDIOSET_CLASSES else "softmax"
+        activation = _activation_of(model)
     front: LogMelConfig = model.frontend_config
     settings = (audio or AudioConfig()).replace(sample_rate_hz=front.sample_rate_hz)
     waiting: list[_Pending] = []

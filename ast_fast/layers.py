@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.nn.modules.module as torch_module
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -69,6 +68,14 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, out_dtype)
 
 
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`; by `ops.linear` if it is a plain linear layer that nobody watches."""
+    if type(module) is nn.Linear and not is_hooked(module):
+        return ops.linear(x, module.weight, module.bias)
+    y: Tensor = module(x)
+    return y
+
+
 class PatchEmbed(nn.Module):
     """Projection of overlapping patches: `proj` is a convolution over [B, 1, F, S].
 
@@ -111,12 +118,12 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """Fused q, k and v [B, T, 3, H, D] of normalised tokens [B, T, C]."""
-        return self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        return apply_linear(self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         o = ops.attention_qkv(self.split(x), self.scale, deterministic=self.deterministic)
-        return self.proj(o.flatten(2))
+        return apply_linear(self.proj, o.flatten(2))
 
     def first(self, x: Tensor, keep: int) -> Tensor:
         """What `forward` gives for the first `keep` tokens: [B, T, C] to [B, keep, C].
@@ -125,11 +132,11 @@ class Attention(nn.Module):
         """
         dim, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
         heads = (self.num_heads, self.head_dim)
-        q = F.linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
-        k, v = F.linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
+        q = ops.linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
+        k, v = ops.linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
         o = ops.attention(q, k, v, self.scale, deterministic=self.deterministic)
         assert isinstance(o, Tensor)
-        return self.proj(o.flatten(2))
+        return apply_linear(self.proj, o.flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
         """Attention probabilities [B, H, T, T] of normalised tokens, written out in full."""

@@ -2,8 +2,8 @@
 
 A candidate's outputs are compared with float64 on the same rounded inputs. Ours may be off by what
 `ast_fast.equivalence` allows in relative l2 (twice plain PyTorch's error in the same dtype, or the floor of
-that kind of tensor); a peer by ten times as much, which tells a peer that computes something else from
-one that rounds more.
+that kind of tensor); a peer by ten times as much (or as much as plain PyTorch is), which tells a peer
+that computes something else from one that rounds more.
 """
 
 from __future__ import annotations
@@ -107,15 +107,25 @@ def expected_outputs(case: Case, inputs: Inputs) -> list[Tensor]:
     return [tensor.detach() for tensor in case.oracle(inputs)]
 
 
-def decide(case: Case, verdict: Verdict, limits: Sequence[float], peer: bool) -> Verdict:
+def allowed_to_peers(limits: Sequence[float], yardsticks: Sequence[Verdict]) -> list[float]:
+    """What a peer's outputs may be off: ten times ours, or as much as plain PyTorch where it is poor."""
+    plain = next((verdict.errors for verdict in yardsticks if verdict.errors), [0.0] * len(limits))
+    return [
+        max(PEER_FACTOR * limit, error if math.isfinite(error) else 0.0)
+        for limit, error in zip(limits, plain, strict=True)
+    ]
+
+
+def decide(case: Case, verdict: Verdict, limits: Sequence[float]) -> Verdict:
     """Name the output closest to its limit, and mark the verdict wrong where that is over it."""
     if verdict.status != "ok":
         return verdict
-    factor = PEER_FACTOR if peer else 1.0
     worst = max(range(len(limits)), key=lambda number: verdict.errors[number] / limits[number])
     verdict.worst = f"{case.outputs[worst]} {case.measure}"
     verdict.error, verdict.budget = verdict.errors[worst], limits[worst]
-    if not verdict.error <= factor * verdict.budget:
+    if not verdict.error <= verdict.budget:
         verdict.status = "wrong"
-        verdict.reason = f"wrong result: {verdict.worst} {verdict.error:.3g}, budget {factor * verdict.budget:.3g}"
+        verdict.reason = (
+            f"wrong result: {verdict.worst} {verdict.error:.3g}, budget {verdict.budget:.3g}"
+        )
     return verdict

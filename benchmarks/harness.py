@@ -11,7 +11,7 @@ import torch
 
 from . import timing
 from .case import Case, Inputs, Run, Settings, Skipped
-from .gate import Verdict, allowed, decide, expected_outputs, judge
+from .gate import Verdict, allowed, allowed_to_peers, decide, expected_outputs, judge
 from .record import Row
 
 Ceilings = dict[str, float]
@@ -83,10 +83,11 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
             del probe
     yardsticks = [verdicts[c.name] for c in case.candidates if c.yardstick and c.name in verdicts]
     limits = allowed(case, yardsticks)
+    looser = allowed_to_peers(limits, yardsticks)
     for name, verdict in verdicts.items():
         if name not in runs:
             continue
-        decide(case, verdict, limits, peer=name != ours)
+        decide(case, verdict, limits if name == ours else looser)
         row = rows[name] = blank(case, name, verdict.status, verdict.reason)
         row.error = verdict.error if math.isfinite(verdict.error) else None
         row.budget, row.worst = verdict.budget or None, verdict.worst

@@ -80,6 +80,15 @@ std::vector<const Kernels*> usable_kernels() {
   return usable;
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const Kernels* choose_kernels() {
   const auto usable = usable_kernels();
   const char* wanted = std::getenv("AST_FAST_CPU_ISA");
@@ -324,6 +333,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BF16") = (int)BF16;
   m.attr("I16") = (int)I16;
   m.def("isa", [] { return kernels->isa; }, "The instruction set in use.");
+  m.def("is_amd", &is_amd, "Whether the processor is one of AMD's.");
   m.def(
       "isas",
       [] {

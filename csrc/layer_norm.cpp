@@ -56,8 +56,15 @@ void forward_row(const LayerNormArgs& a, int64_t row) {
     const float rstd = 1.0f / __builtin_sqrtf(square / (float)cols + (float)a.eps);
     a.mean[row] = mean;
     a.rstd[row] = rstd;
-    for (int64_t c = 0; c < cols; c += W) {
-      const int64_t n = smaller(W, cols - c);
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      // the statistics of the next row would wait for memory
+      __builtin_prefetch(x + a.x_stride + c);
+      if (a.residual) __builtin_prefetch((const R*)a.residual + (row + 1) * a.residual_stride + c);
+      store(y + c, (load(values + c) - mean) * rstd * load(a.weight + c) + load(a.bias + c));
+    }
+    if (c < cols) {
+      const int64_t n = cols - c;
       put(y + c, (get(values + c, n) - mean) * rstd * get(a.weight + c, n) + get(a.bias + c, n), n);
     }
   };

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
+from . import _gemm
 from ._common import CODES, column_sum, row_chunks, rows_of, threads, why_not
 
 # Without gradients the hidden activation is made in blocks of rows that stay in cache.
@@ -31,12 +31,12 @@ def forward(
     """Return y and, if `save`, the pre-activation."""
     rows, hidden = x.shape[0], w1.shape[0]
     if save:
-        h = F.linear(x, w1, b1)
-        return F.linear(gelu_forward(h), w2, b2), h
+        h = _gemm.linear(x, w1, b1)
+        return _gemm.linear(gelu_forward(h), w2, b2), h
     block = max(256, _BLOCK_ELEMENTS // max(1, hidden))
-    if rows <= block:
-        h = F.linear(x, w1, b1)
-        return F.linear(gelu_forward(h, out=h), w2, b2), None
+    if rows <= block or _gemm.takes_onednn(x, w1):
+        h = _gemm.linear(x, w1, b1)
+        return _gemm.linear(gelu_forward(h, out=h), w2, b2), None
     y = torch.empty((rows, w2.shape[0]), dtype=x.dtype)
     buffer = torch.empty((block, hidden), dtype=x.dtype)
     w1_t, w2_t = w1.t(), w2.t()
@@ -112,13 +112,13 @@ def backward(
         db2 = column_sum(dy).to(w2.dtype) if dy.shape[0] else w2.new_zeros(w2.shape[0])
     if any(needs[:4]):
         # the fresh GEMM result is overwritten in place: dh never needs memory of its own
-        dh, g, sums = _gelu_backward(dy @ w2, h, reuse_dg=True)
+        dh, g, sums = _gelu_backward(_gemm.matmul(dy, w2), h, reuse_dg=True)
         if needs[3]:
-            dw2 = dy.t() @ g
+            dw2 = _gemm.matmul(dy.t(), g)
         if needs[2]:
             db1 = sums.to(w1.dtype)
         if needs[0]:
-            dx = dh @ w1
+            dx = _gemm.matmul(dh, w1)
         if needs[1]:
-            dw1 = dh.t() @ x
+            dw1 = _gemm.matmul(dh.t(), x)
     return dx, dw1, db1, dw2, db2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import ProblemType
 from .errors import CheckpointError
 
 # ours: theirs, with the defaults transformers leaves out of its files
@@ -75,6 +77,8 @@ def settings_of_transformers(directory: Path, config: Mapping[str, Any]) -> dict
         model["label_dim"], model["labels"] = len(labels), labels
     else:
         model["label_dim"] = config.get("num_labels", 2)  # transformers' own default
+    if config.get("problem_type") in typing.get_args(ProblemType):
+        model["problem_type"] = config["problem_type"]
     frontend = {"num_mel_bins": model["input_fdim"], "num_frames": model["input_tdim"]}
     extractor = directory / "preprocessor_config.json"
     if extractor.is_file():
@@ -150,6 +154,8 @@ def settings_for_transformers(
         **_FIXED,
         **dict.fromkeys(_DROPOUT, 0.0),
     )
+    if model.get("problem_type") is not None:
+        config["problem_type"] = model["problem_type"]
     extractor = {theirs: frontend[ours] for ours, (theirs, _) in _FRONTEND.items()}
     extractor.update(
         feature_extractor_type="ASTFeatureExtractor",

@@ -255,6 +255,8 @@ def load_model(
 
 def _with_changes(found: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
     settings = {**found.to_dict(), **changes}
+    if settings["label_dim"] != found.label_dim and "problem_type" not in changes:
+        settings["problem_type"] = None
     if settings["label_dim"] != found.label_dim and "labels" not in changes:
         settings["labels"] = None
     elif "labels" in changes and "label_dim" not in changes and changes["labels"] is not None:

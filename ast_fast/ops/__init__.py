@@ -4,6 +4,7 @@ from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
 from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
+from .linear import linear
 from .log_mel import log_mel
 from .mlp import mlp
 from .patch_embed import patch_embed, patch_grid
@@ -14,6 +15,7 @@ __all__ = [
     "attention_qkv",
     "attention_varlen",
     "layer_norm",
+    "linear",
     "log_mel",
     "mlp",
     "patch_embed",

@@ -30,21 +30,25 @@ def call(op: Any, *arguments: Any) -> Any:
     The dispatcher costs several times what a small kernel does. It is needed for gradients, for the
     compiler, and for whoever watches or transforms ops (modes, subclasses, functorch, profilers).
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if watched(*arguments):
         return op(*arguments)
     recording = torch.is_grad_enabled()
     for argument in arguments:
-        if isinstance(argument, Tensor) and (
-            (recording and argument.requires_grad) or type(argument) not in _PLAIN
-        ):
+        if recording and isinstance(argument, Tensor) and argument.requires_grad:
             return op(*arguments)
     return op._init_fn(*arguments)
+
+
+def watched(*arguments: Any) -> bool:
+    """Whether somebody but autograd must see which ops run: modes, subclasses, tracers, profilers."""
+    return (
+        torch.compiler.is_compiling()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(each, Tensor) and type(each) not in _PLAIN for each in arguments)
+    )
 
 
 def no_second_gradient(op: Any) -> None:

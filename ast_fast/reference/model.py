@@ -168,7 +168,8 @@ class ASTModel(nn.Module):
             dtype: of the copy.
         """
         settings = model.config.to_dict()
-        settings.pop("labels")
+        for name in ("labels", "problem_type"):  # what no computation depends on
+            settings.pop(name)
         twin = cls(**settings).to(dtype=dtype, device=next(model.parameters()).device)
         twin.load_state_dict(model.state_dict())
         return twin.train(model.training)

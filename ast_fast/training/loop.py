@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .._optional import require_package
 from ..audio import AudioReport
-from ..config import TrainConfig
+from ..config import ModelConfig, TrainConfig
 from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder, FeedStats
 from ..data.sampler import balanced_weights
@@ -55,6 +55,14 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__(f"interrupted after step {step}; the state is saved in {run_dir}")
         self.run_dir = run_dir
         self.step = step
+
+
+def _with_problem_type(model: Any, multi_label: bool) -> Any:
+    """The same model, which notes what it is trained for: tagging needs to know it when it is saved."""
+    if isinstance(getattr(model, "config", None), ModelConfig):
+        kind = "multi" if multi_label else "single"
+        model.config = model.config.replace(problem_type=f"{kind}_label_classification")
+    return model
 
 
 class Trainer:
@@ -101,9 +109,8 @@ class Trainer:
         )
         if config.devices > 1:
             self.fabric.launch()
-        self.model: Any = (
-            model  # an nn.Module with frontend_config, forward_waveform, save_pretrained
-        )
+        # an nn.Module with frontend_config, forward_waveform, save_pretrained
+        self.model: Any = _with_problem_type(model, self.multi_label)
         self._sampler = sampler_for(
             train_set,
             config.batch_size,

@@ -1,7 +1,8 @@
 """Rates that settle design decisions: the model's matrix products, and GELU on its own.
 
-The products are the four of a block, forward and both gradients, over batch sizes; there is no rival,
-only the share of what a large square product reaches.
+The products are the four of a block, forward and both gradients, over batch sizes. On a GPU there is no
+rival, only the share of what a large square product reaches; on a CPU it is which of PyTorch's two
+libraries multiplies float32.
 """
 
 from __future__ import annotations
@@ -40,6 +41,18 @@ def _product(settings: Settings, name: str, kind: str, b: int, dtype: str) -> Ca
             return (a @ b.t(),)
         return (a @ b if kind == "dgrad" else a.t() @ b,)
 
+    def chosen(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        matmul = need("ast_fast.cpp._gemm").matmul
+        if kind == "forward":
+            return (matmul(a, b.t()),)
+        return (matmul(a, b) if kind == "dgrad" else matmul(a.t(), b),)
+
+    plain = Candidate("torch", lambda inputs: forward_run(multiply, inputs), yardstick=True)
+    candidates = (plain,)
+    if settings.backend == "cpp":
+        own = Candidate(settings.ours, lambda inputs: forward_run(chosen, inputs))
+        candidates = (own, plain)
+
     def expected(inputs: Inputs) -> Sequence[Tensor]:
         a, other = inputs["a"], inputs["b"]
         part = a[:, :ROWS_CHECKED] if kind == "wgrad" else a[:ROWS_CHECKED]
@@ -54,7 +67,7 @@ def _product(settings: Settings, name: str, kind: str, b: int, dtype: str) -> Ca
         outputs=("product",),
         make_inputs=make,
         oracle=expected,
-        candidates=(Candidate("torch", lambda inputs: forward_run(multiply, inputs)),),
+        candidates=candidates,
         kinds=("product",),
         clips=b,
         flops=2.0 * rows * width_in * width_out,
@@ -129,8 +142,8 @@ def cases(settings: Settings) -> Iterator[Case]:
     for dtype in (d for d in settings.dtypes if d in DTYPES):
         if settings.cuda and dtype == "f32":
             continue
-        # on a CPU they decide nothing: plain products are PyTorch's there
-        for b in batches if settings.cuda or settings.tiny else ():
+        # in bfloat16 both ways are oneDNN's on a CPU
+        for b in batches if settings.cuda or settings.tiny or dtype == "f32" else ():
             for kind in ("forward", "dgrad", "wgrad"):
                 for name in PRODUCTS:
                     yield _product(settings, name, kind, b, dtype)

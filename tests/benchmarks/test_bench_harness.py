@@ -87,9 +87,13 @@ def test_a_poor_yardstick_widens_the_budget_only_twofold():
 
     assert status(3.8e-6, 2e-6) == "ok"
     assert status(4.2e-6, 2e-6) == "wrong"
-    # where plain PyTorch is poor, ours must not be
+    # where plain PyTorch is poor, ours must not be; it is still measured itself
     assert status(7.5e-6, 1e-3) == "ok"
     assert status(8.5e-6, 1e-3) == "wrong"
+    peer = candidate("torch", scaled(1e-3), "forward", yardstick=True)
+    other = candidate("other", scaled(2e-3), "forward")
+    rows = _measure(_case(_ours(), peer, other))
+    assert (rows["torch"].status, rows["other"].status) == ("ok", "wrong")
 
 
 def test_every_output_has_a_budget_of_its_own():

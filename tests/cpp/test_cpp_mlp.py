@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ast_fast.cpp import mlp
+from ast_fast.cpp import _gemm, mlp
 
 F32, BF16 = torch.float32, torch.bfloat16
 INF = float("inf")
@@ -73,7 +73,10 @@ def test_gelu_limits_and_denormals(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("sizes", [(1, 3, 5, 2), (37, 32, 130, 24), (700, 64, 2050, 48)])
 @pytest.mark.parametrize("save", [False, True])
-def test_mlp_matches_fp64(dtype, sizes, save, within):
+@pytest.mark.parametrize("onednn", [False, True])
+def test_mlp_matches_fp64(dtype, sizes, save, onednn, within, monkeypatch):
+    monkeypatch.setattr(_gemm, "_onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(_gemm, "_LEAST_WORK", 1)
     rows, width, hidden, out = sizes
     shapes = ((rows, width), (hidden, width), (hidden,), (out, hidden), (out,))
     tensors = [(torch.randn(shape) * 0.3).to(dtype) for shape in shapes]

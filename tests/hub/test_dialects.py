@@ -184,7 +184,8 @@ def test_preprocessor_config_becomes_the_front_end(tmp_path):
 def test_transformers_loads_what_we_write_and_we_load_it_back(tmp_path, caplog):
     transformers = pytest.importorskip("transformers")
     names = ("a", "b", "c", "d", "e")
-    model = build(eps=1e-12, head_eps=1e-12, labels=names, fstride=8)
+    several = "multi_label_classification"
+    model = build(eps=1e-12, head_eps=1e-12, labels=names, fstride=8, problem_type=several)
     settings = model.config.to_dict(), model.frontend_config.to_dict()
     hub.write_transformers(tmp_path, model.state_dict(), *settings)
     theirs, report = transformers.ASTForAudioClassification.from_pretrained(
@@ -192,6 +193,7 @@ def test_transformers_loads_what_we_write_and_we_load_it_back(tmp_path, caplog):
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert [theirs.config.id2label[i] for i in range(5)] == list(names)
+    assert theirs.config.problem_type == several
     x = torch.randn(2, 96, 64)
     with torch.no_grad():
         assert torch.allclose(theirs(x).logits, model(x), rtol=1e-5, atol=1e-5)
@@ -282,10 +284,12 @@ def test_key_maps_invert_each_other(version):
 
 
 def test_fine_tuning_changes_head_and_positions_and_nothing_else(tmp_path):
-    model = build(labels=tuple("abcde"))
+    model = build(labels=tuple("abcde"), problem_type="single_label_classification")
     model.save_pretrained(tmp_path)
     tuned = ast_fast.ASTModel.from_pretrained(tmp_path, label_dim=3, input_tdim=200, tstride=12)
-    assert tuned.labels is None and tuned.config.grid == (5, 16)
+    assert (
+        tuned.labels is None and tuned.config.problem_type is None and tuned.config.grid == (5, 16)
+    )
     assert tuned.frontend_config.num_frames == 200
     assert tuned(torch.randn(1, 200, 64)).shape == (1, 3)
     old, new = model.state_dict(), tuned.state_dict()

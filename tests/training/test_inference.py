@@ -1,5 +1,7 @@
 """Predict and tag: names, scores, long clips, bad files."""
 
+import copy
+
 import numpy as np
 import pytest
 import soundfile as sf
@@ -124,6 +126,9 @@ def test_names_and_activation_can_be_chosen(model, clip):
     assert {name for name, _ in found.labels} == {"a", "b", "c"}
     logit = torch.logit(found.probabilities)
     torch.testing.assert_close(predict(clip, model).probabilities, logit.softmax(0))
+    several = copy.copy(model)
+    several.config = model.config.replace(problem_type="multi_label_classification")
+    torch.testing.assert_close(predict(clip, several).probabilities, logit.sigmoid())
     with pytest.raises(ValueError, match="got 2 names: expected 3"):
         predict(clip, model, labels=("a", "b"))
     with pytest.raises(ValueError, match="activation='relu'"):

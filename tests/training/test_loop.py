@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ast_fast import create_model, use_backend
+from ast_fast import ASTModel, create_model, use_backend
 from ast_fast.config import AugmentConfig, LogMelConfig, MonitorConfig, TrainConfig
 from ast_fast.data import WaveformDataset
 from ast_fast.equivalence import EquivalenceError
@@ -106,8 +106,13 @@ def test_the_same_seed_repeats_bitwise_and_another_does_not(tmp_path):
 def test_several_labels_a_clip_train_with_binary_cross_entropy(tmp_path):
     config = CONFIG.replace(loss="binary_cross_entropy", class_balanced=True, epochs=2)
     data = tones(multi_label=True)
-    result = trainer(tmp_path, config, data=data, eval_set=data).fit()
+    run = trainer(tmp_path, config, data=data, eval_set=data)
+    result = run.fit()
     assert set(result.figures) == {"loss", "map", "auc"} and result.confusion is None
+    # what tagging needs to know is saved with the model
+    run.model.save_pretrained(tmp_path / "model")
+    saved = ASTModel.from_pretrained(tmp_path / "model").config
+    assert saved.problem_type == "multi_label_classification"
 
 
 def test_autocast_to_bfloat16_trains_and_keeps_float32_weights(tmp_path):
