@@ -29,6 +29,7 @@ from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder, FeedStats
 from ..data.sampler import balanced_weights
 from ..data.shard_sampler import sampler_for
+from ..data.transfer import Fed
 from ..frontend import log_mel_features
 from ..hub import CheckpointError, read_weights
 from .augment import augment_features, mixup
@@ -214,9 +215,10 @@ class Trainer:
         started, clips = time.perf_counter(), 0
         self._feature_step = self.step
         feeder.stats = FeedStats()
-        for batch, made in feeder:
+        for fed in feeder:
+            batch = fed.batch
             self.audio_report.merge(batch.report)
-            values = {} if made is None else self._train_step(batch, *made, log)
+            values = {} if fed.features is None else self._train_step(fed, log)
             clips += len(batch)
             self._epoch_clips += len(batch)
             self.step += 1
@@ -281,10 +283,9 @@ class Trainer:
             bfloat16=self.config.precision == "bfloat16",
         )
 
-    def _train_step(
-        self, batch: Batch, features: Tensor, targets: Tensor, log: RunLog | None
-    ) -> dict[str, float]:
-        config = self.config
+    def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
+        config, batch = self.config, fed.batch
+        features, targets = fed.features
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * rate_factor(
                 self.step, self.total_steps, config.warmup_steps, config.schedule
