@@ -1,6 +1,6 @@
 """Data: manifests, datasets that skip and count bad files, resumable sampling, the demo set."""
 
-from .dataset import AudioDataset, Batch, Clip, ClipSet, Collate, Skip, WaveformDataset, make_loader
+from .dataset import AudioDataset, Batch, Clip, ClipSet, Collate, Skip, WaveformDataset
 from .feeder import Feeder, FeedStats
 from .manifest import (
     Manifest,
@@ -9,7 +9,7 @@ from .manifest import (
     read_folder,
     read_manifest,
 )
-from .sampler import BatchSampler, balanced_weights
+from .sampler import BatchSampler, balanced_weights, class_counts
 from .shard_index import is_shards
 from .shard_sampler import ShardSampler, sampler_for
 from .shard_writer import write_shards
@@ -39,8 +39,8 @@ __all__ = [
     "WaveformDataset",
     "audio_files",
     "balanced_weights",
+    "class_counts",
     "is_shards",
-    "make_loader",
     "read_folder",
     "read_manifest",
     "sampler_for",

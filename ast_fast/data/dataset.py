@@ -7,19 +7,17 @@ says which file it was and why.
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..audio import AudioError, AudioReport, load
 from ..config import AudioConfig, LogMelConfig
 from ..reference.mel import mel_sizes
 from .manifest import Manifest
-from .sampler import BatchSampler
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,21 +73,10 @@ class Batch:
     def __len__(self) -> int:
         return self.wave.shape[0]
 
-    def count_cut(self, front: LogMelConfig) -> None:
-        """Count in the report the clips of which the front end uses only the start."""
-        most = max_samples(front)
-        if most is not None:
-            self.report.cut += int((self.lengths > most).sum())
-
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
         return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the loader calls this by name)."""
-        pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
-        return dataclasses.replace(self, **pinned)
 
 
 _TENSORS = ("wave", "lengths", "targets", "indices")
@@ -285,29 +272,3 @@ class Collate:
             torch.tensor([clip.index for clip in clips], dtype=torch.int64),
             report,
         )
-
-
-def make_loader(
-    dataset: ClipSet,
-    sampler: BatchSampler,
-    *,
-    multi_label: bool = False,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader[Any]:
-    """A loader over the rest of the sampler's epoch."""
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=sampler,
-        collate_fn=Collate(len(dataset.classes), multi_label),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_quiet_worker,
-    )
-
-
-def _quiet_worker(_: int) -> None:
-    # OpenMP in a forked process hangs with more than one thread
-    torch.set_num_threads(1)
-    # Ctrl-C is the main process's to handle: it saves its state, then ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -70,8 +70,8 @@ class FeedStats:
 class Feeder:
     """Iterates over the rest of the sampler's epoch, one epoch after another with the same workers.
 
-    The sampler is only read: call its `step` for each batch used, as with `make_loader`. Close the
-    feeder when done, or use it as a context manager.
+    The sampler is only read: call its `step` for each batch used. Close the feeder when done, or use
+    it as a context manager.
 
     Args:
         dataset: files, waveforms or shards.

@@ -76,14 +76,6 @@ class Manifest:
             lines=[self.lines[i] for i in indices],
         )
 
-    def class_counts(self) -> list[int]:
-        """Clips that carry each class."""
-        counts = [0] * len(self.classes)
-        for labels in self.labels:
-            for label in labels:
-                counts[label] += 1
-        return counts
-
 
 def read_manifest(
     path: str | os.PathLike[str],

@@ -44,6 +44,16 @@ class ShardIndex:
     begins: np.ndarray
     ends: np.ndarray
 
+    def select(self, clips: Sequence[int]) -> ShardIndex:
+        """Some of the clips, with the same classes."""
+        return dataclasses.replace(
+            self,
+            labels=[self.labels[clip] for clip in clips],
+            shard_of=self.shard_of[clips],
+            begins=self.begins[clips],
+            ends=self.ends[clips],
+        )
+
 
 def is_shards(path: Path) -> bool:
     """Whether a path is a folder of shards, or a shard."""

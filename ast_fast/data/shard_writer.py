@@ -17,6 +17,7 @@ from .._optional import require_package
 from ..audio import AudioReport
 from .dataset import Clip, ClipSet
 from .manifest import ManifestError
+from .sampler import class_counts
 from .shard_index import FORMAT, INDEX, VERSION, is_shards
 from .tar import END, packed
 
@@ -74,19 +75,15 @@ def write_shards(
         shards.append(entry)
         progress = {**state, "next": done, "shards": shards, "report": report.to_dict()}
         _replace(folder / _PROGRESS, json.dumps(progress).encode())
-    counts = [0] * len(dataset.classes)
-    for shard in shards:
-        for labels in shard["labels"]:
-            for label in labels:
-                counts[label] += 1
+    written = [labels for shard in shards for labels in shard["labels"]]
     index = {
         "format": FORMAT,
         "version": VERSION,
         "sample_rate_hz": dataset.sample_rate_hz,
         "encoding": encoding,
-        "clips": sum(len(shard["offsets"]) for shard in shards),
+        "clips": len(written),
         "classes": list(dataset.classes),
-        "class_counts": counts,
+        "class_counts": class_counts(written, len(dataset.classes)),
         "shards": shards,
     }
     _replace(folder / INDEX, json.dumps(index).encode())

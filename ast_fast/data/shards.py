@@ -11,6 +11,7 @@ counted with shard and key; their neighbours are read all the same.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -68,19 +69,35 @@ class ShardSet(Dataset[Any]):
         block_bytes: int = BLOCK_BYTES,
         strict: bool = False,
     ) -> None:
-        index: ShardIndex = open_index(Path(path), classes)
-        self.audio = audio or AudioConfig(dtype="auto")
-        if self.audio.sample_rate_hz is None:
+        self._block_bytes, self.strict = block_bytes, strict
+        self._read_as(audio or AudioConfig(dtype="auto"))
+        self._take(open_index(Path(path), classes))
+
+    def _read_as(self, audio: AudioConfig) -> None:
+        if audio.sample_rate_hz is None:
             raise ValueError("audio.sample_rate_hz is None: expected one rate for the whole set")
-        self.sample_rate_hz = self.audio.sample_rate_hz
+        self.audio, self.sample_rate_hz = audio, audio.sample_rate_hz
+
+    def _take(self, index: ShardIndex) -> None:
+        self._index = index
         self.classes, self.labels = index.classes, index.labels
-        self.folder, self.shards, self.strict = index.folder, index.shards, strict
-        self._begins, self._ends, self._shard_of = index.begins, index.ends, index.shard_of
-        self.blocks = _blocks(index, block_bytes)
+        self.blocks = _blocks(index, self._block_bytes)
         # of each clip, for samplers and feeders
         self.block_of = np.repeat(
             np.arange(len(self.blocks)), [block.count for block in self.blocks]
         )
+
+    def select(self, indices: Sequence[int]) -> ShardSet:
+        """Some of the clips, in the order they lie in, with the same classes."""
+        some = copy.copy(self)
+        some._take(self._index.select(sorted(indices)))
+        return some
+
+    def read_as(self, audio: AudioConfig) -> ShardSet:
+        """The same clips, read as `audio` says."""
+        same = copy.copy(self)
+        same._read_as(audio)
+        return same
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,9 +105,13 @@ class ShardSet(Dataset[Any]):
     def __getitem__(self, index: int) -> Clip | Skip:
         """One clip by itself; `read_block` is the quick way to many."""
         index = range(len(self))[index]
-        begin, end = int(self._begins[index]), int(self._ends[index])
-        block = Block(int(self._shard_of[index]), begin, end, index, 1)
+        begin, end = self._bounds(index)
+        block = Block(int(self._index.shard_of[index]), begin, end, index, 1)
         return next(self._read(block))
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        """The bytes of a clip in its shard."""
+        return int(self._index.begins[index]), int(self._index.ends[index])
 
     def read_block(
         self, number: int, leave_out: Collection[int] = (), skip: Skipped | None = None
@@ -107,9 +128,10 @@ class ShardSet(Dataset[Any]):
     def _read(
         self, block: Block, leave_out: Collection[int] = (), skip: Skipped | None = None
     ) -> Iterator[Clip | Skip]:
-        name = self.shards[block.shard]
+        name = self._index.shards[block.shard]
+        path = self._index.folder / name
         try:
-            content, problem = _read_range(self.folder / name, block.begin, block.end), None
+            content, problem = _read_range(path, block.begin, block.end), None
         except OSError as error:
             content, problem = np.empty(0, np.uint8), f"cannot be read: {error}"
         for index in range(block.first, block.first + block.count):
@@ -136,7 +158,7 @@ class ShardSet(Dataset[Any]):
 
         sound: Member | None = None
         told: Any = {}
-        begin, end = int(self._begins[index]), int(self._ends[index])
+        begin, end = self._bounds(index)
         for member in members(read_at, begin, end, f"{shard!r}: clip {index}"):
             name = f"{shard!r}: {member.key!r}"
             if member.start + member.size > block.begin + len(content):
@@ -209,7 +231,8 @@ def _blocks(index: ShardIndex, block_bytes: int) -> list[Block]:
         shard, begin = index.shard_of[first], index.begins[first]
         last = first + 1
         while last < count and index.shard_of[last] == shard:
-            if index.ends[last] - begin > block_bytes:
+            # a gap: clips that were not selected are not read
+            if index.begins[last] != index.ends[last - 1] or index.ends[last] - begin > block_bytes:
                 break
             last += 1
         blocks.append(Block(int(shard), int(begin), int(index.ends[last - 1]), first, last - first))
