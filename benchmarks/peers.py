@@ -35,6 +35,8 @@ PEERS = {
     "transformers-compile": "transformers' AST with SDPA under torch.compile",
     "timm": "timm's transformer blocks in the original AST's forward",
     "torchaudio": "torchaudio.compliance.kaldi.fbank, a clip at a time",
+    "soundfile": "decoding alone, no features",
+    "soundfile+torchaudio": "decoding and torchaudio's fbank, a clip at a time",
     "kaldi-native-fbank": "kaldi-native-fbank, a clip at a time",
     "onnxruntime": "the plain PyTorch AST exported to ONNX",
     "openvino": "the plain PyTorch AST converted to OpenVINO",

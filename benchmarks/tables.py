@@ -20,16 +20,26 @@ from .table import duration
 
 Content = dict[str, Any]
 
-_MEASURED = ("frontend", "attention", "patch_embed", "block", "inference", "training")
+_MEASURED = ("frontend", "path", "attention", "patch_embed", "block", "inference", "training")
 _PEERS = (
-    *("torchaudio", "kaldi-native-fbank", "sdpa", "varlen", "sdpa-padded", "torch-compile"),
+    *(
+        "torchaudio",
+        "kaldi-native-fbank",
+        "soundfile",
+        "soundfile+torchaudio",
+        "sdpa",
+        "varlen",
+        "sdpa-padded",
+        "torch-compile",
+    ),
     *("transformers", "transformers-compile", "timm", "onnxruntime", "openvino"),
 )
 # suites whose cases are different things: a line each in a summary
-_DIVERSE = ("frontend", "attention", "block")
+_DIVERSE = ("frontend", "path", "attention", "block")
 # name of a table -> device type, suites, and the peers worth a line in a README
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-frontend": ("cpu", ("frontend",), ("torchaudio", "kaldi-native-fbank", "transformers")),
+    "cpu-path": ("cpu", ("path",), ("soundfile", "soundfile+torchaudio", "torchaudio")),
     "cpu-models": ("cpu", ("inference", "training"), ("transformers",)),
     "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
