@@ -8,12 +8,12 @@ import numpy as np
 
 from . import available
 
-_HEAD = 42  # bytes up to the end of STREAMINFO
+HEAD_BYTES = 42  # up to the end of STREAMINFO
 
 
 def stream_info(head: bytes) -> tuple[int, int, int] | None:
-    """Rate, samples and most samples a frame of a file that `decode` may take, by its first 42 bytes."""
-    if len(head) < _HEAD or head[:4] != b"fLaC" or head[4] & 0x7F or head[5:8] != b"\0\0\x22":
+    """Rate, samples and most samples a frame of a file that `decode` may take, by its first bytes."""
+    if len(head) < HEAD_BYTES or head[:4] != b"fLaC" or head[4] & 0x7F or head[5:8] != b"\0\0\x22":
         return None
     packed = int.from_bytes(head[18:26], "big")
     rate_hz, channels = packed >> 44, (packed >> 41 & 7) + 1
