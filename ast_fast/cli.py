@@ -148,7 +148,7 @@ def prepare(
     shard_mb: int = 512,
     resume: bool = False,
 ) -> int:
-    """Write clips as tar shards of 16-bit samples, which are read many times faster than files.
+    """Write clips as tar shards of 16-bit samples, which are read several times faster than FLAC.
 
     Args:
         data: manifest, folder per class, or other shards.

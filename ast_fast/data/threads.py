@@ -26,7 +26,7 @@ class InlineReader:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._tasks: deque[tuple[int, Any]] = deque()
-        self.peak_bytes = 0
+        self._held_bytes = self.peak_bytes = 0
 
     def has_room(self) -> bool:
         """Reading ahead would gain nothing."""
@@ -38,10 +38,16 @@ class InlineReader:
 
     def wait(self) -> list[Result]:
         """Read the oldest task."""
-        return [_finished(self._read, *self._tasks.popleft())]
+        return self._handed_out([_finished(self._read, *self._tasks.popleft())])
+
+    def _handed_out(self, results: list[Result]) -> list[Result]:
+        self._held_bytes += sum(result.num_bytes for result in results)
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+        return results
 
     def release(self, result: Result, keep: bool = True) -> None:
         """The clips are freed with the result."""
+        self._held_bytes -= result.num_bytes
         result.items.clear()
 
     def drop(self, numbers: Iterable[int]) -> None:
@@ -79,7 +85,7 @@ class ThreadWorkers(InlineReader):
         )
         for future in done:
             del self._futures[future]
-        return [future.result() for future in done]
+        return self._handed_out([future.result() for future in done])
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget tasks: those that run end unseen."""

@@ -38,7 +38,9 @@ _TASKS_AHEAD = 2  # tasks a worker holds: one in work, one waiting
 _PARENT_CHECK_S = 5.0
 _DTYPES = (torch.float32, torch.int16)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
+# what a worker is at, so that its death tells on which clip: task's number (-1: none) and place in it
 _PROGRESS = struct.Struct("qq")
+_PLAIN = AudioReport(clips=1)  # of most clips: not sent
 
 
 class LoaderError(RuntimeError):
@@ -246,7 +248,7 @@ class ProcessWorkers:
         worker.process.kill()  # it may have closed its pipe and yet live
         worker.process.join()
         code = worker.process.exitcode
-        reason = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit {code}"
+        reason = f"signal {-code}" if code and code < 0 else f"exit {code}"
         self.restarts += 1
         tasks = list(worker.tasks)
         if tasks:
@@ -339,7 +341,6 @@ def _work(
         other.close()
     _keep_memory()
     handles: dict[int, int] = {}
-    # a task's number or none, and the place of the clip in work: which clip ends the process?
     while _next_task(pipe, parent):
         try:
             number, payload, crashed, slot, fresh = pipe.recv()
@@ -407,6 +408,3 @@ def _perform(
             return pickle.dumps(([], used, error))
         except (pickle.PicklingError, TypeError, AttributeError):
             return pickle.dumps(([], used, RuntimeError(traceback.format_exc())))
-
-
-_PLAIN = AudioReport(clips=1)

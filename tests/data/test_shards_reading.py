@@ -11,8 +11,9 @@ import pytest
 import soundfile as sf
 import torch
 
+from ast_fast import use_backend
 from ast_fast.audio import AudioReport
-from ast_fast.config import AudioConfig
+from ast_fast.config import AudioConfig, LogMelConfig
 from ast_fast.data import (
     AudioDataset,
     Clip,
@@ -25,6 +26,7 @@ from ast_fast.data import (
     write_shards,
 )
 from ast_fast.data.tar import packed
+from ast_fast.frontend import log_mel_features
 
 
 def waves(count=23, seed=0):
@@ -85,6 +87,15 @@ def test_what_is_written_comes_back_to_the_bit(tmp_path, encoding, indexed):
     assert shards[-1].index == 22
     with pytest.raises(IndexError):
         shards[23]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_features_of_int16_clips_are_those_of_float32_to_the_bit(backend):
+    front = LogMelConfig(num_frames=16)
+    with use_backend(backend):
+        for wave in waves(6):
+            whole = log_mel_features(wave[None], front)
+            assert torch.equal(whole, log_mel_features(wave[None] / 32768.0, front))
 
 
 def test_selected_clips_are_read_alone_and_as_asked(tmp_path):
