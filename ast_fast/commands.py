@@ -79,9 +79,7 @@ def evaluate(
     if table is None and network.labels is None:
         raise ValueError(f"model {model!r} has no class names: give --labels")
     rate = network.frontend_config.sample_rate_hz
-    dataset = dataset_of(
-        read_data(data, root, names, table), AudioConfig(sample_rate_hz=rate, dtype="auto")
-    )
+    dataset = dataset_of(read_data(data, root, names, table), AudioConfig(sample_rate_hz=rate))
     row = _check(network, dataset) if check else None
     result = run_evaluation(
         network, dataset, batch_size=batch_size, multi_label=multi_label, progress=True
@@ -115,7 +113,7 @@ def prepare(
 ) -> int:
     """See `cli.prepare`."""
     clips = read_data(data, root, None, read_labels(labels) if labels else None)
-    dataset = dataset_of(clips, AudioConfig(sample_rate_hz=sample_rate_hz, dtype="auto"))
+    dataset = dataset_of(clips, AudioConfig(sample_rate_hz=sample_rate_hz))
     bar = Progress(len(dataset), title="shards")
     try:
         report = write_shards(
