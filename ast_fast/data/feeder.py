@@ -241,7 +241,9 @@ class Feeder:
             elif self._kind == "threads":
                 self._pool = ThreadWorkers(self._read, self._num_workers)
             else:
-                self._pool = ProcessWorkers(self._read, self._num_workers, self._max_restarts)
+                self._pool = ProcessWorkers(
+                    self._read, self._num_workers, self._max_bytes, self._max_restarts
+                )
             self._finalizer = weakref.finalize(self, self._pool.close)
         return self._pool
 
@@ -360,8 +362,7 @@ class _Reading:
     def _release(self, number: int) -> None:
         result = self._held.pop(number)
         self._held_bytes -= result.num_bytes
-        # memory beyond the bound, which a giant among the clips may have taken, is not kept
-        self._pool.release(result, keep=result.num_bytes * 8 <= self._max_bytes)
+        self._pool.release(result)
 
 
 class _Reader:

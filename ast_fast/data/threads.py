@@ -45,7 +45,7 @@ class InlineReader:
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
         return results
 
-    def release(self, result: Result, keep: bool = True) -> None:
+    def release(self, result: Result) -> None:
         """The clips are freed with the result."""
         self._held_bytes -= result.num_bytes
         result.items.clear()

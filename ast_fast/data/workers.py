@@ -134,6 +134,7 @@ class ProcessWorkers:
     Args:
         read: gives the items of a task; runs in the workers.
         count: processes.
+        max_bytes: of memory files that are kept for later tasks.
         max_restarts: dead workers replaced before giving up.
 
     Attributes:
@@ -141,8 +142,8 @@ class ProcessWorkers:
         peak_bytes: most that memory files have held.
     """
 
-    def __init__(self, read: Read, count: int, max_restarts: int = 100) -> None:
-        self._read, self._max_restarts = read, max_restarts
+    def __init__(self, read: Read, count: int, max_bytes: int, max_restarts: int) -> None:
+        self._read, self._max_bytes, self._max_restarts = read, max_bytes, max_restarts
         self.restarts, self.peak_bytes = 0, 0
         self._context = get_context("fork")
         self._slots: list[Slot] = []
@@ -190,10 +191,10 @@ class ProcessWorkers:
                     results += self._result(worker, *reply)
         return results
 
-    def release(self, result: Result, keep: bool = True) -> None:
+    def release(self, result: Result) -> None:
         """The clips of a result are used; its memory serves the next task, or is given back."""
         if result.slot is not None:
-            self._recycle(result.slot, keep)
+            self._recycle(result.slot)
             result.slot = None
 
     def drop(self, numbers: Iterable[int]) -> None:
@@ -289,7 +290,8 @@ class ProcessWorkers:
         assert task.number == number, "workers answer in order"
         entries, used, error = pickle.loads(reply)
         task.slot.num_bytes = max(task.slot.num_bytes, used)
-        self.peak_bytes = max(self.peak_bytes, sum(slot.num_bytes for slot in self._slots))
+        self._trim()
+        self.peak_bytes = max(self.peak_bytes, self._stored_bytes())
         if number in self._dropped:
             self._dropped.discard(number)
             self._recycle(task.slot)
@@ -307,11 +309,22 @@ class ProcessWorkers:
         self._slots.append(slot)
         return slot
 
-    def _recycle(self, slot: Slot, keep: bool = True) -> None:
-        if not keep:
-            os.ftruncate(slot.handle, 0)
-            slot.num_bytes = 0
+    def _stored_bytes(self) -> int:
+        return sum(slot.num_bytes for slot in self._slots)
+
+    def _recycle(self, slot: Slot) -> None:
         self._free.append(slot)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Empty files that are free: each keeps the pages of the largest task it ever served."""
+        excess = self._stored_bytes() - self._max_bytes
+        for slot in self._free:  # the last one is the next to be used
+            if excess <= 0:
+                return
+            os.ftruncate(slot.handle, 0)
+            excess -= slot.num_bytes
+            slot.num_bytes = 0
 
 
 def _unpacked(entry: Any, handle: int) -> Waveform | Skip:
