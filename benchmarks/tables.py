@@ -21,35 +21,34 @@ from .table import duration
 Content = dict[str, Any]
 
 _MEASURED = ("frontend", "path", "attention", "patch_embed", "block", "inference", "training")
-_PEERS = (
-    *(
-        "torchaudio",
-        "kaldi-native-fbank",
-        "soundfile",
-        "soundfile+torchaudio",
-        "sdpa",
-        "varlen",
-        "sdpa-padded",
-        "torch-compile",
-    ),
-    *("transformers", "transformers-compile", "timm", "onnxruntime", "openvino"),
-)
+_MODELS = ("transformers", "transformers-compile", "timm", "onnxruntime", "openvino")
+# of each suite, the peers in a summary
+_PEERS = {
+    "frontend": ("torchaudio", "kaldi-native-fbank", "transformers"),
+    "path": ("soundfile", "soundfile+torchaudio", "torchaudio"),
+    "attention": ("sdpa", "sdpa-padded", "varlen"),
+    "block": ("torch",),
+    "patch_embed": ("torch",),
+    "inference": _MODELS,
+    "training": _MODELS,
+}
 # suites whose cases are different things: a line each in a summary
 _DIVERSE = ("frontend", "path", "attention", "block")
 # name of a table -> device type, suites, and the peers worth a line in a README
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-frontend": ("cpu", ("frontend",), ("torchaudio", "kaldi-native-fbank", "transformers")),
     "cpu-path": ("cpu", ("path",), ("soundfile", "soundfile+torchaudio", "torchaudio")),
-    "cpu-models": ("cpu", ("inference", "training"), ("transformers",)),
+    "cpu-models": ("cpu", ("inference", "training"), _MODELS),
     "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
-    "cpu-summary": ("cpu", _MEASURED, _PEERS),
+    "cpu-decisions": ("cpu", ("decisions",), ("torch",)),
+    "cpu-summary": ("cpu", _MEASURED, ()),
     "gpu-checks": ("cuda", ("checks", "tuned"), ()),
     "gpu-attention": ("cuda", ("attention",), ("sdpa", "sdpa-padded", "varlen")),
     "gpu-models": ("cuda", ("inference", "training"), ("transformers", "torch", "torch-compile")),
     "gpu-frontend": ("cuda", ("frontend",), ("torch", "torchaudio")),
     "gpu-block": ("cuda", ("block", "patch_embed"), ("torch", "torch-compile")),
-    "gpu-summary": ("cuda", _MEASURED, _PEERS),
+    "gpu-summary": ("cuda", _MEASURED, ()),
 }
 OWED = "Not measured yet: needs a GPU (`python -m benchmarks.gpu`)."
 _NOT_HERE = "Not measured yet (`python -m benchmarks.run`)."
@@ -82,7 +81,7 @@ def table(name: str, contents: Sequence[Content]) -> str:
     if not files:
         return OWED if device == "cuda" else _NOT_HERE
     if name.endswith("summary"):
-        return _summary(files, peers)
+        return _summary(files)
     return "\n\n".join(_counts(file) if not peers else _ratios(file, peers) for file in files)
 
 
@@ -120,28 +119,36 @@ def _ratios(file: Content, peers: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _summary(files: Sequence[Content], peers: Sequence[str]) -> str:
-    """One line a suite (or op), direction, dtype and peer: the range of the medians."""
-    ratios: dict[tuple[str, ...], list[float]] = {}
+def _summary(files: Sequence[Content]) -> str:
+    """One line a suite (or op), direction and peer: the range of the medians in each dtype."""
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
     for file in files:
         for row in file["rows"]:
-            if row["provider"] not in peers or row["ratio"] is None or row["clock"] == "graph":
+            wanted = row["provider"] in _PEERS[row["suite"]]
+            if not wanted or row["ratio"] is None or row["clock"] == "graph":
                 continue
             name = row["case"] if row["suite"] in _DIVERSE else row["suite"]
             what = name + {"forward": "", "step": ""}.get(row["mode"], f" {row['mode']}")
-            key = (what, row["dtype"], row["provider"])
-            ratios.setdefault(key, []).append(row["ratio"]["p50"])
+            by_dtype = ratios.setdefault((what, row["provider"]), {})
+            by_dtype.setdefault(row["dtype"], []).append(row["ratio"]["p50"])
+    dtypes = list(dict.fromkeys(dtype for found in ratios.values() for dtype in found))
     lines = [
         _heads(files),
         "",
-        "| what | dtype | peer | cases | ours is faster by |",
-        "|---|---|---|---|---|",
+        f"| ours is faster | than | {' | '.join(dtypes)} |",
+        "|---" * (2 + len(dtypes)) + "|",
     ]
-    for (what, dtype, peer), values in ratios.items():
-        low, high = min(values), max(values)
-        span = f"{low:.2f}x" if len(values) == 1 else f"{low:.2f}x to {high:.2f}x"
-        lines.append(f"| {what} | {dtype} | {peer} | {len(values)} | {span} |")
+    for (what, peer), found in ratios.items():
+        spans = " | ".join(_span(found.get(dtype, [])) for dtype in dtypes)
+        lines.append(f"| {what} | {peer} | {spans} |")
     return "\n".join(lines)
+
+
+def _span(values: Sequence[float]) -> str:
+    """Smallest and largest of several medians, and of how many cases."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}x" if values else ""
+    return f"{min(values):.2f}x to {max(values):.2f}x ({len(values)})"
 
 
 def _heads(files: Sequence[Content]) -> str:

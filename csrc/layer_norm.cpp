@@ -95,42 +95,57 @@ void forward_to(const LayerNormArgs& a) {
     forward<X, R, float>(a);
 }
 
-template <class D, class X>
-AST_INLINE void backward_row(const LayerNormGradArgs& a, int64_t row, float* dweight, float* dbias) {
+// M rows at once: the sums for the weight gradients are read and written once for all of them
+template <int M, class D, class X>
+AST_INLINE void backward_rows(const LayerNormGradArgs& a, int64_t row, float* dweight, float* dbias) {
   const int64_t cols = a.cols;
   const D* dy = (const D*)a.dy + row * a.dy_stride;
   const X* x = (const X*)a.x + row * a.x_stride;
   X* dx = (X*)a.dx + row * cols;
-  const float mean = a.mean[row], rstd = a.rstd[row];
-  vf along[2] = {}, across[2] = {};
-  int64_t c = 0;
-  const auto visit = [&](int64_t at, int64_t n, int slot) {
-    const vf g = get(dy + at, n), w = get(a.weight + at, n);
-    vf hat = (get(x + at, n) - mean) * rstd;
-    if (n < W) hat *= lanes_below(n);
-    const vf gw = g * w;
-    along[slot] += gw;
-    across[slot] += gw * hat;
-    put(dweight + at, get(dweight + at, n) + g * hat, n);
-    put(dbias + at, get(dbias + at, n) + g, n);
-  };
-  for (; c + 2 * W <= cols; c += 2 * W) {
-    visit(c, W, 0);
-    visit(c + W, W, 1);
-  }
-  for (; c < cols; c += W) visit(c, smaller(W, cols - c), 0);
-  const float mean_g = horizontal_sum(along[0] + along[1]) / (float)cols;
-  const float mean_gh = horizontal_sum(across[0] + across[1]) / (float)cols;
-  for (c = 0; c < cols; c += W) {
-    const int64_t n = smaller(W, cols - c);
-    const vf gw = get(dy + c, n) * get(a.weight + c, n);
-    const vf hat = (get(x + c, n) - mean) * rstd;
-    vf grad = (gw - mean_g - hat * mean_gh) * rstd;
-    if (a.dtotal) {
-      const int64_t at = row * a.dtotal_stride + c;
-      grad += a.dtotal_type == BF16 ? get((const bf16*)a.dtotal + at, n) : get((const float*)a.dtotal + at, n);
+  const float* weight = a.weight;
+  const int64_t dy_stride = a.dy_stride, x_stride = a.x_stride;
+  float mean[M], rstd[M];
+  for (int m = 0; m < M; ++m) mean[m] = a.mean[row + m], rstd[m] = a.rstd[row + m];
+  const auto hat = [&](int m, int64_t at, int64_t n) { return (get(x + m * x_stride + at, n) - mean[m]) * rstd[m]; };
+  vf along[M] = {}, across[M] = {};
+  const auto visit = [&](int64_t at, int64_t n) {
+    const vf w = get(weight + at, n);
+    vf dw = get(dweight + at, n), db = get(dbias + at, n);
+    for (int m = 0; m < M; ++m) {
+      const vf g = get(dy + m * dy_stride + at, n);
+      vf h = hat(m, at, n);
+      if (n < W) h *= lanes_below(n);
+      const vf gw = g * w;
+      along[m] += gw;
+      across[m] += gw * h;
+      dw += g * h;
+      db += g;
     }
-    put(dx + c, grad, n);
+    put(dweight + at, dw, n);
+    put(dbias + at, db, n);
+  };
+  int64_t c = 0;
+  for (; c + W <= cols; c += W) visit(c, W);
+  if (c < cols) visit(c, cols - c);
+  for (int m = 0; m < M; ++m) {
+    const float mean_g = horizontal_sum(along[m]) / (float)cols;
+    const float mean_gh = horizontal_sum(across[m]) / (float)cols;
+    const auto finish = [&](int64_t at, int64_t n) {
+      const vf gw = get(dy + m * dy_stride + at, n) * get(weight + at, n);
+      vf grad = (gw - mean_g - hat(m, at, n) * mean_gh) * rstd[m];
+      if (a.dtotal) {
+        const int64_t place = (row + m) * a.dtotal_stride + at;
+        grad += a.dtotal_type == BF16 ? get((const bf16*)a.dtotal + place, n) : get((const float*)a.dtotal + place, n);
+      }
+      put(dx + m * cols + at, grad, n);
+    };
+    for (c = 0; c + W <= cols; c += W) {
+      // the sums of the next rows would wait for memory
+      __builtin_prefetch(dy + (m + M) * dy_stride + c);
+      __builtin_prefetch(x + (m + M) * x_stride + c);
+      finish(c, W);
+    }
+    if (c < cols) finish(c, cols - c);
   }
 }
 
@@ -142,8 +157,9 @@ void backward(const LayerNormGradArgs& a) {
     float* dweight = a.partial + chunk * 2 * a.cols;
     memset(dweight, 0, (size_t)a.cols * 2 * sizeof(float));
     const int64_t end = smaller(a.rows, (chunk + 1) * per_chunk);
-    for (int64_t row = chunk * per_chunk; row < end; ++row)
-      backward_row<D, X>(a, row, dweight, dweight + a.cols);
+    int64_t row = chunk * per_chunk;
+    for (; row + 2 <= end; row += 2) backward_rows<2, D, X>(a, row, dweight, dweight + a.cols);
+    for (; row < end; ++row) backward_rows<1, D, X>(a, row, dweight, dweight + a.cols);
   }
   for (int64_t c = 0; c < a.cols; ++c) {
     float dw = 0.0f, db = 0.0f;

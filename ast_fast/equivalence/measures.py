@@ -59,11 +59,13 @@ def measure(result: Tensor, oracle: Tensor) -> Errors:
         return _WRONG
     difference = (got - want).abs()
     norm = float(want.norm())
-    # a tensor of zeros has no scale: its errors are absolute
-    scale = norm / math.sqrt(want.numel()) or 1.0
+    # a tensor of zeros has no scale: its errors are absolute, as if its entries were of order one
+    size = math.sqrt(want.numel())
+    norm = norm or size
+    scale = norm / size
     return Errors(
         worst=float((difference / want.abs().clamp(min=scale)).max()),
-        rel_l2=float(difference.norm()) / (norm or 1.0),
+        rel_l2=float(difference.norm()) / norm,
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
     )
