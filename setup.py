@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = (
     "attention_backward",
     "attention_forward",
+    "flac",
     "gelu",
     "layer_norm",
     "log_mel",

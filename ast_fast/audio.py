@@ -1,9 +1,10 @@
 """Decode, resample and check audio files: a named error or a counted change, never a silent one.
 
 libsndfile (through soundfile) reads wav, flac, ogg, opus, mp3, aiff and more by content, whatever
-the suffix; torchcodec, where it is installed, reads what libsndfile cannot (m4a, video). Files are
-opened once, only if they are regular files, and decoded block by block, so that a lying header
-costs no memory.
+the suffix; torchcodec, where it is installed, reads what libsndfile cannot (m4a, video). What data
+sets mostly hold, intact FLAC of one channel and 16 bits, is decoded by our own C++ where it is built:
+the same samples in half the time. Files are opened once, only if they are regular files, and decoded
+block by block, so that a lying header costs no memory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from ._containers import ReadAt, missing_audio
 from ._optional import optional_import, require_package
 from .config import MAX_RATE_HZ, MIN_RATE_HZ, AudioConfig
+from .cpp import flac
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -176,7 +178,7 @@ class AudioClip:
     """Mono audio in memory.
 
     Attributes:
-        wave: [N] float32 in [-1, 1], or int16.
+        wave: [N] float32 in [-1, 1], or int16 (scaled by 1/32768 wherever it is used).
         sample_rate_hz: its rate.
         report: what was changed on the way.
     """
@@ -186,12 +188,15 @@ class AudioClip:
     report: AudioReport
 
 
-def load(source: Source, config: AudioConfig | None = None, **overrides: Any) -> AudioClip:
+def load(
+    source: Source, config: AudioConfig | None = None, name: str | None = None, **overrides: Any
+) -> AudioClip:
     """Read one file (or bytes, or a binary file object) as mono audio at one rate.
 
     Args:
         source: path, bytes of a file, or a seekable binary file object.
         config: rate, limits and what to do with files that are not as expected.
+        name: how messages name it; its path or kind by default.
         **overrides: settings of `AudioConfig`, by name.
 
     Raises:
@@ -207,10 +212,53 @@ def load(source: Source, config: AudioConfig | None = None, **overrides: Any) ->
     >>> load(file.getvalue()).wave.shape
     torch.Size([16000])
     """
-    config = (config or AudioConfig()).replace(**overrides)
-    name = source_name(source)
+    config = config or AudioConfig()
+    if overrides:
+        config = config.replace(**overrides)
+    name = source_name(source) if name is None else name
     report = AudioReport(clips=1)
     samples, rate_hz, subtype = _decode(source, name, config, report)  # [N, channels]
+    return _finished(samples, rate_hz, subtype, name, config, report)
+
+
+def from_samples(samples: np.ndarray, rate_hz: int, name: str, config: AudioConfig) -> AudioClip:
+    """What `load` makes of int16 samples [N] that lie in memory already.
+
+    Args:
+        samples: [N] int16.
+        rate_hz: their rate.
+        name: for messages.
+        config: rate, limits and what to do with clips that are not as expected.
+
+    Raises:
+        AudioError: one of its subclasses.
+    """
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise AudioDecodeError(
+            name, f"claims {rate_hz} Hz: expected {MIN_RATE_HZ} to {MAX_RATE_HZ}"
+        )
+    if not samples.shape[0]:
+        raise AudioEmptyError(name, "holds no samples; record it again or drop it")
+    _check_limits(name, samples.shape[0], 1, rate_hz, config)
+    report = AudioReport(clips=1)
+    return _finished(_as_asked(samples, rate_hz, config), rate_hz, "PCM_16", name, config, report)
+
+
+def _as_asked(samples: np.ndarray, rate_hz: int, config: AudioConfig) -> np.ndarray:
+    """int16 samples [N] as [N, 1]; in float32 if that is asked for, or if they will be resampled."""
+    if config.dtype == "float32" or config.sample_rate_hz not in (None, rate_hz):
+        samples = samples.astype(np.float32) * np.float32(1.0 / 32768.0)
+    return samples[:, None]
+
+
+def _finished(
+    samples: np.ndarray,  # [N, channels]
+    rate_hz: int,
+    subtype: str,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+) -> AudioClip:
     samples = _check_samples(samples, name, subtype, config, report)
     wave = _to_mono(samples, name, config, report)
     wave, rate_hz = _to_rate(wave, rate_hz, name, config, report)
@@ -262,6 +310,17 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, ReadAt, int]]:
         finally:
             os.close(handle)
         return
+    if isinstance(source, bytes) and hasattr(os, "memfd_create"):
+        # libsndfile reads a file by itself; from a Python object it calls back every few kilobytes
+        handle = os.memfd_create("ast_fast-clip", os.MFD_CLOEXEC)
+        try:
+            place = 0
+            while place < len(source):
+                place += os.pwrite(handle, memoryview(source)[place:], place)
+            yield handle, lambda offset, count: source[offset : offset + count], len(source)
+        finally:
+            os.close(handle)
+        return
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     begin = file.tell()
     size = file.seek(0, os.SEEK_END) - begin
@@ -288,6 +347,9 @@ def _decode(
         missing = missing_audio(read_at, size)
         if missing is not None:
             _truncated(name, missing, config, report)
+        own = _decode_flac(read_at, size, config)
+        if own is not None:
+            return own
         try:
             target = handle() if callable(handle) else handle
             with soundfile.SoundFile(target, closefd=False) as file:
@@ -309,6 +371,24 @@ def _decode(
             raise AudioDecodeError(name, f"cannot be decoded: {error}") from error
 
 
+def _decode_flac(
+    read_at: ReadAt, size: int, config: AudioConfig
+) -> tuple[np.ndarray, int, str] | None:
+    """A mono FLAC file of 16 bits; None if it is anything else, damaged, or beyond the limits."""
+    info = flac.stream_info(read_at(0, flac.HEAD_BYTES))
+    if info is None or size > config.max_decoded_bytes:
+        return None
+    rate_hz, samples, _ = info
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        return None
+    if samples > min(config.max_seconds * rate_hz, config.max_decoded_bytes / 4):
+        return None
+    decoded = flac.decode(read_at(0, size))
+    if decoded is None:
+        return None
+    return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
+
+
 def _read(
     file: Any, name: str, config: AudioConfig, report: AudioReport
 ) -> tuple[np.ndarray, int, str]:
@@ -319,7 +399,7 @@ def _read(
         )
     if not 1 <= channels <= _MAX_CHANNELS:
         raise AudioDecodeError(name, f"has {channels} channels: expected 1 to {_MAX_CHANNELS}")
-    whole = config.dtype == "int16" and file.subtype == "PCM_16" and channels == 1
+    whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
     blocks, total = [], 0
     while True:
@@ -329,6 +409,8 @@ def _read(
         blocks.append(block)
         total += len(block)
         _check_limits(name, total, channels, rate_hz, config)
+        if total == promised:
+            break
     if not total:
         raise AudioEmptyError(name, "holds no samples (header only); record it again or drop it")
     if total < promised < 1 << 40:  # beyond: unknown length
@@ -382,7 +464,9 @@ def _check_samples(
 ) -> np.ndarray:
     """Refuse or zero NaN and Inf; note clipping."""
     if samples.dtype == np.int16:
-        at_full_scale = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
+        at_full_scale = 0
+        if samples.max() == 32767 or samples.min() == -32768:  # rare: two quick passes, not four
+            at_full_scale = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
     else:
         finite = np.isfinite(samples)
         bad = samples.size - int(np.count_nonzero(finite))

@@ -1,4 +1,4 @@
-"""The command `ast-fast`: demo, train, eval, tag, listen, verify, bench, convert, doctor.
+"""The command `ast-fast`: demo, train, eval, tag, listen, prepare, verify, bench, convert, doctor.
 
 Only the arguments live here, so that `--help` answers without loading PyTorch; the work is in
 `commands`. A mistake of the user is one line on standard error and exit status 2; `--debug` shows
@@ -57,12 +57,12 @@ def train(
     set_: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")] = (),
     resume: bool = False,
 ) -> int:
-    """Train on a manifest (.csv, .jsonl, .json) or a folder per class.
+    """Train on a manifest (.csv, .jsonl, .json), a folder per class, or a folder of tar shards.
 
     Args:
-        data: manifest or folder to train on.
+        data: manifest, folder or shards to train on.
         run: folder for checkpoints, log and the trained model.
-        eval_data: manifest or folder to evaluate on after each epoch.
+        eval_data: what to evaluate on after each epoch, of the same kinds.
         holdout: share of the clips to evaluate on if eval_data is not given; 0 for none.
         root: folder that the paths of manifests start from (default: the manifest's folder).
         labels: class_labels_indices.csv or a list of names, in the order of the classes.
@@ -88,10 +88,10 @@ def evaluate(
     json: Path | None = None,
     per_class: Path | None = None,
 ) -> int:
-    """Evaluate a model on a manifest or a folder per class.
+    """Evaluate a model on a manifest, a folder per class, or a folder of tar shards.
 
     Args:
-        data: manifest or folder.
+        data: manifest, folder or shards.
         model: pretrained directory, file or hub id.
         root: folder that the paths of a manifest start from.
         labels: class_labels_indices.csv or a list of names; default: the model's own.
@@ -173,6 +173,33 @@ def listen(
     )
 
 
+def prepare(
+    data: Path,
+    out: Path,
+    root: Path | None = None,
+    labels: Path | None = None,
+    encoding: Literal["s16", "flac"] = "s16",
+    sample_rate_hz: int = 16000,
+    shard_mb: int = 512,
+    resume: bool = False,
+) -> int:
+    """Write clips as tar shards of 16-bit samples, which are read several times faster than FLAC.
+
+    Args:
+        data: manifest, folder per class, or other shards.
+        out: folder for the shards and their index.
+        root: folder that the paths of a manifest start from.
+        labels: class_labels_indices.csv or a list of names, in the order of the classes.
+        encoding: s16 for raw samples, flac for about half the size and more work to read.
+        sample_rate_hz: rate of the stored samples: the model's.
+        shard_mb: size of a shard in megabytes.
+        resume: go on after an interruption.
+    """
+    from . import commands
+
+    return commands.prepare(data, out, root, labels, encoding, sample_rate_hz, shard_mb, resume)
+
+
 def verify(
     device: str | None = None,
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
@@ -230,6 +257,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": evaluate,
     "tag": tag,
     "listen": listen,
+    "prepare": prepare,
     "verify": verify,
     "convert": convert,
     "doctor": doctor,

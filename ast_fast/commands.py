@@ -17,16 +17,18 @@ import torch
 from . import __version__, backend, hub
 from .audio import AudioReport
 from .config import AudioConfig, ModelConfig, MonitorConfig
-from .data import AudioDataset, Collate
+from .data import ClipSet, Collate, class_counts, write_shards
 from .data.manifest import safe_cell
+from .data.shard_writer import Encoding
 from .frontend import log_mel_features
 from .inference import Activation, Failure, class_names, load_model
 from .inference import tag as tag_files
 from .labels import read_labels
 from .models.ast import ASTModel
-from .train_command import read_data, say, say_figures
+from .train_command import dataset_of, read_data, say, say_figures
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
+from .training.logs import Progress
 
 
 def demo(run: Path, seed: int, epochs: int | None, resume: bool, compare_training: bool) -> int:
@@ -76,9 +78,8 @@ def evaluate(
     names = class_names(network, table.names if table else None)
     if table is None and network.labels is None:
         raise ValueError(f"model {model!r} has no class names: give --labels")
-    manifest = read_data(data, root, names, table)
     rate = network.frontend_config.sample_rate_hz
-    dataset = AudioDataset(manifest, AudioConfig(sample_rate_hz=rate))
+    dataset = dataset_of(read_data(data, root, names, table), AudioConfig(sample_rate_hz=rate))
     row = _check(network, dataset) if check else None
     result = run_evaluation(
         network, dataset, batch_size=batch_size, multi_label=multi_label, progress=True
@@ -94,10 +95,41 @@ def evaluate(
         with per_class.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("class", "average_precision" if multi_label else "accuracy", "clips"))
-            for name, value, count in zip(
-                names, result.per_class, manifest.class_counts(), strict=True
-            ):
+            counts = class_counts(dataset.labels, len(names))
+            for name, value, count in zip(names, result.per_class, counts, strict=True):
                 writer.writerow((safe_cell(name), f"{value:.6f}", count))
+    return 0
+
+
+def prepare(
+    data: Path,
+    out: Path,
+    root: Path | None,
+    labels: Path | None,
+    encoding: Encoding,
+    sample_rate_hz: int,
+    shard_mb: int,
+    resume: bool,
+) -> int:
+    """See `cli.prepare`."""
+    clips = read_data(data, root, None, read_labels(labels) if labels else None)
+    dataset = dataset_of(clips, AudioConfig(sample_rate_hz=sample_rate_hz))
+    bar = Progress(len(dataset), title="shards")
+    try:
+        report = write_shards(
+            dataset,
+            out,
+            encoding=encoding,
+            shard_bytes=shard_mb * 10**6,
+            resume=resume,
+            on_clip=bar.step,
+        )
+    finally:
+        bar.close()
+    say(f"files: {report.summary()}")
+    for note in report.notes:
+        say(f"  {note}")
+    say(f"shards: {out}")
     return 0
 
 
@@ -105,7 +137,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _check(model: ASTModel, dataset: AudioDataset) -> dict[str, Any] | None:
+def _check(model: ASTModel, dataset: ClipSet) -> dict[str, Any] | None:
     """The monitor on the first clips that can be read; raises if the fast path is over budget."""
     from .equivalence import EquivalenceMonitor
 

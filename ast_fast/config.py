@@ -82,7 +82,8 @@ class AudioConfig(Config):
     non_finite: Literal["error", "zero"] = "error"  # NaN and Inf in a float file
     truncated: Literal["error", "keep"] = "error"  # less audio than the header promises
     min_ms: float = 25.0  # shorter clips are padded with zeros to this: one window
-    dtype: Literal["float32", "int16"] = "float32"
+    # auto: int16 where the file holds nothing finer (the same values to the bit), else float32
+    dtype: Literal["float32", "int16", "auto"] = "float32"
     max_seconds: float = 3600.0
     max_decoded_bytes: int = 2 << 30
 
@@ -99,7 +100,7 @@ class AudioConfig(Config):
             ("channels", ("mean", "first", "error")),
             ("non_finite", ("error", "zero")),
             ("truncated", ("error", "keep")),
-            ("dtype", ("float32", "int16")),
+            ("dtype", ("float32", "int16", "auto")),
         ):
             value = getattr(self, name)
             check(value in allowed, f"{name}={value!r}: expected one of {', '.join(allowed)}")

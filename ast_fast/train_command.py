@@ -12,7 +12,16 @@ import torch
 
 from .audio import AudioReport
 from .config import AudioConfig, LogMelConfig
-from .data import AudioDataset, Collate, Manifest, read_folder, read_manifest
+from .data import (
+    AudioDataset,
+    ClipSet,
+    Collate,
+    Manifest,
+    ShardSet,
+    is_shards,
+    read_folder,
+    read_manifest,
+)
 from .frontend import log_mel_features
 from .labels import LabelSet, read_labels
 from .models.ast import ASTModel
@@ -20,6 +29,7 @@ from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
 from .training.recipe import read_config
 
+Data = Manifest | ShardSet
 _MEASURED_CLIPS = 500  # enough for mean and std to the second digit
 
 
@@ -49,7 +59,7 @@ def train(
         plan = json.loads(plan_file.read_text(encoding="utf-8"))
     else:
         if data is None:
-            raise ValueError("--data is missing: expected a manifest or a folder per class")
+            raise ValueError("--data is missing: expected a manifest, a folder per class or shards")
         settings = read_config(config, overrides)
         plan = {
             "data": str(data.resolve()),
@@ -60,23 +70,23 @@ def train(
             "settings": settings.to_dict(),
         }
     settings = RunConfig.from_dict(plan["settings"])
-    train_manifest, eval_manifest = _read_plan(plan, settings.train.seed)
+    train_data, held_data = _read_plan(plan, settings.train.seed)
     torch.manual_seed(settings.train.seed)
-    model, audio = _build(settings, train_manifest)
+    model, audio = _build(settings, train_data)
     trainer = Trainer(
         model,
-        AudioDataset(train_manifest, audio),
+        dataset_of(train_data, audio),
         settings.train,
         run,
-        eval_set=None if eval_manifest is None else AudioDataset(eval_manifest, audio),
+        eval_set=None if held_data is None else dataset_of(held_data, audio),
         resume=resume,
     )
     if not resume:
         partial = plan_file.with_name(".run.json.partial")
         partial.write_text(json.dumps(plan, indent=1), encoding="utf-8")
         partial.replace(plan_file)
-    counts = f"{len(train_manifest)} clips of {len(train_manifest.classes)} classes"
-    held = "none" if eval_manifest is None else str(len(eval_manifest))
+    counts = f"{len(train_data)} clips of {len(train_data.classes)} classes"
+    held = "none" if held_data is None else str(len(held_data))
     where = f"step {trainer.step} of {trainer.total_steps}"
     say(f"{counts} to train on, {held} to evaluate on; {where}; log in {run / 'log.jsonl'}")
     try:
@@ -93,14 +103,14 @@ def train(
     return 0
 
 
-def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Manifest, Manifest | None]:
+def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
     root = plan["root"] and Path(plan["root"])
     table = read_labels(plan["labels"]) if plan["labels"] else None
-    manifest = read_data(Path(plan["data"]), root, None, table)
+    data = read_data(Path(plan["data"]), root, None, table)
     if plan["eval_data"]:
-        held = read_data(Path(plan["eval_data"]), root, manifest.classes, table)
-        return manifest, held
-    return _split(manifest, plan["holdout"], seed)
+        held = read_data(Path(plan["eval_data"]), root, data.classes, table)
+        return data, held
+    return _split(data, plan["holdout"], seed)
 
 
 def read_data(
@@ -108,28 +118,38 @@ def read_data(
     root: Path | None,
     classes: Sequence[str] | None,
     labels: LabelSet | None,
-) -> Manifest:
-    """A manifest from a file, or from a folder per class."""
+) -> Data:
+    """Clips and their labels, from a manifest, a folder per class, or tar shards."""
     if labels is not None:
         classes = labels.names
-    if path.is_dir():
-        return read_folder(path, classes=classes)
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist: expected a manifest or a folder")
+    if is_shards(path):
+        return ShardSet(path, classes=classes)
+    if path.is_dir():
+        return read_folder(path, classes=classes)
     aliases = None
     if labels is not None:
         aliases = {mid: index for index, mid in enumerate(labels.mids) if mid not in labels.names}
     return read_manifest(path, root=root, classes=classes, aliases=aliases)
 
 
-def _split(manifest: Manifest, share: float, seed: int) -> tuple[Manifest, Manifest | None]:
+def dataset_of(data: Data, audio: AudioConfig) -> ClipSet:
+    """The clips as a dataset."""
+    if audio.dtype == "float32":
+        # half the memory where a file holds 16 bits, and the same features to the bit
+        audio = audio.replace(dtype="auto")
+    return data.read_as(audio) if isinstance(data, ShardSet) else AudioDataset(data, audio)
+
+
+def _split(data: Data, share: float, seed: int) -> tuple[Data, Data | None]:
     """Training and evaluation part, drawn within each label set so that rare classes stay in both."""
     if not 0.0 <= share < 1.0:
         raise ValueError(f"holdout={share}: expected 0 (no evaluation) to below 1")
     if share == 0.0:
-        return manifest, None
+        return data, None
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index, labels in enumerate(manifest.labels):
+    for index, labels in enumerate(data.labels):
         groups.setdefault(labels, []).append(index)
     rng = random.Random(seed)
     held: list[int] = []
@@ -137,17 +157,17 @@ def _split(manifest: Manifest, share: float, seed: int) -> tuple[Manifest, Manif
         held += rng.sample(indices, round(share * len(indices)))
     if not held:
         raise ValueError(
-            f"holdout={share} of {len(manifest)} clips leaves none to evaluate on: give --eval-data, "
+            f"holdout={share} of {len(data)} clips leaves none to evaluate on: give --eval-data, "
             "a larger share, or --holdout 0"
         )
     out = set(held)
-    kept = [index for index in range(len(manifest)) if index not in out]
-    return manifest.select(kept), manifest.select(sorted(held))
+    kept = [index for index in range(len(data)) if index not in out]
+    return data.select(kept), data.select(sorted(held))
 
 
-def _build(settings: RunConfig, manifest: Manifest) -> tuple[Any, AudioConfig]:
+def _build(settings: RunConfig, data: Data) -> tuple[Any, AudioConfig]:
     """The model of a run, and how its files are read."""
-    classes, given = manifest.classes, settings.frontend
+    classes, given = data.classes, settings.frontend
     sizes: dict[str, Any] = {}
     if given is not None:
         sizes = {"input_fdim": given.num_mel_bins, "input_tdim": given.num_frames}
@@ -163,12 +183,12 @@ def _build(settings: RunConfig, manifest: Manifest) -> tuple[Any, AudioConfig]:
     front: LogMelConfig = given or model.frontend_config
     audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
     if settings.statistics == "measure":
-        front = _measured(front, AudioDataset(manifest, audio), settings.train.seed)
+        front = _measured(front, dataset_of(data, audio), settings.train.seed)
     model.frontend_config = front
     return model, audio
 
 
-def _measured(front: LogMelConfig, dataset: AudioDataset, seed: int) -> LogMelConfig:
+def _measured(front: LogMelConfig, dataset: ClipSet, seed: int) -> LogMelConfig:
     """The front end with mean and std of the energies of some clips, padding left out."""
     chosen = random.Random(seed).sample(range(len(dataset)), min(_MEASURED_CLIPS, len(dataset)))
     raw = front.replace(num_frames=None, mean=0.0, std=0.5)

@@ -19,6 +19,7 @@ PACKAGES = (
     "timm",
     "torchaudio",
     "kaldi-native-fbank",
+    "soundfile",
     "onnxruntime",
     "openvino",
 )

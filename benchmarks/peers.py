@@ -36,6 +36,8 @@ PEERS = {
     "timm": "timm's transformer blocks in the original AST's forward",
     "one thread": "ours on one thread, where ours takes two",
     "torchaudio": "torchaudio.compliance.kaldi.fbank, a clip at a time",
+    "soundfile": "decoding alone, no features",
+    "soundfile+torchaudio": "decoding and torchaudio's fbank, a clip at a time",
     "kaldi-native-fbank": "kaldi-native-fbank, a clip at a time",
     "onnxruntime": "the plain PyTorch AST exported to ONNX",
     "openvino": "the plain PyTorch AST converted to OpenVINO",

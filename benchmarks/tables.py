@@ -21,12 +21,13 @@ from .table import duration
 
 Content = dict[str, Any]
 
-_MEASURED = ("frontend", "attention", "patch_embed", "block", "inference", "training")
+_MEASURED = ("frontend", "path", "attention", "patch_embed", "block", "inference", "training")
 _FRONT_ENDS = ("torchaudio", "kaldi-native-fbank", "transformers")
 _MODELS = ("transformers", "transformers-compile", "timm", "onnxruntime", "openvino")
 # of each suite, the peers in a summary
 _PEERS = {
     "frontend": (*_FRONT_ENDS, "one thread"),
+    "path": ("soundfile", "soundfile+torchaudio", "torchaudio"),
     "attention": ("sdpa", "sdpa-padded", "varlen"),
     "block": ("torch",),
     "patch_embed": ("torch",),
@@ -34,12 +35,13 @@ _PEERS = {
     "training": _MODELS,
 }
 # suites whose cases are different things: a line each in a summary
-_DIVERSE = ("frontend", "attention", "block")
+_DIVERSE = ("frontend", "path", "attention", "block")
 # name of a table -> device type, suites, and the peers worth a line in a README
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-frontend": ("cpu", ("frontend",), (*_FRONT_ENDS, "one thread")),
     "cpu-frontend-avx2": ("cpu", ("frontend",), _FRONT_ENDS),
     "cpu-frontend-baseline": ("cpu", ("frontend",), _FRONT_ENDS),
+    "cpu-path": ("cpu", ("path",), ("soundfile", "soundfile+torchaudio", "torchaudio")),
     "cpu-models": ("cpu", ("inference", "training"), _MODELS),
     "cpu-attention": ("cpu", ("attention",), ("sdpa", "sdpa-padded", "loop")),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),

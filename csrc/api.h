@@ -143,6 +143,16 @@ struct LogMelArgs {
   int32_t threads;
 };
 
+struct FlacArgs {
+  const uint8_t* data;         // frames, the metadata before them left out
+  int64_t size;
+  int16_t* out;                // [samples]
+  int32_t* scratch;            // [most_samples]
+  int64_t samples;             // in all
+  int64_t most_samples;        // in a frame
+  bool* done;                  // false: not a stream that this decodes
+};
+
 // clang-format off
 #define AST_FOR_EACH_KERNEL(X)                     \
   X(layer_norm_forward, LayerNormArgs)             \
@@ -157,7 +167,8 @@ struct LogMelArgs {
   X(attention_forward, AttentionArgs)              \
   X(attention_backward, AttentionArgs)             \
   X(log_mel_forward, LogMelArgs)                   \
-  X(log_mel_backward, LogMelArgs)
+  X(log_mel_backward, LogMelArgs)                  \
+  X(flac_decode, FlacArgs)
 // clang-format on
 
 #define AST_JOIN_(isa, name) ast_fast_##isa##_##name

@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "api.h"
@@ -323,6 +324,19 @@ void log_mel_backward(const LogMelTablesOwner& owner, uintptr_t dy, uintptr_t wa
   call(kernels->log_mel_backward, a);
 }
 
+bool flac_decode(const py::bytes& file, int64_t begin, uintptr_t out, uintptr_t scratch, int64_t samples,
+                 int64_t most_samples) {
+  bool done = false;
+  const std::string_view bytes = file;
+  if (begin < 0 || begin > (int64_t)bytes.size()) return false;
+  FlacArgs a{};
+  a.data = (const uint8_t*)bytes.data() + begin, a.size = (int64_t)bytes.size() - begin;
+  a.out = at<int16_t>(out), a.scratch = at<int32_t>(scratch);
+  a.samples = samples, a.most_samples = most_samples, a.done = &done;
+  call(kernels->flac_decode, a);
+  return done;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -360,6 +374,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward", &attention_backward);
   m.def("log_mel_forward", &log_mel_forward);
   m.def("log_mel_backward", &log_mel_backward);
+  m.def("flac_decode", &flac_decode);
   py::class_<LogMelTablesOwner>(m, "LogMelTables")
       .def(py::init([](uintptr_t window, uintptr_t filters, int64_t window_samples, int64_t hop_samples, int64_t n_fft,
                        int64_t num_mel_bins, double preemphasis, bool remove_dc, double log_floor, bool magnitude,

@@ -7,19 +7,17 @@ says which file it was and why.
 from __future__ import annotations
 
 import dataclasses
-import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..audio import AudioError, AudioReport, load
 from ..config import AudioConfig, LogMelConfig
 from ..reference.mel import mel_sizes
 from .manifest import Manifest
-from .sampler import BatchSampler
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,6 +28,20 @@ class Clip:
     labels: tuple[int, ...]
     index: int
     report: AudioReport
+
+    @property
+    def length(self) -> int:
+        """Samples."""
+        return self.wave.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the samples: float32 or int16."""
+        return self.wave.dtype
+
+    def copy_to(self, row: Tensor) -> None:
+        """Put the samples into `row` [N], in its dtype; int16 becomes float32 by 1/32768."""
+        copy_wave(self.wave, row)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class Batch:
         wave: [B, N] float32 or int16; zeros after each clip's end.
         lengths: [B] int64, valid samples.
         targets: [B] int64 class indices, or [B, classes] float32 for multi-label sets.
-        indices: [B] int64, places in the dataset.
+        indices: [B] int64, places in the dataset, on the CPU.
         report: what reading changed, and what was skipped.
     """
 
@@ -61,27 +73,11 @@ class Batch:
     def __len__(self) -> int:
         return self.wave.shape[0]
 
-    def count_cut(self, front: LogMelConfig) -> None:
-        """Count in the report the clips of which the front end uses only the start."""
-        most = max_samples(front)
-        if most is not None:
-            self.report.cut += int((self.lengths > most).sum())
-
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("wave", "lengths", "targets", "indices")
-        }
+        """The same batch with its tensors on a device, but for `indices`."""
+        names = ("wave", "lengths", "targets")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the loader calls this by name)."""
-        pinned = {
-            name: getattr(self, name).pin_memory()
-            for name in ("wave", "lengths", "targets", "indices")
-        }
-        return dataclasses.replace(self, **pinned)
 
 
 def max_samples(front: LogMelConfig) -> int | None:
@@ -183,24 +179,78 @@ class WaveformDataset(Dataset[Any]):
         return Clip(self.waves[index], self.labels[index], index, AudioReport(clips=1))
 
 
-class Collate:
-    """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets."""
+def copy_wave(wave: Tensor, row: Tensor) -> None:
+    """Copy samples; into float32 an int16 wave is scaled by 1/32768."""
+    row.copy_(wave)
+    if wave.dtype == torch.int16 and row.is_floating_point():
+        row.mul_(1.0 / 32768.0)
 
-    def __init__(self, num_classes: int, multi_label: bool = False) -> None:
+
+class Waveform(Protocol):
+    """A clip as batches are made of: a `Clip`, or one that lies in a worker's memory."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Class indices."""
+
+    @property
+    def index(self) -> int:
+        """Its number in the dataset."""
+
+    @property
+    def report(self) -> AudioReport:
+        """What reading it changed."""
+
+    @property
+    def length(self) -> int:
+        """Samples."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the samples."""
+
+    def copy_to(self, row: Tensor) -> None:
+        """Put the samples into `row` [N], in its dtype."""
+
+
+Allocate = Callable[[int, int, torch.dtype], Tensor]  # (rows, columns, dtype) -> [rows, columns]
+
+
+def _allocate(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype)
+
+
+class Collate:
+    """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets.
+
+    Clips longer than `most_samples` are counted as cut, as the front end uses only their start.
+    """
+
+    def __init__(
+        self, num_classes: int, multi_label: bool = False, most_samples: int | None = None
+    ) -> None:
         self.num_classes = num_classes
         self.multi_label = multi_label
+        self.most_samples = most_samples
 
-    def __call__(self, items: Sequence[Clip | Skip]) -> Batch:
-        """Pad the clips to the longest; places that could not be read stay out and are counted."""
+    def __call__(self, items: Sequence[Waveform | Skip], allocate: Allocate = _allocate) -> Batch:
+        """Pad the clips to the longest; places that could not be read stay out and are counted.
+
+        The batch is int16 if every clip is, and float32 otherwise.
+        """
         report = AudioReport()
         for item in items:
             report.merge(item.report)
-        clips = [item for item in items if isinstance(item, Clip)]
-        lengths = [clip.wave.shape[0] for clip in clips]
-        dtype = clips[0].wave.dtype if clips else torch.float32
-        wave = torch.zeros(len(clips), max(lengths, default=0), dtype=dtype)
-        for row, clip in zip(wave, clips, strict=True):
-            row[: clip.wave.shape[0]] = clip.wave
+        clips = [item for item in items if not isinstance(item, Skip)]
+        lengths = [clip.length for clip in clips]
+        if self.most_samples is not None:
+            report.cut += sum(length > self.most_samples for length in lengths)
+        whole = bool(clips) and all(clip.dtype == torch.int16 for clip in clips)
+        dtype = torch.int16 if whole else torch.float32
+        wave = allocate(len(clips), max(lengths, default=0), dtype)
+        for row, clip, length in zip(wave, clips, lengths, strict=True):
+            clip.copy_to(row[:length])
+            row[length:].zero_()
         if self.multi_label:
             targets = torch.zeros(len(clips), self.num_classes)
             for row, clip in zip(targets, clips, strict=True):
@@ -220,29 +270,3 @@ class Collate:
             torch.tensor([clip.index for clip in clips], dtype=torch.int64),
             report,
         )
-
-
-def make_loader(
-    dataset: ClipSet,
-    sampler: BatchSampler,
-    *,
-    multi_label: bool = False,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader[Any]:
-    """A loader over the rest of the sampler's epoch."""
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=sampler,
-        collate_fn=Collate(len(dataset.classes), multi_label),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_quiet_worker,
-    )
-
-
-def _quiet_worker(_: int) -> None:
-    # OpenMP in a forked process hangs with more than one thread
-    torch.set_num_threads(1)
-    # Ctrl-C is the main process's to handle: it saves its state, then ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,7 +59,8 @@ class Manifest:
             ManifestError: the file lies outside the root by way of a link.
         """
         path = self.root / self.paths[index]
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        root = _real(self.root)
+        if not os.path.realpath(path).startswith(root if root.endswith(os.sep) else root + os.sep):
             raise ManifestError(
                 f"{self.source}, line {self.lines[index]}: {self.paths[index]!r} is a link that "
                 f"leaves the root {str(self.root)!r}; copy the file into it"
@@ -73,14 +75,6 @@ class Manifest:
             labels=[self.labels[i] for i in indices],
             lines=[self.lines[i] for i in indices],
         )
-
-    def class_counts(self) -> list[int]:
-        """Clips that carry each class."""
-        counts = [0] * len(self.classes)
-        for labels in self.labels:
-            for label in labels:
-                counts[label] += 1
-        return counts
 
 
 def read_manifest(
@@ -150,6 +144,12 @@ def read_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None =
         for file in audio_files(root / name)
     )
     return _collect(rows, root, root, classes, None, False)
+
+
+@functools.lru_cache(maxsize=64)
+def _real(root: Path) -> str:
+    """The root with its links followed, looked up once and not for every clip."""
+    return os.path.realpath(root)
 
 
 def audio_files(folder: Path) -> list[Path]:

@@ -123,14 +123,19 @@ class BatchSampler:
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
 
 
+def class_counts(labels: Sequence[Sequence[int]], num_classes: int) -> list[int]:
+    """Clips that carry each class."""
+    counts = [0] * num_classes
+    for clip in labels:
+        for label in clip:
+            counts[label] += 1
+    return counts
+
+
 def balanced_weights(labels: Sequence[Sequence[int]], num_classes: int) -> list[float]:
     """Weight of each clip for class-balanced sampling, as the original AST has them.
 
     A class of n clips weighs 1000 / (n + 0.01); a clip weighs the sum over its labels.
     """
-    counts = [0] * num_classes
-    for clip in labels:
-        for label in clip:
-            counts[label] += 1
-    weight = [1000.0 / (count + 0.01) for count in counts]
+    weight = [1000.0 / (count + 0.01) for count in class_counts(labels, num_classes)]
     return [sum(weight[label] for label in clip) for clip in labels]

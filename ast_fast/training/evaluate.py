@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..audio import AudioReport
-from ..data.dataset import ClipSet, make_loader
-from ..data.sampler import BatchSampler
+from ..data.dataset import ClipSet, max_samples
+from ..data.feeder import Feeder
+from ..data.shard_sampler import sampler_for
 from .logs import Progress
 from .metrics import Metrics
 
@@ -75,20 +76,26 @@ def evaluate(
     model.eval()
     metrics = Metrics(len(dataset.classes), multi_label)
     report = AudioReport()
-    sampler = BatchSampler(len(dataset), batch_size, shuffle=False)
-    loader = make_loader(dataset, sampler, multi_label=multi_label, num_workers=num_workers)
+    sampler = sampler_for(dataset, batch_size, shuffle=False)
+    feeder = Feeder(
+        dataset,
+        sampler,
+        multi_label=multi_label,
+        device=device,
+        most_samples=max_samples(model.frontend_config),
+        num_workers=num_workers,
+    )
     bar = Progress(len(sampler), title="evaluation", enabled=progress)
     try:
-        for batch in loader:
-            batch.count_cut(model.frontend_config)
+        for batch, _ in feeder:
             report.merge(batch.report)
             if len(batch):
-                batch = batch.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model.forward_waveform(batch.wave, batch.lengths)
                 metrics.update(logits, batch.targets)
             bar.step()
     finally:
+        feeder.close()
         bar.close()
         model.train(was_training)
     return Evaluation(

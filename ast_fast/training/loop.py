@@ -25,8 +25,11 @@ from torch import Tensor, nn
 from .._optional import require_package
 from ..audio import AudioReport
 from ..config import ModelConfig, TrainConfig
-from ..data.dataset import Batch, ClipSet, make_loader
-from ..data.sampler import BatchSampler, balanced_weights
+from ..data.dataset import Batch, ClipSet, max_samples
+from ..data.feeder import Feeder, FeedStats
+from ..data.sampler import balanced_weights
+from ..data.shard_sampler import sampler_for
+from ..data.transfer import Fed
 from ..frontend import log_mel_features
 from ..hub import CheckpointError, read_weights
 from .augment import augment_features, augment_waveforms, clip_seeds, mixup
@@ -109,8 +112,8 @@ class Trainer:
             self.fabric.launch()
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
         self.model: Any = _with_problem_type(model, self.multi_label)
-        self._sampler = BatchSampler(
-            len(train_set),
+        self._sampler = sampler_for(
+            train_set,
             config.batch_size,
             seed=config.seed,
             weights=balanced_weights(train_set.labels, len(train_set.classes))
@@ -142,6 +145,7 @@ class Trainer:
         self._said = ""
         self._epoch_clips = 0
         self._stop = False
+        self._feature_step = 0
         self._progress_wanted = progress and self.fabric.is_global_zero
         self._store = CheckpointStore(
             self.run_dir / "checkpoints", config.keep_checkpoints, self.fabric.is_global_zero
@@ -179,11 +183,13 @@ class Trainer:
         log = RunLog(self.run_dir / "log.jsonl", self.step) if self.fabric.is_global_zero else None
         bar = Progress(self.total_steps, self.step, "training", self._progress_wanted)
         self._evaluation: Evaluation | None = None
+        feeder = self._feeder()
         try:
             with _stop_signals(self._request_stop):
                 while self._sampler.epoch < self.config.epochs:
-                    self._run_epoch(log, bar)
+                    self._run_epoch(feeder, log, bar)
         finally:
+            feeder.close()
             bar.close()
             if log is not None:
                 log.close()
@@ -192,21 +198,27 @@ class Trainer:
             self._evaluation = self._evaluate()
         return self._evaluation
 
-    def _run_epoch(self, log: RunLog | None, bar: Progress) -> None:
-        config, epoch = self.config, self._sampler.epoch
-        self._wrapped.train()
-        loader = make_loader(
+    def _feeder(self) -> Feeder:
+        return Feeder(
             self.train_set,
             self._sampler,
             multi_label=self.multi_label,
-            num_workers=config.num_workers,
-            pin_memory=self.fabric.device.type == "cuda",
+            device=self.fabric.device,
+            transform=self._features,
+            most_samples=max_samples(self.model.frontend_config),
+            num_workers=self.config.num_workers,
         )
+
+    def _run_epoch(self, feeder: Feeder, log: RunLog | None, bar: Progress) -> None:
+        config, epoch = self.config, self._sampler.epoch
+        self._wrapped.train()
         started, clips = time.perf_counter(), 0
-        for batch in loader:
-            batch.count_cut(self.model.frontend_config)
+        self._feature_step = self.step
+        feeder.stats = FeedStats()
+        for fed in feeder:
+            batch = fed.batch
             self.audio_report.merge(batch.report)
-            values = self._train_step(batch, log) if len(batch) or config.devices > 1 else {}
+            values = {} if fed.features is None else self._train_step(fed, log)
             clips += len(batch)
             self._epoch_clips += len(batch)
             self.step += 1
@@ -215,23 +227,31 @@ class Trainer:
             bar.step(**shown)
             if log is not None and values and self.step % config.log_every == 0:
                 rate = clips / (time.perf_counter() - started)
-                log.write("step", self.step, epoch=epoch, clips_per_second=rate, **values)
+                log.write(
+                    "step",
+                    self.step,
+                    epoch=epoch,
+                    clips_per_second=rate,
+                    wait_share=feeder.stats.wait_share,
+                    **values,
+                )
             last = self._sampler.epoch > epoch
             if not last and self._should_stop():
                 self._save()
                 raise TrainingInterrupted(self.run_dir, self.step)
             if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
                 self._save()
-        self._end_epoch(epoch, time.perf_counter() - started, log, bar)
+        said = f"{time.perf_counter() - started:.1f} s, {feeder.stats.summary()}"
+        self._end_epoch(epoch, said, log, bar)
 
-    def _end_epoch(self, epoch: int, seconds: float, log: RunLog | None, bar: Progress) -> None:
+    def _end_epoch(self, epoch: int, said: str, log: RunLog | None, bar: Progress) -> None:
         if not self._epoch_clips:
             raise TrainingError(
                 f"no clip of the training set could be read: {self.audio_report.summary()}"
             )
         self._epoch_clips = 0
         best = False
-        text = f"epoch {epoch + 1} of {self.config.epochs}: {seconds:.1f} s"
+        text = f"epoch {epoch + 1} of {self.config.epochs}: {said}"
         if self.eval_set is not None:
             self._evaluation = self._evaluate()
             figures = self._evaluation.figures
@@ -263,13 +283,13 @@ class Trainer:
             bfloat16=self.config.precision == "bfloat16",
         )
 
-    def _train_step(self, batch: Batch, log: RunLog | None) -> dict[str, float]:
-        config = self.config
+    def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
+        config, batch = self.config, fed.batch
+        features, targets = fed.features
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * rate_factor(
                 self.step, self.total_steps, config.warmup_steps, config.schedule
             )
-        features, targets = self._features(batch)
         loss_fn = self._loss_function(targets)
         if self._monitor is not None and self._monitor.due(self.step) and len(batch):
             row = self._monitor.step(features, loss_fn, step=self.step)
@@ -294,11 +314,16 @@ class Trainer:
         return {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
 
     @torch.no_grad()
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Augmented log-mel [B, S, F] and targets of a batch, on the device."""
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Augmented log-mel [B, S, F] and targets of a batch on the device; None: nothing to do.
+
+        May run ahead of the steps, but always in their order.
+        """
+        step, self._feature_step = self._feature_step, self._feature_step + 1
+        if not len(batch) and self.config.devices == 1:
+            return None
         # by clip rather than by process: the same on every device and over any number of them
-        seeds = clip_seeds(self.config.seed, self.step, batch.indices, len(self.train_set))
-        batch = batch.to(self.fabric.device)
+        seeds = clip_seeds(self.config.seed, step, batch.indices, len(self.train_set))
         placed, settings = seeds.to(self.fabric.device), self.config.augment
         wave = augment_waveforms(batch.wave, batch.lengths, settings, placed)
         targets = batch.targets

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from ..case import Case, Settings
 
 # most important first: the order in which a limited run takes them
-SUITES = ("attention", "training", "inference", "block", "frontend", "patch_embed", "decisions")
+SUITES = (
+    "attention",
+    "training",
+    "inference",
+    "block",
+    "frontend",
+    "path",
+    "patch_embed",
+    "decisions",
+)
 
 
 def names(text: str) -> tuple[str, ...]:

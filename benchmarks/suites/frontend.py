@@ -51,12 +51,13 @@ def _oracle(frames: int | None, normalise: bool):  # type: ignore[no-untyped-def
     def compute(inputs: Inputs) -> tuple[Tensor]:
         wave = inputs["wave"][:2].cpu()
         wave = wave.double() / (32768.0 if wave.dtype == torch.int16 else 1.0)
-        return (_reference(wave, frames, normalise),)
+        return (reference_features(wave, frames, normalise),)
 
     return compute
 
 
-def _reference(wave: Tensor, frames: int | None, normalise: bool) -> Tensor:
+def reference_features(wave: Tensor, frames: int | None, normalise: bool) -> Tensor:
+    """The plain twin of [B, N] in its own dtype: to `frames` if given, normalised for AudioSet if asked."""
     mel = need("ast_fast.reference.mel")
     tables = mel.mel_tables()
     mean, std = _statistics(normalise)
@@ -124,7 +125,7 @@ def _extractor(inputs: list[Inputs]) -> Run:
 def _compiled(frames: int | None, normalise: bool):  # type: ignore[no-untyped-def]
     def prepare(inputs: list[Inputs]) -> Run:
         def plain(wave: Tensor) -> tuple[Tensor]:
-            return (_reference(wave, frames, normalise),)
+            return (reference_features(wave, frames, normalise),)
 
         return forward_run(compiled(plain), inputs)
 
@@ -186,7 +187,7 @@ def _case(
     written = frames or 1 + (samples - 400) // 160
 
     def batched(wave: Tensor) -> tuple[Tensor]:
-        return (_reference(wave, frames, normalise),)
+        return (reference_features(wave, frames, normalise),)
 
     candidates = [
         Candidate(settings.ours, lambda inputs: forward_run(_ours(frames, normalise), inputs)),

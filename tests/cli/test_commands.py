@@ -184,6 +184,37 @@ def test_fine_tuning_starts_from_a_saved_model(place, capsys, tmp_path):
     )
 
 
+@pytest.mark.parametrize("encoding", ["s16", "flac"])
+def test_shards_are_written_trained_on_and_evaluated_as_the_files_are(
+    place, capsys, tmp_path, encoding
+):
+    shards = tmp_path / "shards"
+    arguments = ("prepare", "--data", place / "data", "--out", shards, "--encoding", encoding)
+    assert run(*arguments) == 0
+    said = capsys.readouterr().out
+    assert "1 skipped (AudioDecodeError 1)" in said and "broken.wav" in said
+    assert len(list(shards.glob("*.tar"))) == 1 and (shards / "index.json").is_file()
+    assert run(*arguments) == 2 and "holds shards already" in capsys.readouterr().err
+
+    figures = []
+    for data in (place / "data", shards):
+        file = tmp_path / "e.json"
+        options = ("--model", place / "run" / "model", "--json", file)
+        assert run("eval", "--data", data, *options, "--per-class", tmp_path / "c.csv") == 0
+        figures.append(json.loads(file.read_text())["figures"])
+        capsys.readouterr()
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+    status = run(
+        *("train", "--data", shards, "--run", tmp_path / "run", "--config", place / "run.toml"),
+        *("--holdout", "0.25", "--set", "train.epochs=1", "--set", "train.num_workers=2"),
+        *("--set", "statistics=measure"),
+    )
+    assert status == 0
+    assert "24 clips of 2 classes to train on, 8 to evaluate on" in capsys.readouterr().out
+    assert ASTModel.from_pretrained(tmp_path / "run" / "model").labels == ("high", "low")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

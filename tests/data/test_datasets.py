@@ -10,9 +10,9 @@ from ast_fast.config import AudioConfig
 from ast_fast.data import (
     AudioDataset,
     BatchSampler,
+    Feeder,
     WaveformDataset,
     balanced_weights,
-    make_loader,
     read_folder,
     tone_datasets,
 )
@@ -31,7 +31,8 @@ def folder(tmp_path):
 
 
 def batches(dataset, sampler, **options):
-    return list(make_loader(dataset, sampler, **options))
+    with Feeder(dataset, sampler, **options) as feeder:
+        return [fed.batch for fed in feeder]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,393 @@
+"""Batches read ahead by workers, within a stated amount of memory, in an order that is always the same.
+
+Reading is cut into tasks: the files of one batch, or one block of a shard. The main process gives
+tasks out in the order in which batches need them, as far ahead as the memory allows, and makes each
+batch when its clips are there. Which worker read what, and how often it died, leaves no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from ..audio import AudioReport
+from .dataset import Batch, Clip, ClipSet, Collate, Skip
+from .sampler import BatchSampler
+from .shard_sampler import ShardSampler
+from .shards import ShardSet
+from .threads import InlineReader, ThreadWorkers
+from .transfer import Fed, on_side_stream
+from .workers import AudioCrashError, Items, ProcessWorkers, Result
+
+MAX_BYTES = 256 << 20
+_MAX_TASKS_AHEAD = 256
+
+Transform = Callable[[Batch], Any]
+
+
+@dataclasses.dataclass(slots=True)
+class FeedStats:
+    """What feeding cost since the feeder was made.
+
+    Attributes:
+        batches: given out.
+        clips: in them.
+        wait_s: seconds in which the consumer waited for data; transforms on the CPU not counted.
+        total_s: seconds between the first batch asked for and the last given, epoch by epoch.
+        workers_restarted: dead workers replaced.
+        peak_bytes: most that the samples of clips read ahead have held.
+    """
+
+    batches: int = 0
+    clips: int = 0
+    wait_s: float = 0.0
+    total_s: float = 0.0
+    workers_restarted: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def wait_share(self) -> float:
+        """Part of the time that went into waiting."""
+        return self.wait_s / self.total_s if self.total_s else 0.0
+
+    def summary(self) -> str:
+        """One line."""
+        text = f"waited {self.wait_s:.1f} s for data ({100 * self.wait_share:.1f} %)"
+        if self.workers_restarted:
+            text += f", {self.workers_restarted} loader workers died and were replaced"
+        return text
+
+
+class Feeder:
+    """Iterates over the rest of the sampler's epoch, one epoch after another with the same workers.
+
+    The sampler is only read: call its `step` for each batch used. Close the feeder when done, or use
+    it as a context manager.
+
+    Args:
+        dataset: files, waveforms or shards.
+        sampler: batches; a `ShardSampler` makes shards be read block by block.
+        multi_label: shape of the targets, see `Collate`.
+        device: where batches go; on CUDA they are copied and transformed on a stream of their own,
+            beside the consumer's work.
+        transform: makes features of a batch on its device, such as log-mel and augmentation.
+        most_samples: clips longer than this are counted as cut, see `max_samples`.
+        num_workers: processes (or threads) that read; 0 reads when a batch is asked for.
+        workers: "processes" survive what a decoder may do; "threads" are for decoders that let
+            other threads run.
+        max_bytes: samples read ahead, in all. What the next batch needs is read in any case.
+        max_restarts: workers replaced before a LoaderError ends the iteration.
+        prefetch: batches made ready on a CUDA device ahead of the consumer.
+
+    Attributes:
+        stats: what feeding cost.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipSet,
+        sampler: BatchSampler,
+        *,
+        multi_label: bool = False,
+        device: torch.device | str = "cpu",
+        transform: Transform | None = None,
+        most_samples: int | None = None,
+        num_workers: int = 0,
+        workers: Literal["processes", "threads"] = "processes",
+        max_bytes: int = MAX_BYTES,
+        max_restarts: int = 100,
+        prefetch: int = 2,
+    ) -> None:
+        if num_workers < 0 or max_bytes < 1 or prefetch < 1 or max_restarts < 0:
+            raise ValueError(
+                f"num_workers={num_workers}, max_bytes={max_bytes}, max_restarts={max_restarts}, "
+                f"prefetch={prefetch}: expected 0, 1, 0 and 1 or more"
+            )
+        if workers not in ("processes", "threads"):
+            raise ValueError(f"workers={workers!r}: expected processes or threads")
+        self.dataset, self.sampler = dataset, sampler
+        self.device, self.transform = torch.device(device), transform
+        self.stats = FeedStats()
+        self._collate = Collate(len(dataset.classes), multi_label, most_samples)
+        self._blocks = isinstance(sampler, ShardSampler) and isinstance(dataset, ShardSet)
+        self._read = _Reader(dataset, self._blocks)
+        self._num_workers, self._kind = num_workers, workers
+        self._max_bytes, self._max_restarts, self._prefetch = max_bytes, max_restarts, prefetch
+        self._pool: InlineReader | ProcessWorkers | None = None
+        self._finalizer: Any = None
+        self._restarts = 0
+        self._numbers = 0  # tasks numbered so far
+        # weak: the iteration holds the feeder, which must go when both are dropped
+        self._running: weakref.ref[Generator[Fed, None, None]] | None = None
+
+    def __len__(self) -> int:
+        """Batches left in the sampler's epoch."""
+        return len(self.sampler) - self.sampler.batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Fed]:
+        self._stop()
+        running = self._epoch()
+        self._running = weakref.ref(running)
+        return running
+
+    def close(self) -> None:
+        """End the workers and free what was read ahead; iterating again starts anew."""
+        self._stop()
+        if self._pool is not None:
+            self._count()
+            self._restarts += self._pool.restarts
+            self._finalizer.detach()
+            self._pool.close()
+            self._pool = None
+
+    @property
+    def worker_ids(self) -> list[int]:
+        """Process ids of the workers alive now."""
+        return list(self._pool.process_ids) if self._pool is not None else []
+
+    def _stop(self) -> None:
+        """End an iteration that its consumer left."""
+        running = self._running() if self._running is not None else None
+        self._running = None
+        if running is not None:
+            running.close()
+
+    def _count(self) -> None:
+        if self._pool is not None:
+            self.stats.workers_restarted = self._restarts + self._pool.restarts
+            self.stats.peak_bytes = max(self.stats.peak_bytes, self._pool.peak_bytes)
+
+    def _epoch(self) -> Generator[Fed, None, None]:
+        """Batches with the time that the consumer waited for each."""
+        batches: Generator[Fed, None, None]
+        if self.device.type == "cuda":
+            batches = on_side_stream(
+                self._items, self._collate, self.device, self.transform, self._prefetch
+            )
+        else:
+            batches = self._on_cpu()
+        started, before = time.perf_counter(), self.stats.total_s
+        try:
+            while True:
+                asked = time.perf_counter()
+                fed = next(batches, None)
+                if self.device.type == "cuda":
+                    self.stats.wait_s += time.perf_counter() - asked
+                if fed is None:
+                    return
+                self.stats.batches += 1
+                self.stats.clips += len(fed.batch)
+                self.stats.total_s = before + time.perf_counter() - started
+                self._count()
+                yield fed
+        finally:
+            self.stats.total_s = before + time.perf_counter() - started
+            batches.close()
+            self._count()
+
+    def _on_cpu(self) -> Generator[Fed, None, None]:
+        asked = time.perf_counter()
+        with contextlib.closing(self._items()) as source:
+            for items in source:
+                batch = self._collate(items)
+                self.stats.wait_s += time.perf_counter() - asked
+                yield Fed(batch, self.transform(batch) if self.transform is not None else None)
+                asked = time.perf_counter()
+
+    # ---- reading
+
+    def _items(self) -> Generator[Items, None, None]:
+        """The items of each batch; they may be used until the next is asked for."""
+        pool = self._open()
+        state = _Reading(pool, self._max_bytes)
+        finished = False
+        try:
+            steps = self._block_steps() if self._blocks else self._batch_steps()
+            yield from state.run(steps)
+            finished = True
+        except GeneratorExit:
+            finished = True
+            raise
+        finally:
+            if finished:
+                state.abandon()
+            else:  # an error: what the workers are at is not known
+                self._stop_pool()
+
+    def _open(self) -> InlineReader | ProcessWorkers:
+        if self._pool is None:
+            if self._num_workers == 0:
+                self._pool = InlineReader(self._read)
+            elif self._kind == "threads":
+                self._pool = ThreadWorkers(self._read, self._num_workers)
+            else:
+                self._pool = ProcessWorkers(
+                    self._read, self._num_workers, self._max_bytes, self._max_restarts
+                )
+            self._finalizer = weakref.finalize(self, self._pool.close)
+        return self._pool
+
+    def _stop_pool(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            self.stats.workers_restarted = self._restarts = self._restarts + pool.restarts
+            self._finalizer.detach()
+            pool.close()
+
+    def _batch_steps(self) -> Iterator[_Step]:
+        """A batch is one task."""
+        for indices in self.sampler:
+            number = self._numbers = self._numbers + 1
+            refs = [(number, place) for place in range(len(indices))]
+            yield _Step([(number, indices)], refs, [number])
+
+    def _block_steps(self) -> Iterator[_Step]:
+        """A task is a block, read before the first batch that needs it and kept until the last."""
+        assert isinstance(self.dataset, ShardSet)
+        block_of, blocks = self.dataset.block_of, self.dataset.blocks
+        batches = list(self.sampler)
+        last: dict[int, int] = {}
+        used = [block_of[np.asarray(indices)].tolist() for indices in batches]
+        for step, numbers in enumerate(used):
+            last.update(dict.fromkeys(numbers, step))
+        task_of: dict[int, int] = {}
+        for step, (indices, numbers) in enumerate(zip(batches, used, strict=True)):
+            new = []
+            for block in dict.fromkeys(numbers):
+                if block not in task_of:
+                    self._numbers += 1
+                    task_of[block] = self._numbers
+                    new.append((self._numbers, block))
+            refs = [
+                (task_of[block], index - blocks[block].first)
+                for index, block in zip(indices, numbers, strict=True)
+            ]
+            done = [block for block in dict.fromkeys(numbers) if last[block] == step]
+            yield _Step(new, refs, [task_of.pop(block) for block in done])
+
+
+class _Step(NamedTuple):
+    """A batch: tasks to be given out for it, its clips, and tasks that no later batch needs."""
+
+    new: list[tuple[int, Any]]  # number and payload
+    refs: list[tuple[int, int]]  # number and place
+    done: list[int]
+
+
+class _Reading:
+    """Tasks of one iteration: given out, in hand, used up."""
+
+    def __init__(self, pool: InlineReader | ProcessWorkers, max_bytes: int) -> None:
+        self._pool, self._max_bytes = pool, max_bytes
+        self._held: dict[int, Result] = {}
+        self._flying: set[int] = set()
+        self._waiting: deque[tuple[int, Any]] = deque()
+        self._held_bytes, self._largest = 0, 0
+
+    def run(self, steps: Iterator[_Step]) -> Generator[Items, None, None]:
+        """The items of each step, in order."""
+        ahead: deque[_Step] = deque()
+        while True:
+            self._give_out(steps, ahead)
+            if not ahead:
+                return
+            needed = {number for number, _ in ahead[0].refs}
+            while self._waiting and self._waiting[0][0] in needed:
+                self._submit()
+            while not needed <= self._held.keys():
+                self._take()
+                self._give_out(steps, ahead)
+            step = ahead.popleft()
+            yield [self._held[number].items[place] for number, place in step.refs]
+            for number in step.done:
+                self._release(number)
+
+    def abandon(self) -> None:
+        """Give back what is held and forget what is under way."""
+        self._pool.drop(self._flying)
+        for number in list(self._held):
+            self._release(number)
+
+    def _give_out(self, steps: Iterator[_Step], ahead: deque[_Step]) -> None:
+        """Submit tasks while memory and workers have room for them; look as far ahead as needed."""
+        while True:
+            while not self._waiting:
+                step = next(steps, None)
+                if step is None:
+                    return
+                ahead.append(step)
+                self._waiting.extend(step.new)
+            if not self._fits() or not self._pool.has_room():
+                return
+            self._submit()
+
+    def _fits(self) -> bool:
+        tasks = len(self._held) + len(self._flying)
+        # a task under way is reckoned at the largest seen
+        expected = self._held_bytes + (len(self._flying) + 1) * self._largest
+        return tasks < _MAX_TASKS_AHEAD and expected <= self._max_bytes
+
+    def _submit(self) -> None:
+        number, payload = self._waiting.popleft()
+        self._flying.add(number)
+        self._pool.submit(number, payload)
+
+    def _take(self) -> None:
+        for result in self._pool.wait():
+            self._flying.discard(result.task)
+            self._held[result.task] = result
+            self._held_bytes += result.num_bytes
+            self._largest = max(self._largest, result.num_bytes)
+
+    def _release(self, number: int) -> None:
+        result = self._held.pop(number)
+        self._held_bytes -= result.num_bytes
+        self._pool.release(result)
+
+
+class _Reader:
+    """What workers do: the items of a task, but for clips that have ended workers before."""
+
+    def __init__(self, dataset: ClipSet, blocks: bool) -> None:
+        self._dataset, self._blocks = dataset, blocks
+
+    def __call__(self, task: tuple[Any, frozenset[int]]) -> Iterator[Clip | Skip]:
+        payload, crashed = task
+        if self._blocks:
+            assert isinstance(self._dataset, ShardSet)
+            yield from self._dataset.read_block(payload, crashed, _crash)
+            return
+        for place, index in enumerate(payload):
+            yield self._dataset[index] if place not in crashed else _crash(self._name(index), index)
+
+    def _name(self, index: int) -> str:
+        paths = getattr(getattr(self._dataset, "manifest", None), "paths", None)
+        return f"clip {index}" if paths is None else repr(paths[index])
+
+
+def _crash(name: str, index: int) -> Skip:
+    report = AudioReport()
+    report.skip(
+        AudioCrashError(name, "ended the loader's process each time it was read; repair or drop it")
+    )
+    return Skip(index, report)

@@ -1,0 +1,240 @@
+"""Tar shards in webdataset's layout as a dataset: clips in big sequential reads, or any one of them.
+
+The members of a clip share its key and follow one another: `<key>.flac` (or another suffix of
+audio), or `<key>.s16`, raw 16-bit little-endian mono samples; `<key>.json` with `labels` and, for
+raw samples, `sample_rate_hz`; or `<key>.cls` with a class number. An index beside the shards says
+where each clip begins and what it is; shards of other makers are scanned once for it.
+
+A shard is read in blocks of a few megabytes. What is damaged costs the clips that it hits, each
+counted with shard and key; their neighbours are read all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..audio import SUFFIXES, AudioError, AudioReport, from_samples, load
+from ..config import AudioConfig
+from .dataset import Clip, Skip
+from .shard_index import MAX_JSON_BYTES, ShardIndex, open_index
+from .tar import Member, ShardError, members
+
+Skipped = Callable[[str, int], Skip]
+BLOCK_BYTES = 4 << 20  # read at a time: some 13 clips of 10 s raw, 20 of FLAC
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """Clips that are read together."""
+
+    shard: int
+    begin: int  # bytes in the shard
+    end: int
+    first: int  # number of the first clip
+    count: int
+
+
+class ShardSet(Dataset[Any]):
+    """The clips of a folder of shards (or of one shard), in the order they lie in.
+
+    Args:
+        path: folder with `*.tar`, or one tar file.
+        audio: how to read clips; by default int16 where a clip holds nothing finer.
+        classes: class names in order, for shards without an index; those found, sorted, otherwise.
+        block_bytes: read at a time.
+        strict: raise the AudioError of a bad clip rather than skip and count it.
+
+    Raises:
+        ManifestError: there are no shards, or the index does not fit them.
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        audio: AudioConfig | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        block_bytes: int = BLOCK_BYTES,
+        strict: bool = False,
+    ) -> None:
+        self._block_bytes, self.strict = block_bytes, strict
+        self._read_as(audio or AudioConfig(dtype="auto"))
+        self._take(open_index(Path(path), classes))
+
+    def _read_as(self, audio: AudioConfig) -> None:
+        if audio.sample_rate_hz is None:
+            raise ValueError("audio.sample_rate_hz is None: expected one rate for the whole set")
+        self.audio, self.sample_rate_hz = audio, audio.sample_rate_hz
+
+    def _take(self, index: ShardIndex) -> None:
+        self._index = index
+        self.classes, self.labels = index.classes, index.labels
+        self.blocks = _blocks(index, self._block_bytes)
+        # of each clip, for samplers and feeders
+        self.block_of = np.repeat(
+            np.arange(len(self.blocks)), [block.count for block in self.blocks]
+        )
+
+    def select(self, indices: Sequence[int]) -> ShardSet:
+        """Some of the clips, in the order they lie in, with the same classes."""
+        some = copy.copy(self)
+        some._take(self._index.select(sorted(indices)))
+        return some
+
+    def read_as(self, audio: AudioConfig) -> ShardSet:
+        """The same clips, read as `audio` says."""
+        same = copy.copy(self)
+        same._read_as(audio)
+        return same
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Clip | Skip:
+        """One clip by itself; `read_block` is the quick way to many."""
+        index = range(len(self))[index]
+        begin, end = self._bounds(index)
+        block = Block(int(self._index.shard_of[index]), begin, end, index, 1)
+        return next(self._read(block))
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        """The bytes of a clip in its shard."""
+        return int(self._index.begins[index]), int(self._index.ends[index])
+
+    def read_block(
+        self, number: int, leave_out: Collection[int] = (), skip: Skipped | None = None
+    ) -> Iterator[Clip | Skip]:
+        """The clips of a block, in order.
+
+        Args:
+            number: of the block.
+            leave_out: places in it that are not read; `skip` is called with name and number then.
+            skip: makes what stands for a clip left out.
+        """
+        return self._read(self.blocks[number], leave_out, skip)
+
+    def _read(
+        self, block: Block, leave_out: Collection[int] = (), skip: Skipped | None = None
+    ) -> Iterator[Clip | Skip]:
+        name = self._index.shards[block.shard]
+        path = self._index.folder / name
+        try:
+            content, problem = _read_range(path, block.begin, block.end), None
+        except OSError as error:
+            content, problem = np.empty(0, np.uint8), f"cannot be read: {error}"
+        for index in range(block.first, block.first + block.count):
+            if skip is not None and index - block.first in leave_out:
+                yield skip(f"{name!r}: clip {index}", index)
+                continue
+            try:
+                if problem is not None:
+                    raise ShardError(f"{name!r}: clip {index}", problem)
+                yield self._clip(index, content, block, name)
+            except AudioError as error:
+                if self.strict:
+                    raise
+                report = AudioReport()
+                report.skip(error)
+                yield Skip(index, report)
+
+    def _clip(self, index: int, content: np.ndarray, block: Block, shard: str) -> Clip:
+        view = content.data
+
+        def read_at(offset: int, count: int) -> bytes:
+            offset -= block.begin
+            return view[offset : offset + count].tobytes()
+
+        sound: Member | None = None
+        told: Any = {}
+        begin, end = self._bounds(index)
+        for member in members(read_at, begin, end, f"{shard!r}: clip {index}"):
+            name = f"{shard!r}: {member.key!r}"
+            if member.start + member.size > block.begin + len(content):
+                missing = member.start + member.size - block.begin - len(content)
+                raise ShardError(
+                    name, f"is cut off: the shard ends {missing} bytes early; copy it again"
+                )
+            if member.kind == "json":
+                told = _json(read_at(member.start, min(member.size, MAX_JSON_BYTES + 1)), name)
+            elif member.kind == "s16" or f".{member.kind}" in SUFFIXES:
+                if sound is not None:
+                    raise ShardError(name, f"has two sounds, .{sound.kind} and .{member.kind}")
+                sound = member
+        if sound is None:
+            raise ShardError(f"{shard!r}: clip {index}", "has no audio: expected .s16, .flac, ...")
+        name = f"{shard!r}: {sound.key!r}"
+        start = sound.start - block.begin
+        if sound.kind == "s16":
+            wave, report = self._raw(content[start : start + sound.size], told, name)
+        else:
+            clip = load(view[start : start + sound.size].tobytes(), self.audio, name)
+            wave, report = clip.wave, clip.report
+        return Clip(wave, self.labels[index], index, report)
+
+    def _raw(self, content: np.ndarray, told: Any, name: str) -> tuple[Tensor, AudioReport]:
+        rate_hz = told.get("sample_rate_hz")
+        if not isinstance(rate_hz, int) or content.size % 2:
+            raise ShardError(
+                name,
+                f"has {content.size} bytes of raw samples at {rate_hz!r} Hz: expected an even number "
+                "and sample_rate_hz, a whole number, in its JSON",
+            )
+        clip = from_samples(content.view("<i2"), rate_hz, name, self.audio)
+        return clip.wave, clip.report
+
+
+def _read_range(path: Path, begin: int, end: int) -> np.ndarray:
+    """Bytes of a regular file, as many as there are."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path.name!r} is not a regular file")
+        content = np.empty(max(0, min(end, status.st_size) - begin), np.uint8)
+        view, filled = content.data, 0
+        while filled < len(content):
+            count = os.preadv(handle, [view[filled:]], begin + filled)
+            if not count:
+                break
+            filled += count
+        return content[:filled]
+    finally:
+        os.close(handle)
+
+
+def _json(raw: bytes, name: str) -> dict[str, Any]:
+    try:
+        told = json.loads(raw) if len(raw) <= MAX_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise ShardError(name, f"has JSON of {len(raw)} bytes that is no object with names")
+    return told
+
+
+def _blocks(index: ShardIndex, block_bytes: int) -> list[Block]:
+    blocks: list[Block] = []
+    first, count = 0, len(index.labels)
+    while first < count:
+        shard, begin = index.shard_of[first], index.begins[first]
+        last = first + 1
+        while last < count and index.shard_of[last] == shard:
+            # a gap: clips that were not selected are not read
+            if index.begins[last] != index.ends[last - 1] or index.ends[last] - begin > block_bytes:
+                break
+            last += 1
+        blocks.append(Block(int(shard), int(begin), int(index.ends[last - 1]), first, last - first))
+        first = last
+    return blocks
