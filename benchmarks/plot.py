@@ -16,7 +16,10 @@ from . import record
 from .tables import Content, load, newest
 
 OURS, RIVAL, GRID = "#1b6ca8", "#8a8f98", "#d7dae0"
-_TIMED = ("frontend", "inference", "training", "attention", "block", "patch_embed", "decisions")
+_TIMED = (
+    *("frontend", "path", "inference", "training", "attention", "block", "patch_embed"),
+    "decisions",
+)
 
 
 def pairs(file: Content) -> list[tuple[str, str, dict[str, float]]]:
