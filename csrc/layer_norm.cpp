@@ -125,7 +125,11 @@ AST_INLINE void backward_rows(const LayerNormGradArgs& a, int64_t row, float* dw
     put(dbias + at, db, n);
   };
   int64_t c = 0;
-  for (; c + W <= cols; c += W) visit(c, W);
+  for (; c + W <= cols; c += W) {
+    // the sums of the next rows would wait for memory; half of it now, so that memory is never idle
+    for (int m = 0; m < M; ++m) __builtin_prefetch(x + (m + M) * x_stride + c);
+    visit(c, W);
+  }
   if (c < cols) visit(c, cols - c);
   for (int m = 0; m < M; ++m) {
     const float mean_g = horizontal_sum(along[m]) / (float)cols;
@@ -140,9 +144,7 @@ AST_INLINE void backward_rows(const LayerNormGradArgs& a, int64_t row, float* dw
       put(dx + m * cols + at, grad, n);
     };
     for (c = 0; c + W <= cols; c += W) {
-      // the sums of the next rows would wait for memory
       __builtin_prefetch(dy + (m + M) * dy_stride + c);
-      __builtin_prefetch(x + (m + M) * x_stride + c);
       finish(c, W);
     }
     if (c < cols) finish(c, cols - c);

@@ -61,7 +61,8 @@ bool forward(const LogMelArgs& a) {
     float* rows = (float*)scratch.base;
     float* mels = (float*)(scratch.base + rows_bytes);
     if (rows) memset(mels, 0, mels_bytes);
-#pragma omp for schedule(static)
+    // dynamic: a core that is busy with other work should not be waited for
+#pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < a.clips * groups; ++task) {
       if (!rows) {
 #pragma omp atomic write
