@@ -33,6 +33,10 @@ class RunConfig(Config):
 
     def __post_init__(self) -> None:
         check(
+            isinstance(self.model, str),
+            f"model={self.model!r}: expected the name of a model or a pretrained directory",
+        )
+        check(
             self.statistics in ("given", "measure"),
             f"statistics={self.statistics!r}: expected given or measure",
         )

@@ -225,6 +225,7 @@ def test_shards_are_written_trained_on_and_evaluated_as_the_files_are(
         (("train", "--data", "DATA", "--set", "epochs"), "expected section.name=value"),
         (("train", "--data", "DATA", "--holdout", "1.5"), "holdout=1.5"),
         (("train", "--data", "DATA", "--set", "model=nothing"), "nothing"),
+        (("train", "--data", "DATA", "--set", "model.depth=2"), "expected the name of a model"),
         (("train", "--run", "nowhere", "--resume"), "holds no run to resume"),
         (("train", "--data", "DATA", "--run", "RUN"), "holds a run already"),
         (("train", "--data", "DATA", "--run", "RUN", "--resume"), "leave out"),
