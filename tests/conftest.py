@@ -1,6 +1,7 @@
 """Settings of every test: Hypothesis profiles, quiet backends, and guarded memory for op tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ if settings is not None:
     settings.register_profile("ci", max_examples=200, derandomize=True, **_common)
     settings.register_profile("nightly", max_examples=5000, **_common)
     settings.load_profile(os.environ.get("AST_FAST_HYPOTHESIS", "ci"))
+
+# a shell starts background jobs with Ctrl-C ignored, and the commands under test would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
