@@ -162,7 +162,30 @@ AST_INLINE float horizontal_max(vf value) {
   return lanes[0];
 }
 
-// transposes rows[W] in registers: log2(W) rounds that exchange blocks between rows a distance apart
+// transposes every 4 x 4 block of rows[W]: two rounds of the shuffles that all instruction sets have within 128 bits
+AST_INLINE void transpose_blocks(vf* rows) {
+  vi low, high, front, back;
+  for (int i = 0; i < W; ++i) {
+    const int block = i & ~3, place = i & 3;
+    low[i] = block + place / 2 + (place & 1 ? W : 0);      // a0 b0 a1 b1
+    high[i] = low[i] + 2;                                  // a2 b2 a3 b3
+    front[i] = block + (place & 1) + (place & 2 ? W : 0);  // a0 a1 b0 b1
+    back[i] = front[i] + 2;                                // a2 a3 b2 b3
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) {
+    const vf ab_low = __builtin_shuffle(rows[i], rows[i + 1], low);
+    const vf ab_high = __builtin_shuffle(rows[i], rows[i + 1], high);
+    const vf cd_low = __builtin_shuffle(rows[i + 2], rows[i + 3], low);
+    const vf cd_high = __builtin_shuffle(rows[i + 2], rows[i + 3], high);
+    rows[i] = __builtin_shuffle(ab_low, cd_low, front);
+    rows[i + 1] = __builtin_shuffle(ab_low, cd_low, back);
+    rows[i + 2] = __builtin_shuffle(ab_high, cd_high, front);
+    rows[i + 3] = __builtin_shuffle(ab_high, cd_high, back);
+  }
+}
+
+// exchanges blocks of lanes between rows a distance apart
 template <int DISTANCE>
 AST_INLINE void transpose_round(vf* rows) {
   vi low, high;
@@ -178,9 +201,10 @@ AST_INLINE void transpose_round(vf* rows) {
     rows[i + DISTANCE] = __builtin_shuffle(a, b, high);
   }
 }
+
+// transposes rows[W] in registers
 AST_INLINE void transpose(vf* rows) {
-  transpose_round<1>(rows);
-  transpose_round<2>(rows);
+  transpose_blocks(rows);
   if constexpr (W >= 8) transpose_round<4>(rows);
   if constexpr (W >= 16) transpose_round<8>(rows);
 }
