@@ -31,6 +31,7 @@ from ast_fast.data import (
     read_folder,
     write_shards,
 )
+from ast_fast.data.feeder import _MAX_TASKS_AHEAD
 from ast_fast.frontend import log_mel_features
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -428,9 +429,11 @@ def soak(folder, clips, seconds, kill_every):
             epochs += 1
             del found
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            held.append(
-                (open_files(), len(children()), len(list(Path("/dev/shm").iterdir())), pages)
-            )
+            # memory files come and go with what is read ahead, which has a bound of its own
+            lent = len(feeder._pool._slots)
+            assert lent <= _MAX_TASKS_AHEAD + 1
+            shared = len(list(Path("/dev/shm").iterdir()))
+            held.append((open_files() - lent, len(children()), shared, pages))
         deaths = feeder.stats.workers_restarted
     assert not children()
     return deaths, epochs, held
