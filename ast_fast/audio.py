@@ -24,8 +24,38 @@ from torch import Tensor
 
 from ._containers import ReadAt, missing_audio
 from ._optional import optional_import, require_package
+from .audio_report import (
+    AudioDecodeError,
+    AudioEmptyError,
+    AudioError,
+    AudioFormatError,
+    AudioNonFiniteError,
+    AudioNotFoundError,
+    AudioReport,
+    AudioTooLargeError,
+    AudioTruncatedError,
+)
 from .config import MAX_RATE_HZ, MIN_RATE_HZ, AudioConfig
-from .cpp import flac
+from .cpp import available, flac
+
+__all__ = [
+    "SUFFIXES",
+    "AudioClip",
+    "AudioDecodeError",
+    "AudioEmptyError",
+    "AudioError",
+    "AudioFormatError",
+    "AudioNonFiniteError",
+    "AudioNotFoundError",
+    "AudioReport",
+    "AudioTooLargeError",
+    "AudioTruncatedError",
+    "Source",
+    "from_samples",
+    "load",
+    "resample",
+    "source_name",
+]
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -39,138 +69,6 @@ _BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together
 _MAX_CHANNELS = 256
 _FULL_SCALE = 1.0 - 1.5 / 32768.0
 _CLIPPED_SHARE = 0.01
-_MAX_NOTES = 20
-
-
-class AudioError(ValueError):
-    """An audio file cannot be used. The message names the file, the reason and what to do."""
-
-    def __init__(self, source: str, reason: str) -> None:
-        super().__init__(f"{source}: {reason}")
-        self.source = source
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.source, self.reason)
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.reason}"
-
-
-class AudioNotFoundError(AudioError, FileNotFoundError):
-    """There is no such file."""
-
-
-class AudioDecodeError(AudioError):
-    """The file is not audio, or is broken."""
-
-
-class AudioEmptyError(AudioError):
-    """The file is well formed and holds no samples."""
-
-
-class AudioTruncatedError(AudioError):
-    """The file holds less audio than its header promises."""
-
-
-class AudioNonFiniteError(AudioError):
-    """Samples are NaN or infinite."""
-
-
-class AudioFormatError(AudioError):
-    """Rate or channels are not what was asked for, and converting was switched off."""
-
-
-class AudioTooLargeError(AudioError):
-    """The file is longer, or decodes to more bytes, than the limits allow."""
-
-
-@dataclasses.dataclass(slots=True)
-class AudioReport:
-    """Counts of what was read, changed and refused; reports of many clips add up.
-
-    Attributes:
-        clips: read and returned.
-        resampled: clips whose rate was changed.
-        downmixed: clips of several channels made mono.
-        padded: clips shorter than the minimum, filled with zeros.
-        truncated: clips kept although audio is missing from the file.
-        zeroed_clips: clips in which NaN or Inf became 0.
-        zeroed_samples: how many samples that were.
-        clipped: clips with more than 1 % of their samples at full scale (left as they are).
-        over_scale: float files with a peak above 1 (left as they are).
-        cut: clips longer than the model's input, of which only the start was used.
-        skipped: files refused, by class of error.
-        notes: the first messages, one a finding.
-    """
-
-    clips: int = 0
-    resampled: int = 0
-    downmixed: int = 0
-    padded: int = 0
-    truncated: int = 0
-    zeroed_clips: int = 0
-    zeroed_samples: int = 0
-    clipped: int = 0
-    over_scale: int = 0
-    cut: int = 0
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def num_skipped(self) -> int:
-        """Files refused."""
-        return sum(self.skipped.values())
-
-    def note(self, text: str) -> None:
-        """Keep a message, up to a small number of them."""
-        if len(self.notes) < _MAX_NOTES:
-            self.notes.append(text)
-
-    def skip(self, error: AudioError) -> None:
-        """Count a refused file."""
-        kind = type(error).__name__
-        self.skipped[kind] = self.skipped.get(kind, 0) + 1
-        self.note(str(error))
-
-    def merge(self, other: AudioReport) -> None:
-        """Add another report to this one."""
-        for field in dataclasses.fields(self):
-            if field.name not in ("skipped", "notes"):
-                total = getattr(self, field.name) + getattr(other, field.name)
-                setattr(self, field.name, total)
-        for kind, count in other.skipped.items():
-            self.skipped[kind] = self.skipped.get(kind, 0) + count
-        for text in other.notes:
-            self.note(text)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    def summary(self) -> str:
-        """One line: what was read and everything that was changed or refused."""
-        return ", ".join(filter(None, (f"{self.clips} clips read", self.changes())))
-
-    def changes(self) -> str:
-        """What was changed or refused; empty if nothing was."""
-        parts = []
-        for count, text in (
-            (self.resampled, "resampled"),
-            (self.downmixed, "mixed down to mono"),
-            (self.padded, "padded to one window"),
-            (self.truncated, "kept although truncated"),
-            (self.zeroed_clips, f"with NaN or Inf zeroed ({self.zeroed_samples} samples)"),
-            (self.clipped, "clipped"),
-            (self.over_scale, "with a peak above 1"),
-            (self.cut, "cut to the model's input length"),
-        ):
-            if count:
-                parts.append(f"{count} {text}")
-        if self.skipped:
-            kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.skipped.items()))
-            parts.append(f"{self.num_skipped} skipped ({kinds})")
-        return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -375,6 +273,8 @@ def _decode_flac(
     read_at: ReadAt, size: int, config: AudioConfig
 ) -> tuple[np.ndarray, int, str] | None:
     """A mono FLAC file of 16 bits; None if it is anything else, damaged, or beyond the limits."""
+    if not available():
+        return None
     info = flac.stream_info(read_at(0, flac.HEAD_BYTES))
     if info is None or size > config.max_decoded_bytes:
         return None

@@ -161,8 +161,8 @@ def listen(
         window: seconds of audio behind each line (default: all that the model takes).
         top_k: labels a line.
         labels: class_labels_indices.csv or a list of names; default: the model's own.
-        activation: sigmoid for several labels at a time, softmax for one; auto takes sigmoid for 527
-            classes.
+        activation: sigmoid for several labels at a time, softmax for one; auto takes what the model was
+            trained for, else sigmoid for 527 classes.
         smoothing: weight of the scores before in each line, 0 to below 1.
         json: print one JSON object a line instead of text.
     """

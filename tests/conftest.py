@@ -35,6 +35,15 @@ def unchanged_backend_choice():
 
 
 @pytest.fixture
+def one_thread():
+    """Results to the bit, and no contention between tests that run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def guarded():
     """Whatever ast_fast allocates in the test starts as NaN and lies between guard zones."""
     from ast_fast.testing import guarded_memory

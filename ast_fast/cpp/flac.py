@@ -6,8 +6,6 @@ import importlib
 
 import numpy as np
 
-from . import available
-
 HEAD_BYTES = 42  # up to the end of STREAMINFO
 
 
@@ -26,11 +24,11 @@ def stream_info(head: bytes) -> tuple[int, int, int] | None:
 def decode(file: bytes) -> np.ndarray | None:
     """Samples [N] int16 of a whole file; None if it is damaged or of another kind.
 
-    The caller bounds the samples that `stream_info` promises: they are allocated.
+    Needs the extension. The caller bounds the samples that `stream_info` promises: they are allocated.
     """
     info = stream_info(file)
     begin = _after_metadata(file)
-    if info is None or begin is None or not available():
+    if info is None or begin is None:
         return None
     _, samples, most = info
     out = np.empty(samples, np.int16)

@@ -16,17 +16,7 @@ from ast_fast.frontend import LogMel
 from ast_fast.reference.mel import MEL_SCALES, WINDOWS, mel_filters_in_hz, mel_tables
 from ast_fast.testing import assert_within, random_tensor
 
-BACKENDS = ["reference", "cpp"]
 NAMES = {"hann": "hanning"}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "cpp":
-        cpp = pytest.importorskip("ast_fast.cpp")
-        if not cpp.available():
-            pytest.skip(cpp.why_unavailable())
-    return request.param
 
 
 def run(config, wave, lengths=None, backend="reference", **changes):

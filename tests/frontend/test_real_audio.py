@@ -30,15 +30,6 @@ def speech():
     return torch.cat(read_syllables().waves[:40])[:160_000]
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request):
-    if request.param == "cpp":
-        cpp = pytest.importorskip("ast_fast.cpp")
-        if not cpp.available():
-            pytest.skip(cpp.why_unavailable())
-    return request.param
-
-
 def at_rate(speech, rate):
     if rate == 16000:
         return speech

@@ -20,6 +20,7 @@ GROUND = (
     "positions",
     "config",
     "audio",
+    "audio_report",
     "_optional",
     "_containers",
     "_C",

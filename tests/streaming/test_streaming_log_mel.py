@@ -29,12 +29,7 @@ REFERENCE_ATOL = 2 * 2.0**-22
 needs_cpp = pytest.mark.skipif(not cpp.available(), reason="the C++ extension is not built")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
