@@ -14,6 +14,27 @@ AST_INLINE int64_t frames_of(const LogMelTables& t, int64_t length) {
   return length < t.window_samples ? 0 : 1 + (length - t.window_samples) / t.hop_samples;
 }
 
+// Samples n .. n + W - 1 of W frames, less their mean, pre-emphasised and windowed, to where the transform wants them.
+// Takes and returns the sample before the next one. WHOLE: none lies behind the window (a tile whose loads are known
+// at compile time stays in registers).
+template <bool WHOLE, class T>
+AST_INLINE vf window_tile(const LogMelArgs& a, const T* const* lane, int64_t n, vf mean, vf before, float* rows) {
+  const LogMelTables& t = *a.tables;
+  vf tile[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) tile[i] = WHOLE ? load(lane[i] + n) : load_part(lane[i] + n, t.window_samples - n);
+  transpose(tile);
+  if (n == 0) before = tile[0] * a.scale - mean;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    const vf centred = tile[i] * a.scale - mean;
+    const vf value = (centred - before * t.preemphasis) * t.window[n + i];
+    before = centred;
+    if (WHOLE || n + i < t.window_samples) *row_at(rows, 2 * t.order[(n + i) >> 1] + (i & 1)) = value;
+  }
+  return before;
+}
+
 // Frames first .. first + W - 1, lanes past `last` repeating it (their results are dropped).
 // Leaves the transform of the halved, windowed frames in `rows` (n_fft rows).
 template <class T>
@@ -43,27 +64,10 @@ void transform_frames(const LogMelArgs& a, const T* wave, int64_t first, int64_t
     mean = sums[0] * (a.scale / (float)window);
   }
 
-  const int32_t* order = t.order;
   vf before = {};
-  for (int64_t n = 0; n < window; n += W) {
-    vf tile[W];
-    if (n < whole) {
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) tile[i] = load(lane[i] + n);
-    } else {
-      for (int i = 0; i < W; ++i) tile[i] = load_part(lane[i] + n, window - n);
-    }
-    transpose(tile);
-    if (n == 0) before = tile[0] * a.scale - mean;
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      const vf centred = tile[i] * a.scale - mean;
-      const vf value = (centred - before * t.preemphasis) * t.window[n + i];
-      before = centred;
-      if (n + i < window) *row_at(rows, 2 * order[(n + i) >> 1] + (i & 1)) = value;
-    }
-  }
-  for (int64_t n = window; n < t.n_fft; ++n) *row_at(rows, 2 * order[n >> 1] + (n & 1)) = vf{};
+  for (int64_t n = 0; n < whole; n += W) before = window_tile<true>(a, lane, n, mean, before, rows);
+  if (whole < window) window_tile<false>(a, lane, whole, mean, before, rows);
+  for (int64_t n = window; n < t.n_fft; ++n) *row_at(rows, 2 * t.order[n >> 1] + (n & 1)) = vf{};
   complex_fft(rows, t.n_fft / 2, t.twiddles);
 }
 

@@ -39,25 +39,17 @@ AST_INLINE vf exp2_of(vf y) {
   return scaled(p, n, y);
 }
 
-// natural logarithm of normal positive numbers (and of inf); 0 and less are the caller's to exclude
+// natural logarithm of normal positive numbers (and of inf); 0 and less are the caller's to exclude.
+// x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh(s) for s = (m - 1) / (m + 1), as 2 s = f - s f with
+// f = m - 1 exact; the even rest is a polynomial of s^2 to 8e-10 relative, and ln 2 is split in two.
 AST_INLINE vf log_of(vf x) {
   const vi bits = as_int(x);
   const vi shifted = bits - 0x3f3504f3;  // bits of sqrt(1/2)
-  const vi exponent = shifted >> 23;
-  const vf m = as_float(bits - (exponent << 23));  // in [sqrt(1/2), sqrt(2))
-  const vf e = __builtin_convertvector(exponent, vf);
-  const vf f = m - 1.0f, z = f * f;
-  vf p = splat(7.0376836292e-2f);
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  p = p * f * z - e * 2.12194440e-4f - z * 0.5f;
-  const vf value = f + p + e * 0.693359375f;
+  const vf m = as_float(bits - (shifted & (int32_t)0xff800000));
+  const vf e = __builtin_convertvector(shifted >> 23, vf);
+  const vf f = m - 1.0f, s = f / (m + 1.0f), z = s * s;
+  const vf r = (z * 0.29871863235384943f + 0.3997753693713825f) * z + 0.6666677641555486f;
+  const vf value = f - (s * (f - z * r) + e * 2.12194440e-4f) + e * 0.693359375f;
   // inf and NaN have the largest exponent field and pass through
   return select((bits & 0x7f800000) == 0x7f800000, x, value);
 }
