@@ -21,6 +21,7 @@ GROUND = (
     "config",
     "audio",
     "audio_report",
+    "attention_mask",
     "_optional",
     "_containers",
     "_C",
