@@ -71,6 +71,11 @@ class AttentionMask:
         seen = np.unpackbits(self._bits, count=self.queries * self.keys)
         return torch.from_numpy(seen.reshape(self.queries, self.keys).astype(bool))
 
+    @property
+    def rectangles(self) -> list[Tensor]:
+        """Both sides' tensors in one list, as the registered ops take them."""
+        return [*self.by_query, *self.by_key]
+
     @classmethod
     def from_dense(cls, seen: Tensor | np.ndarray) -> AttentionMask:
         """Any mask, bool [Tq, Tk], in rectangles of 64 queries by the keys that one of them sees."""
@@ -100,6 +105,20 @@ class AttentionMask:
         if radius < 0:
             raise ValueError(f"radius is {radius}: expected 0 or more columns")
         return _time_window(*_sizes(f_dim, t_dim, prefix), radius)
+
+
+def dense_pairs(by_query: Rectangles, queries: int, keys: int) -> Tensor:
+    """Visible pairs, bool [Tq, Tk], from one side's rectangles alone."""
+    pairs = torch.zeros(queries, keys, dtype=torch.bool)
+    for row, num_rows, column, num_columns, offset, _ in by_query.table.tolist():
+        tile = by_query.rows[row : row + num_rows].long()[:, None]
+        other = by_query.columns[column : column + num_columns].long()
+        if offset < 0:
+            pairs[tile, other] = True
+        else:
+            seen = by_query.seen[offset : offset + num_rows * num_columns]
+            pairs[tile, other] |= seen.view(num_rows, num_columns).bool()
+    return pairs
 
 
 def _sizes(f_dim: int, t_dim: int, prefix: int) -> tuple[int, int, int]:

@@ -251,6 +251,8 @@ def small_op_cases() -> dict[str, OpCase]:
         "attention": cases.attention(2, 37, 2, 32),
         "attention with lengths": cases.attention(3, 19, 2, 32, [19, 7, 0]),
         "attention_qkv": cases.attention_qkv(2, 21, 2, 32),
+        "attention_masked": cases.attention_masked(2, (3, 5), 2, 32),
+        "attention_masked window": cases.attention_masked(2, (2, 9), 2, 32, 2),
         "attention_varlen": cases.attention_varlen([17, 1, 30], 2, 32),
     }
 

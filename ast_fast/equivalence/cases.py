@@ -258,6 +258,40 @@ def attention_qkv(clips: int, tokens: int, heads: int, head_dim: int = 64) -> Op
     )
 
 
+def attention_masked(
+    clips: int, grid: tuple[int, int], heads: int, head_dim: int = 64, radius: int | None = None
+) -> OpCase:
+    """Attention under a mask of the family: factorised, or a window of `radius` columns in time."""
+    make = ops.AttentionMask
+    mask = make.factorised(*grid) if radius is None else make.time_window(*grid, radius)
+    pairs = mask.dense()
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        shape = (clips, mask.queries, heads, head_dim)
+        return {name: normal(generator, *shape) for name in ("q", "k", "v")}
+
+    def ours(t: Tensors) -> Tensors:
+        o = ops.attention_masked(t["q"], t["k"], t["v"], mask)
+        assert isinstance(o, Tensor)  # without the log-sum-exp
+        return {"o": o}
+
+    scale = head_dim**-0.5
+    name = "factorised" if radius is None else f"window {radius}"
+    return OpCase(
+        op="attention_masked",
+        shape=f"{clips}x{mask.queries}x{heads}x{head_dim} {name}",
+        inputs=inputs,
+        ours=ours,
+        plain=lambda t: {
+            "o": plain.attention_masked(t["q"], t["k"], t["v"], pairs.to(t["q"].device))
+        },
+        oracle=lambda t: {
+            "o": reference.ops.attention_masked(t["q"], t["k"], t["v"], pairs, scale)[0]
+        },
+        kinds=_ATTENTION_KINDS,
+    )
+
+
 def attention_varlen(lengths: list[int], heads: int, head_dim: int = 64) -> OpCase:
     """Attention within packed clips of the given lengths."""
     starts = [0]
@@ -313,3 +347,5 @@ def op_cases(full: bool) -> Iterator[OpCase]:
     heads = 12 if full else 2
     yield attention(3, 602 if full else 146, heads, lengths=[602, 331, 1] if full else [146, 77, 1])
     yield attention_varlen([1214, 602, 146, 1] if full else [146, 74, 1], heads)
+    yield attention_masked(2 if full else 1, (12, 101) if full else (12, 12), heads)
+    yield attention_masked(1, (12, 50) if full else (12, 12), heads, radius=5)

@@ -58,6 +58,12 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
+def attention_masked(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor) -> Tensor:
+    """Scaled dot product attention with a boolean mask [Tq, Tk]."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs).transpose(1, 2)
+
+
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     """Clip by clip over packed tokens [N, H, D]."""
     clips = [slice(start, stop) for start, stop in itertools.pairwise(starts)]

@@ -2,6 +2,7 @@
 
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
+from .attention_masked import AttentionMask, attention_masked
 from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
 from .linear import linear
@@ -10,8 +11,10 @@ from .mlp import mlp
 from .patch_embed import patch_embed, patch_grid
 
 __all__ = [
+    "AttentionMask",
     "add_layer_norm",
     "attention",
+    "attention_masked",
     "attention_qkv",
     "attention_varlen",
     "layer_norm",

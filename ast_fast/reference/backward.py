@@ -114,19 +114,50 @@ def attention(
     key_lengths: Tensor | None,  # [B]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; keys beyond `key_lengths` get exact zeros."""
+    if key_lengths is None:
+        return _attention(do, q, k, v, lse, scale, None)
+    valid = torch.arange(k.shape[1], device=k.device) < key_lengths.to(k.device)[:, None]
+    k = torch.where(valid[:, :, None, None], k, torch.zeros_like(k))
+    v = torch.where(valid[:, :, None, None], v, torch.zeros_like(v))
+    return _attention(do, q, k, v, lse, scale, ~valid[:, None, None, :])
+
+
+def attention_masked(
+    do: Tensor,  # [B, Tq, H, D]
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    lse: Tensor,  # [B, H, Tpad]
+    scale: float,
+    pairs: Tensor,  # [Tq, Tk] bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; a key that no query sees, and a query that sees none, get exact zeros."""
+    hidden = ~pairs.to(q.device)
+    unseen = hidden.all(0)[:, None, None]
+    k = torch.where(unseen, torch.zeros_like(k), k)
+    v = torch.where(unseen, torch.zeros_like(v), v)
+    blind = hidden.all(1)[:, None, None]
+    q = torch.where(blind, torch.zeros_like(q), q)
+    do = torch.where(blind, torch.zeros_like(do), do)
+    return _attention(do, q, k, v, lse, scale, hidden)
+
+
+def _attention(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    scale: float,
+    hidden: Tensor | None,  # broadcasts to [B, H, Tq, Tk]
+) -> tuple[Tensor, Tensor, Tensor]:
     stats = _statistics_dtype(q.dtype)
     qw, kw, vw, dow = (tensor.to(stats) for tensor in (q, k, v, do))
-    mask = None
-    if key_lengths is not None:
-        valid = torch.arange(k.shape[1], device=k.device) < key_lengths.to(k.device)[:, None]
-        mask = ~valid[:, None, None, :]
-        kw = torch.where(valid[:, :, None, None], kw, torch.zeros_like(kw))
-        vw = torch.where(valid[:, :, None, None], vw, torch.zeros_like(vw))
     p = torch.exp(
         torch.einsum("bqhd,bkhd->bhqk", qw, kw) * scale - lse[:, :, : q.shape[1], None].to(stats)
     )
-    if mask is not None:
-        p = p.masked_fill(mask, 0.0)
+    if hidden is not None:
+        p = p.masked_fill(hidden, 0.0)
     dv = torch.einsum("bhqk,bqhd->bkhd", p, dow)
     dp = torch.einsum("bqhd,bkhd->bhqk", dow, vw)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale

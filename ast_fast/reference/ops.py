@@ -132,6 +132,35 @@ def attention(
     return o, F.pad(lse, (0, padding), value=float("inf"))
 
 
+def attention_masked(
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    pairs: Tensor,  # [Tq, Tk] bool
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
+    """Softmax attention over the visible pairs, True in `pairs`; returns o and log-sum-exp as `attention`.
+
+    Keys that no query sees are ignored even where they hold NaN; a query that sees nothing gives 0.
+    """
+    stats = _statistics_dtype(q.dtype)
+    hidden = ~pairs.to(q.device)
+    unseen, blind = hidden.all(0)[:, None, None], hidden.all(1)
+    q = torch.where(blind[:, None, None], torch.zeros_like(q), q)
+    k = torch.where(unseen, torch.zeros_like(k), k)
+    v = torch.where(unseen, torch.zeros_like(v), v)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(stats), k.to(stats)) * scale
+    scores = scores.masked_fill(hidden, -torch.inf)
+    # rows of nothing but -inf would have NaN for a gradient
+    scores = scores.masked_fill(blind[:, None], 0.0)
+    lse = torch.logsumexp(scores, dim=-1) if k.shape[1] else scores.new_zeros(scores.shape[:3])
+    lse = lse.masked_fill(blind, torch.inf)
+    p = torch.softmax(scores, dim=-1).masked_fill(blind[:, None], 0.0)
+    o = torch.einsum("bhqk,bkhd->bqhd", p, v.to(stats)).to(v.dtype).contiguous()
+    padding = -q.shape[1] % LSE_BLOCK
+    return o, F.pad(lse, (0, padding), value=float("inf"))
+
+
 def varlen_offsets(cu_seqlens: Tensor) -> Tensor:
     """First column of each clip in a padded log-sum-exp row: clips start at multiples of 128."""
     clips = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)

@@ -1,4 +1,4 @@
-"""Attention, dense and packed, forward and backward, on q, k and v that are views of one QKV buffer.
+"""Attention, dense, packed and masked, forward and backward, on q, k and v that are views of one QKV buffer.
 
 Gradients go to separate leaves, so that no candidate pays for joining them.
 """
@@ -25,6 +25,7 @@ from ..case import (
     oracle,
 )
 from ..peers import need, sdpa
+from . import attention_masks
 
 MODES = ("forward", "backward")
 WRT = ("q", "k", "v")
@@ -38,12 +39,16 @@ Oracle = Callable[[Inputs], Sequence[Tensor]]
 
 
 def _shapes(settings: Settings) -> list[tuple[int, int, int, int]]:
-    """B, T, H, D: the paper's three clip lengths, and the other head widths once."""
+    """B, T, H, D: 10 s clips at several batches, other lengths, and the other head widths once."""
     if settings.tiny:
         return [(1, 20, 2, 32)]
     if settings.cuda:
-        full = [(32, 1214, 12, 64), (1, 1214, 12, 64), (64, 602, 12, 64), (128, 146, 12, 64)]
-        return full[:2] if settings.quick else [*full, (32, 1214, 6, 128), (32, 1214, 12, 32)]
+        batches = [(64, 1214, 12, 64), (1, 1214, 12, 64)]
+        if settings.quick:
+            return batches
+        batches += [(b, 1214, 12, 64) for b in (16, 4)]
+        lengths = [(128, 602, 12, 64), (512, 146, 12, 64), (32, 2402, 12, 64), (8, 4802, 12, 64)]
+        return [*batches, *lengths, (32, 1214, 6, 128), (64, 1214, 12, 32)]
     full = [(1, 1214, 12, 64), (4, 602, 6, 64), (4, 146, 12, 64)]
     return full[2:] if settings.quick else full
 
@@ -227,3 +232,4 @@ def cases(settings: Settings) -> Iterator[Case]:
     """16-bit first where there is a GPU: that is what models run in."""
     yield from _dense(settings)
     yield from _packed(settings)
+    yield from attention_masks.cases(settings)

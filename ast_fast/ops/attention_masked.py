@@ -1,0 +1,187 @@
+"""Fused attention over the visible pairs of a fixed mask; work and memory fall with what is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import backend, reference
+from ..attention_mask import AttentionMask, Rectangles, dense_pairs
+from ..reference import backward as reference_backward
+from ._common import (
+    allow_tf32,
+    call,
+    cast_for_autocast,
+    no_second_gradient,
+    register,
+    require,
+    statistics_dtype,
+    without_autocast,
+)
+from .attention import LSE_BLOCK
+
+
+def _load(name: str) -> ModuleType:
+    if name == "triton":
+        from ..kernels import attention_masked as implementation
+    else:
+        from ..cpp import attention_masked as implementation
+    return implementation
+
+
+def attention_masked(
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, Tk, H, D]
+    v: Tensor,  # [B, Tk, H, D]
+    mask: AttentionMask,
+    scale: float | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # [B, Tq, H, D]
+    """`softmax(q k^T scale) v` per head over the pairs that `mask` shows, the same for every clip and head.
+
+    Args:
+        q: [B, Tq, H, D], any strides with a contiguous last dim; D is 32, 64, 96 or 128 for the
+            fast backends.
+        k: [B, Tk, H, D]. Keys that no query sees may hold NaN.
+        v: [B, Tk, H, D].
+        mask: made once and used again: `AttentionMask.factorised(12, 101)`, `.time_window(...)`,
+            `.from_dense(...)`. A query that sees no key gives 0.
+        scale: factor on the scores; D ** -0.5 by default.
+        deterministic: as in `attention`; every backend is deterministic here either way.
+        return_lse: also return the natural log-sum-exp [B, H, Tq] in float32, without a gradient.
+
+    Returns:
+        [B, Tq, H, D], contiguous (and the log-sum-exp if asked).
+    """
+    require(
+        q.dim() == 4 and k.dim() == 4 and k.shape == v.shape,
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [B, Tq, H, D] and "
+        "twice [B, Tk, H, D]",
+    )
+    require(
+        q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:],
+        f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in clips, heads or head width",
+    )
+    require(
+        q.dtype == k.dtype == v.dtype,
+        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype",
+    )
+    require(
+        (q.shape[1], k.shape[1]) == (mask.queries, mask.keys),
+        f"mask is for {mask.queries} queries x {mask.keys} keys, q has {q.shape[1]} tokens and k "
+        f"{k.shape[1]}: make the mask for these sizes",
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = cast_for_autocast(q, k, v)
+    rectangles = mask.rectangles
+    chosen = backend.choose("attention_masked", _load, q, k, v, rectangles)
+    if chosen == "reference" and not torch.compiler.is_compiling():
+        run = reference.ops.attention_masked
+        o, lse = without_autocast(run, q, k, v, mask.dense(), scale)
+        lse = lse.detach()
+    else:
+        always = deterministic or torch.are_deterministic_algorithms_enabled()
+        tf32 = allow_tf32(q.device.type)
+        o, lse = call(attention_masked_op, q, k, v, rectangles, scale, always, tf32, chosen)
+    return (o, lse[:, :, : q.shape[1]]) if return_lse else o
+
+
+def _pairs(rectangles: Sequence[Tensor], q: Tensor, k: Tensor) -> Tensor:
+    return dense_pairs(Rectangles(*rectangles[:4]), q.shape[1], k.shape[1])
+
+
+@register("attention_masked")
+def attention_masked_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rectangles: Sequence[Tensor],
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Registered op: o and the padded log-sum-exp; `rectangles` are `AttentionMask.rectangles`."""
+    if backend == "reference":
+        run = reference.ops.attention_masked
+        return without_autocast(run, q, k, v, _pairs(rectangles, q, k), scale)
+    return _load(backend).forward(q, k, v, list(rectangles), scale, allow_tf32)
+
+
+@attention_masked_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rectangles: Sequence[Tensor],
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    b, t, h, _ = q.shape
+    columns = -(-t // LSE_BLOCK) * LSE_BLOCK
+    return q.new_empty(q.shape), q.new_empty((b, h, columns), dtype=statistics_dtype(q.dtype))
+
+
+@register("attention_masked_backward")
+def attention_masked_backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rectangles: Sequence[Tensor],
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Registered op: gradients of q, k and v."""
+    if backend == "reference":
+        pairs = _pairs(rectangles, q, k)
+        return reference_backward.attention_masked(do, q, k, v, lse, scale, pairs)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    saved, grads = (do, q, k, v, o, lse), (dq, dk, dv)
+    _load(backend).backward(*saved, list(rectangles), scale, deterministic, *grads, allow_tf32)
+    return grads
+
+
+@attention_masked_backward_op.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rectangles: Sequence[Tensor],
+    scale: float,
+    deterministic: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+no_second_gradient(attention_masked_backward_op)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, rectangles, *ctx.options = inputs
+    ctx.rectangles = list(rectangles)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
+    grads = attention_masked_backward_op(do, *ctx.saved_tensors, ctx.rectangles, *ctx.options)
+    return (*grads, [None] * len(ctx.rectangles), None, None, None, None)
+
+
+attention_masked_op.register_autograd(_backward, setup_context=_setup)
