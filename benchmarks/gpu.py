@@ -29,7 +29,7 @@ _CHECK_SLOTS = 4
 # importing or compiling the others would take longer than everything else of a dry run
 _DRY_RUN_PEERS = ("torch", "sdpa", "sdpa-padded", "loop")
 _DRY_RUN_CASES = 2  # a suite
-PHASES = ("checks", "tuned", *suites.SUITES)
+PHASES = ("checks", "tuned", "proofs", *suites.SUITES)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -203,6 +203,9 @@ def plan(chosen: Sequence[str], settings: Settings, dry_run: bool) -> list[list[
         configurations = list(_tuned_jobs(settings))
         first += [job for job in configurations if _leads(job, settings)]
         later += [job for job in configurations if not _leads(job, settings)]
+    if "proofs" in chosen:
+        # after the suites: they take minutes, and the checks already say whether results are right
+        later = [*jobs.proof_jobs(settings), *later]
     measured = []
     for name in chosen:
         if name in suites.SUITES:

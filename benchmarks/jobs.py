@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import ceilings, environment, harness, suites, tuned
-from .case import DTYPES, Settings
+from . import ceilings, environment, harness, proofs, suites, tune_case, tune_space, tuned
+from .case import DTYPES, Settings, Skipped
 from .record import Row
 from .timing import Limits, describe
 
@@ -66,6 +66,19 @@ def tuned_jobs(settings: Settings, capability: int) -> Iterator[Job]:
             "limit_s": _CHECK_LIMIT_S,
             "index": number,
             "capability": capability,
+        }
+
+
+def proof_jobs(settings: Settings) -> Iterator[Job]:
+    """One job a proof, in the leading dtype."""
+    for name in proofs.names():
+        yield {
+            "kind": "proof",
+            "title": f"proof {name} {settings.dtypes[0]}",
+            "group": "proofs",
+            "limit_s": _CASE_LIMIT_S,
+            "name": name,
+            "dtype": settings.dtypes[0],
         }
 
 
@@ -136,6 +149,9 @@ class Runner:
             "tuned": self._tuned,
             "case": self._case,
             "probe": self._probe,
+            "proof": self._proof,
+            "compile": self._compile,
+            "tune": self._tune,
         }
         self.ceilings = job.get("ceilings", self.ceilings)
         started = time.monotonic()
@@ -177,6 +193,33 @@ class Runner:
         rows = tuned.run(variant, self.settings, self.limits, self.ceilings)
         return {"rows": [vars(row) for row in rows]}
 
+    def _proof(self, job: Job) -> dict[str, Any]:
+        row = failed_row(job, "", "ok")
+        row.provider = self.settings.ours
+        try:
+            proofs.run(job["name"], self.settings.device, job["dtype"])
+        except Skipped as reason:
+            row.status, row.reason = "skipped", str(reason)
+        except proofs.Broken as reason:
+            row.status, row.reason = "wrong", str(reason)
+        return {"rows": [vars(row)]}
+
+    def _compile(self, job: Job) -> dict[str, Any]:
+        place, dtype = tune_space.Place(*job["place"]), job["dtype"]
+        row = failed_row(job, "", "failed")
+        tune_case.compile_row(row, place, job["entries"][0], dtype, job["capability"])
+        return {"rows": [vars(row)]}
+
+    def _tune(self, job: Job) -> dict[str, Any]:
+        place = tune_space.Place(*job["place"])
+        case = tune_case.tune_case(self.settings, place, job["entries"], job["shape"], job["dtype"])
+        settings = dataclasses.replace(self.settings, peers=None)
+        # the lead is measured as ours: it is what the others are compared with
+        rows = harness.measure(case, settings, self.ceilings, self.limits, say=lambda _: None)
+        for row in rows:
+            row.suite = "tune"
+        return {"rows": [vars(row) for row in rows if row.provider != "plain"]}
+
     def _case(self, job: Job) -> dict[str, Any]:
         case = self._find(job)
         rows = harness.measure(case, self.settings, self.ceilings, self.limits, say=lambda _: None)
@@ -200,7 +243,7 @@ def failed_row(job: Job, reason: str, status: str = "failed") -> Row:
     return Row(
         suite=job["group"],
         case=job["title"],
-        mode="check" if job["group"] in ("checks", "tuned") else "job",
+        mode="check" if job["group"] in ("checks", "tuned", "proofs") else "job",
         shape={},
         dtype=job.get("dtype", job.get("precision", "")),
         # a probe's failure is what a dry run wants to see

@@ -24,6 +24,8 @@ PEERS = {
     "torch-compile": "the same under torch.compile",
     "sdpa": "F.scaled_dot_product_attention, PyTorch's own choice of backend",
     "sdpa-cudnn": "its cuDNN backend",
+    "sdpa-cudnn-deterministic": "its cuDNN backend, asked for deterministic gradients",
+    "one pass": "ours with deterministic=False",
     "sdpa-flash": "its FlashAttention backend",
     "sdpa-efficient": "its memory-efficient backend",
     "sdpa-math": "its unfused backend",
@@ -91,6 +93,8 @@ def compiled_parts(network: torch.nn.Module) -> torch.nn.Module:
 
 SDPA_BACKENDS = {
     "sdpa-cudnn": "CUDNN_ATTENTION",
+    "sdpa-cudnn-deterministic": "its cuDNN backend, asked for deterministic gradients",
+    "one pass": "ours with deterministic=False",
     "sdpa-flash": "FLASH_ATTENTION",
     "sdpa-efficient": "EFFICIENT_ATTENTION",
     "sdpa-math": "MATH",

@@ -1,8 +1,9 @@
 """The hot ops, each registered as `torch.ops.ast_fast.<name>`, with a choice of backend per call."""
 
+from ..attention_mask import AttentionMask
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
-from .attention_masked import AttentionMask, attention_masked
+from .attention_masked import attention_masked
 from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
 from .linear import linear

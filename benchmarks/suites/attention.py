@@ -5,6 +5,7 @@ Gradients go to separate leaves, so that no candidate pays for joining them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +19,7 @@ from ..case import (
     Case,
     Inputs,
     Kind,
+    Run,
     Settings,
     Skipped,
     candidate,
@@ -68,12 +70,36 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return (need("ast_fast.ops").attention(q, k, v),)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    """Attention as a formula, scores and all."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     return (torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v),)
 
 
-def _first_clips(compute: Oracle, clips: int) -> Oracle:
+def _one_pass(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    return (need("ast_fast.ops").attention(q, k, v, deterministic=False),)
+
+
+def _deterministic(candidate: Candidate) -> Candidate:
+    """The same with PyTorch asked for deterministic algorithms, while it runs."""
+
+    def prepare(inputs: list[Inputs]) -> Run:
+        run = candidate.prepare(inputs)
+
+        def held(index: int) -> Sequence[Tensor]:
+            before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(True)
+            try:
+                return run(index)
+            finally:
+                torch.use_deterministic_algorithms(before)
+
+        return held
+
+    return dataclasses.replace(candidate, prepare=prepare)
+
+
+def first_clips(compute: Oracle, clips: int) -> Oracle:
     """The oracle on the first clips only: the others are checked by their shape, not their values."""
 
     def run(inputs: Inputs) -> Sequence[Tensor]:
@@ -86,6 +112,10 @@ def dense_case(settings: Settings, dtype: str, b: int, t: int, h: int, d: int, m
     """One shape of dense attention."""
     make = functools.partial(_candidate, mode)
     names = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient"] if settings.cuda else []
+    special = []
+    if settings.cuda and mode == "backward":
+        cudnn = make("sdpa-cudnn-deterministic", sdpa("sdpa-cudnn"))
+        special = [make("one pass", _one_pass), _deterministic(cudnn)]
     large = b * h * t * t > 2**28
     products = 4 if mode == "forward" else 10
     return Case(
@@ -96,10 +126,11 @@ def dense_case(settings: Settings, dtype: str, b: int, t: int, h: int, d: int, m
         dtype=dtype,
         outputs=("o",) if mode == "forward" else ("dq", "dk", "dv"),
         make_inputs=_inputs(dtype, settings.device, b, t, h, d),
-        oracle=_first_clips(oracle(_plain, mode, WRT, ("do",)), 2),
+        oracle=first_clips(oracle(plain, mode, WRT, ("do",)), 2),
         candidates=(
             make(settings.ours, _ours),
             make("sdpa", sdpa("sdpa"), yardstick=True),
+            *special,
             *(make(name, sdpa(name)) for name in names),
             # the unfused scores of the largest cases do not fit in memory
             *([] if large else [make("sdpa-math", sdpa("sdpa-math"))]),
@@ -122,9 +153,9 @@ def _lengths(settings: Settings) -> list[int]:
     """Tokens a clip: lengths of real clips vary; seeded, so that every run packs the same."""
     if settings.tiny:
         return [5, 18, 1]
-    count = (8 if settings.quick else 32) if settings.cuda else 4
+    count = (8 if settings.quick else 64) if settings.cuda else 4
     top = 1214 if settings.cuda else 602
-    draws = torch.randint(98, top + 1, (count,), generator=generator(7, "cpu")).tolist()
+    draws = torch.randint(100, top + 1, (count,), generator=generator(7, "cpu")).tolist()
     return [top, *draws[1:]]
 
 
@@ -215,7 +246,7 @@ def _packed(settings: Settings) -> Iterator[Case]:
                 dtype=dtype,
                 outputs=("o",) if mode == "forward" else ("dq", "dk", "dv"),
                 make_inputs=_packed_inputs(dtype, settings.device, lengths, h, d),
-                oracle=oracle(_loop(lengths, _plain), mode, WRT, ("do",)),
+                oracle=oracle(_loop(lengths, plain), mode, WRT, ("do",)),
                 candidates=(
                     make(settings.ours, _packed_ours(max(lengths))),
                     make("varlen", _packed_torch(max(lengths))),

@@ -146,10 +146,12 @@ def test_the_plan_for_a_gpu_leads_with_16_bit_checks_and_attention(monkeypatch):
     first, measured, later = gpu.plan(gpu.PHASES, settings, dry_run=False)
     assert {job["precision"] for job in first if job["kind"] == "op"} == {"bf16"}
     assert {job["precision"] for job in later if job["kind"] == "op"} == {"f16", "f32", "tf32"}
-    assert measured[0]["title"].startswith("attention/attention forward B32 T1214 H12 D64 bf16")
-    assert {job["group"] for job in measured} == set(gpu.PHASES) - {"checks", "tuned"}
+    assert measured[0]["title"].startswith("attention/attention forward B64 T1214 H12 D64 bf16")
+    assert {job["group"] for job in measured} == set(gpu.PHASES) - {"checks", "tuned", "proofs"}
     titles = [job["title"] for job in (*first, *measured, *later)]
     assert len(titles) == len(set(titles))
+    claims = [job["name"] for job in later if job["kind"] == "proof"]
+    assert claims[0] == "deterministic" and "sanitizer racecheck" in claims
     configurations = [job for job in (*first, *later) if job["kind"] == "tuned"]
     for op in (
         "attention forward",
@@ -199,7 +201,7 @@ def test_the_fastest_of_rival_configurations_is_named():
 def test_unknown_suites_are_refused_with_the_known_ones_named(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--suite", "attention,speed"])
-    assert "unknown speed; expected some of all, checks, tuned" in capsys.readouterr().err
+    assert "unknown speed; expected some of all, checks, tuned, proofs" in capsys.readouterr().err
 
 
 def test_jobs_are_plain_text():
