@@ -1,7 +1,7 @@
 """Pictures from committed result files alone: `python -m benchmarks.plot [--out DIR]`.
 
-One picture of ratios a file (how many times faster ours is than each peer, with the spread), and one
-of how near to the machine's ceilings our ops come. PNG and SVG.
+One picture of ratios a file (how many times faster ours is than each peer, with the spread), one of how
+near to the machine's ceilings our ops come, and on a GPU attention's rate over length and batch. PNG and SVG.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import plot_curves, record
 from .tables import Content, load, newest
 
 OURS, RIVAL, GRID = "#1b6ca8", "#8a8f98", "#d7dae0"
@@ -124,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drawn = {file["suite"]: draw_ratios(file, pyplot) for file in files if pairs(file)}
         if files:
             drawn["ceilings"] = draw_ceilings(files, pyplot)
+        for file in files:
+            curves = plot_curves.draw(file, "bf16", pyplot) if device == "cuda" else None
+            if file["suite"] == "attention" and curves is not None:
+                drawn["attention-curves"] = curves
         for name, figure in drawn.items():
             for path in save(figure, options.out, f"{device}-{name}"):
                 print(path.name)

@@ -49,7 +49,7 @@ def _shapes(settings: Settings) -> list[tuple[int, int, int, int]]:
         if settings.quick:
             return batches
         batches += [(b, 1214, 12, 64) for b in (16, 4)]
-        lengths = [(128, 602, 12, 64), (512, 146, 12, 64), (32, 2402, 12, 64), (8, 4802, 12, 64)]
+        lengths = [(128, 602, 12, 64), (512, 146, 12, 64), (32, 2402, 12, 64), (16, 4802, 12, 64)]
         return [*batches, *lengths, (32, 1214, 6, 128), (64, 1214, 12, 32)]
     full = [(1, 1214, 12, 64), (4, 602, 6, 64), (4, 146, 12, 64)]
     return full[2:] if settings.quick else full
