@@ -71,6 +71,7 @@ void run_item(const AttentionArgs& a, const Item& item, Memory<typename Unit::Wo
   T* dk = (T*)a.dk + clip.dk + item.head * a.dk_head;
   T* dv = (T*)a.dv + clip.dv + item.head * a.dv_head;
   if (item.dq) mem.dq = item.dq;
+  mem.block.panel = KEYS / Unit::DEPTH * NR;
   prepare_queries<Unit, T>(a, item, mem);
   const StridedRows<float> sums_q = {mem.dq, width}, sums_k = {mem.dk, width}, sums_v = {mem.dv, width};
   for (int64_t start = item.key_begin; start < item.key_end; start += KEYS) {

@@ -13,7 +13,8 @@ constexpr int SCORE_STRIDE = KEYS + 16;
 template <class Word>
 struct KeyBlock {
   Word *keys_t, *values_t;              // K^T, V^T panels
-  Word* keys;                           // K panels
+  Word* keys;                           // K panels, `panel` words apart
+  int64_t panel;
   float *scores, *grads;                // [queries][SCORE_STRIDE]
   Word *weights_q, *grads_q, *grads_k;  // P and dS for sums over queries, dS for the sum over keys
 };
@@ -105,7 +106,7 @@ AST_INLINE void block_of_scores(int64_t width, float scale, int64_t rows, int64_
       micro<Unit, 1, SCORE_STRIDE>(count - key, grads_q + key, queries.panels + d / NR * queries.panel, query_words,
                                    dk.from(key, d), true);
     }
-    const Word* keys = mem.keys + d / NR * (KEYS / Unit::DEPTH) * NR;
+    const Word* keys = mem.keys + d / NR * mem.panel;
     for (int64_t r = 0; FOR_QUERIES && r < rows; r += MR)
       micro<Unit, GRADS_K_STRIDE, 1>(rows - r, grads_k + r * GRADS_K_STRIDE, keys, key_words, dq.from(r, d), true);
   }
