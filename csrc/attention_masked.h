@@ -47,6 +47,15 @@ AST_INLINE void each_of_share(const RectangleList& list, int64_t first, int64_t 
     }
 }
 
+// asks for the rows of some tokens: rectangles jump about in memory, where no hardware looks ahead
+template <class T>
+AST_INLINE void fetch_ahead(StridedRows<const T> x, const int32_t* tokens, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < smaller(count, 256); ++i) {
+    const char* row = (const char*)x(tokens[i]);
+    for (int64_t byte = 0; byte < width * (int64_t)sizeof(T); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 // W bytes as lanes, 0 or not
 AST_INLINE vi lanes_of(const uint8_t* bytes) {
 #if defined(__AVX512F__)

@@ -191,8 +191,16 @@ void share_of_heads(const MaskedAttentionArgs& m, Memory<typename Unit::Word>& m
     const Head<T> head = head_at<T>(a, item);
     zero_sums(mem.own, a);
     prepare_queries(head, mem.own, 0, a.max_tq, a.width);
-    for (int64_t index = 0; index < m.by_query.count; ++index)
+    for (int64_t index = 0; index < m.by_query.count; ++index) {
+      if (index + 1 < m.by_query.count) {
+        const Rectangle next = rectangle_at(m.by_query, index + 1);
+        fetch_ahead(head.q, next.rows, next.num_rows, a.width);
+        fetch_ahead(head.d_o, next.rows, next.num_rows, a.width);
+        fetch_ahead(head.k, next.columns, next.num_columns, a.width);
+        fetch_ahead(head.v, next.columns, next.num_columns, a.width);
+      }
       run_rectangle<Unit, T, false, true>(m, m.by_query, rectangle_at(m.by_query, index), head, mem.own, mem);
+    }
     write_rows(head.dq, mem.own.dq, 0, a.max_tq, a.width);
     write_rows(head.dk, mem.own.dk, 0, a.max_tk, a.width);
     write_rows(head.dv, mem.own.dv, 0, a.max_tk, a.width);

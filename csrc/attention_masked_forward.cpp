@@ -67,7 +67,9 @@ AST_INLINE void tile_of_queries(const AttentionArgs& a, const Head<T>& head, con
   const int32_t* tokens = rectangle.rows + first;
   const T* queries[MR];
   float* outputs[MR];
+  bool all_unset = true;
   for (int64_t r = 0; r < MR; ++r) {
+    all_unset &= r >= rows || state.top[tokens[r]] == -__builtin_inff();
     queries[r] = head.q(tokens[r < rows ? r : 0]);
     outputs[r] = r < rows ? state.output + tokens[r] * width : mem.unused;
   }
@@ -92,9 +94,8 @@ AST_INLINE void tile_of_queries(const AttentionArgs& a, const Head<T>& head, con
     }
     const float before = state.top[tokens[r]], here = horizontal_max(at_least(most[0], most[1])) * c;
     const float now = here > before ? here : before;
-    const bool unset = before == -__builtin_inff();
-    if (unset) {
-      for (int64_t d = 0; d < width; d += W) store(outputs[r] + d, vf{});
+    if (before == -__builtin_inff()) {
+      for (int64_t d = 0; !all_unset && d < width; d += W) store(outputs[r] + d, vf{});
     } else if (now != before) {
       float lanes[W];
       store(lanes, exp2_of(splat(before - now)));
@@ -110,7 +111,8 @@ AST_INLINE void tile_of_queries(const AttentionArgs& a, const Head<T>& head, con
   const int64_t depth = ceil_div(count, Unit::DEPTH);
   const Word* values = (const Word*)mem.values;
   for (int64_t d = 0; d < width; d += NR, values += round_up(count, 2) / Unit::DEPTH * NR)
-    micro<Unit, WEIGHT_STRIDE, 1>(rows, (const Word*)mem.weights, values, depth, ListedRows<float>{outputs, d}, true);
+    micro<Unit, WEIGHT_STRIDE, 1>(rows, (const Word*)mem.weights, values, depth, ListedRows<float>{outputs, d},
+                                    !all_unset);
 }
 
 template <class Unit, class T>
@@ -193,8 +195,15 @@ void share_of_heads(const MaskedAttentionArgs& m, const Memory& mem, int64_t par
   for (int64_t item = items * part / parts; item < items * (part + 1) / parts; ++item) {
     const Head<T> head = head_at<T>(a, item);
     begin(mem.own, head.tq);
-    for (int64_t index = 0; index < m.by_query.count; ++index)
+    for (int64_t index = 0; index < m.by_query.count; ++index) {
+      if (index + 1 < m.by_query.count) {
+        const Rectangle next = rectangle_at(m.by_query, index + 1);
+        fetch_ahead(head.q, next.rows, next.num_rows, a.width);
+        fetch_ahead(head.k, next.columns, next.num_columns, a.width);
+        fetch_ahead(head.v, next.columns, next.num_columns, a.width);
+      }
       run_rectangle<Unit, T>(m, head, rectangle_at(m.by_query, index), mem, mem.own);
+    }
     finish<T>(head, mem.own, 0, head.tq, a.width);
   }
 }
