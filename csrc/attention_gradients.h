@@ -60,11 +60,11 @@ AST_INLINE void probabilities(float* scores, float* grads, int64_t row, int64_t 
 }
 
 struct AllSeen {
-  AST_INLINE void operator()(float*, int64_t, int64_t) const {}
+  AST_INLINE void operator()(float*, float*, int64_t, int64_t) const {}
 };
 
-// `rows` queries (an even number, zeros behind the last) by `count` keys. `hide` gets a row of scores, its number and
-// `count`. FOR_QUERIES and FOR_KEYS say which of the gradients are wanted.
+// `rows` queries (an even number, zeros behind the last) by `count` keys. `hide` gets a row of scores and one of dP, its
+// number and `count`. FOR_QUERIES and FOR_KEYS say which of the gradients are wanted.
 template <class Unit, bool FOR_QUERIES, bool FOR_KEYS, class Hide, class Rows>
 AST_INLINE void block_of_scores(int64_t width, float scale, int64_t rows, int64_t count,
                                 const QueryBlock<typename Unit::Word>& queries,
@@ -87,7 +87,7 @@ AST_INLINE void block_of_scores(int64_t width, float scale, int64_t rows, int64_
     }
   for (int64_t r = 0; r < rows; ++r) {
     float* scores = mem.scores + r * SCORE_STRIDE;
-    hide(scores, r, count);
+    hide(scores, mem.grads + r * SCORE_STRIDE, r, count);
     for (int64_t key = count; key < whole; ++key) scores[key] = -__builtin_inff();
   }
   for (int64_t r = 0; r < rows; r += 2)

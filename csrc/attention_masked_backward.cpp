@@ -65,16 +65,17 @@ struct Tokens {
 struct HideByQuery {
   const uint8_t *seen, *end;
   int64_t queries, pitch;
-  AST_INLINE void operator()(float* scores, int64_t r, int64_t count) const {
+  AST_INLINE void operator()(float* scores, float*, int64_t r, int64_t count) const {
     if (r < queries) hide_pairs(scores, count, seen + r * pitch, end);
   }
 };
 struct HideByKey {
   const uint8_t* seen;
   int64_t queries, pitch;
-  AST_INLINE void operator()(float* scores, int64_t r, int64_t count) const {
-    for (int64_t key = 0; r < queries && key < count; ++key)
-      if (!seen[key * pitch + r]) scores[key] = -__builtin_inff();
+  // a key seen by nobody is among the rows: neither its scores nor its dP, both of which may be NaN, may stay
+  AST_INLINE void operator()(float* scores, float* grads, int64_t r, int64_t count) const {
+    for (int64_t key = 0; key < count; ++key)
+      if (r >= queries || !seen[key * pitch + r]) scores[key] = -__builtin_inff(), grads[key] = 0.0f;
   }
 };
 
