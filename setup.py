@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent
 KERNELS = (
     "attention_backward",
     "attention_forward",
+    "attention_masked_backward",
+    "attention_masked_forward",
     "flac",
     "gelu",
     "layer_norm",

@@ -116,6 +116,20 @@ struct AttentionArgs {
   int32_t threads;
 };
 
+// One side of an attention mask: rectangles of row tokens by column tokens, passes in order.
+struct RectangleList {
+  const int32_t *rows, *columns;  // tokens of all rectangles one after another
+  const int64_t* table;           // [count, 6]: first row, rows, first column, columns, offset into seen or -1, pass
+  const uint8_t* seen;            // [rows, columns] of the rectangles in which some pairs are hidden
+  int64_t count, seen_bytes;
+};
+
+struct MaskedAttentionArgs {
+  AttentionArgs attention;  // clips all of one size
+  RectangleList by_query;   // rows are queries; rectangles of one pass have no row in common
+  RectangleList by_key;     // rows are keys; the same pairs once more
+};
+
 struct LogMelTables {
   int64_t window_samples, hop_samples, n_fft, num_mel_bins;
   float preemphasis, log_floor, log_of_floor;
@@ -166,6 +180,8 @@ struct FlacArgs {
   X(patch_weight_gradient, PatchWeightGradientArgs) \
   X(attention_forward, AttentionArgs)              \
   X(attention_backward, AttentionArgs)             \
+  X(attention_masked_forward, MaskedAttentionArgs) \
+  X(attention_masked_backward, MaskedAttentionArgs) \
   X(log_mel_forward, LogMelArgs)                   \
   X(log_mel_backward, LogMelArgs)                  \
   X(flac_decode, FlacArgs)

@@ -13,7 +13,6 @@ namespace {
 constexpr int64_t KEYS = 512;        // keys of a block
 constexpr int64_t CHUNK = 8 * MR;    // queries of a work item
 constexpr int SCORE_STRIDE = KEYS + 16;
-constexpr float LOG2E = 1.4426950408889634f;
 
 struct Memory {
   float* scores;   // [MR][SCORE_STRIDE]
@@ -26,27 +25,6 @@ struct Memory {
 
 AST_INLINE int64_t padded_keys(int64_t tk) { return round_up(tk, NR); }
 
-// softmax numerators of one row of scores in place (or as bf16 pairs); returns their sum
-template <class Unit>
-AST_INLINE float exponentials(const float* scores, float* weights, int64_t count, float c, float top) {
-  vf sums[2] = {};
-  for (int64_t i = 0; i < count; i += 2 * W) {
-    const vf p0 = exp2_of(load(scores + i) * c - top), p1 = exp2_of(load(scores + i + W) * c - top);
-    sums[0] += p0;
-    sums[1] += p1;
-    if constexpr (Unit::DEPTH == 1) {
-      store(weights + i, p0);
-      store(weights + i + W, p1);
-    } else {
-#if defined(__AVX512BF16__)
-      // lanes come out in order: the first operand is the upper half
-      _mm512_storeu_si512(weights + i / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)p1, (__m512)p0));
-#endif
-    }
-  }
-  return horizontal_sum(sums[0] + sums[1]);
-}
-
 template <class Unit, class T>
 void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t head, int64_t first, int64_t rows,
                      const Memory& mem) {
@@ -55,7 +33,7 @@ void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t 
   const int64_t width = a.width, words = width / Unit::DEPTH, tk = clip.tk;
   const float c = a.scale * LOG2E;
   const T* q = (const T*)a.q + clip.q + head * a.q_head + first * a.q_row;
-  pack_rows<Unit>(q, a.q_row, rows, MR, width, (Word*)mem.queries);
+  pack_rows<Unit>(StridedRows<const T>{q, a.q_row}, rows, MR, width, (Word*)mem.queries);
   float top[MR], sum[MR];
   for (int r = 0; r < MR; ++r) top[r] = -__builtin_inff(), sum[r] = 0.0f;
 
@@ -63,7 +41,8 @@ void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t 
     const int64_t count = smaller(KEYS, tk - start), whole = round_up(count, NR);
     const Word* panel = (const Word*)mem.keys + start * words;
     for (int64_t key = 0; key < whole; key += NR, panel += words * NR)
-      micro<Unit, ROW_STRIDE, 1>(rows, (const Word*)mem.queries, panel, words, mem.scores + key, SCORE_STRIDE, false);
+      micro<Unit, ROW_STRIDE, 1>(rows, (const Word*)mem.queries, panel, words,
+                                 StridedRows<float>{mem.scores + key, SCORE_STRIDE}, false);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = mem.scores + r * SCORE_STRIDE;
       for (int64_t key = count; key < whole; ++key) scores[key] = -__builtin_inff();
@@ -90,7 +69,8 @@ void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t 
     const int64_t depth = ceil_div(count, Unit::DEPTH);
     const Word* values = (const Word*)mem.values + start / Unit::DEPTH * NR;
     for (int64_t d = 0; d < width; d += NR, values += stored * NR)
-      micro<Unit, WEIGHT_STRIDE, 1>(rows, (const Word*)mem.weights, values, depth, mem.output + d, ROW_STRIDE, true);
+      micro<Unit, WEIGHT_STRIDE, 1>(rows, (const Word*)mem.weights, values, depth,
+                                    StridedRows<float>{mem.output + d, ROW_STRIDE}, true);
   }
 
   float* lse = a.lse + clip.lse + head * a.lse_head + first;
@@ -127,9 +107,10 @@ void share_of_work(const AttentionArgs& a, const Memory& mem, Share share) {
           continue;
         }
         if (!packed) {
-          pack_transposed<Unit>((const T*)a.k + clip.k + head * a.k_head, a.k_row, clip.tk, a.width, (Word*)mem.keys);
-          pack_panels<Unit>((const T*)a.v + clip.v + head * a.v_head, a.v_row, clip.tk, round_up(clip.tk, 2), a.width,
-                            (Word*)mem.values);
+          const StridedRows<const T> k = {(const T*)a.k + clip.k + head * a.k_head, a.k_row};
+          const StridedRows<const T> v = {(const T*)a.v + clip.v + head * a.v_head, a.v_row};
+          pack_transposed<Unit>(k, clip.tk, a.width, (Word*)mem.keys);
+          pack_panels<Unit>(v, clip.tk, round_up(clip.tk, 2), a.width, (Word*)mem.values);
           packed = true;
         }
         for (int64_t first = chunk; first < end; first += MR)

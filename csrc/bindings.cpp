@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "api.h"
+#include "attention_problem.h"
 #include "log_mel_tables.h"
 
 namespace py = pybind11;
@@ -118,12 +119,6 @@ void call(bool (*kernel)(const Args&), const Args& args) {
   if (!done) throw std::bad_alloc();
 }
 
-template <class T = void>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-DType type(int code) { return static_cast<DType>(code); }
-
 void layer_norm_forward(uintptr_t x, int x_type, int64_t x_stride, uintptr_t residual, int residual_type,
                         int64_t residual_stride, uintptr_t weight, uintptr_t bias, double eps, uintptr_t y, int y_type,
                         uintptr_t total, uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, int threads) {
@@ -216,73 +211,11 @@ void patch_weight_gradient(uintptr_t x, int64_t stride_clip, int64_t stride_fram
   call(kernels->patch_weight_gradient, a);
 }
 
-// (address, stride of a clip, of a row, of a head); packed tokens have no clip stride
-struct View {
-  uintptr_t address;
-  int64_t clip, row, head;
-  explicit View(const py::tuple& view)
-      : address(view[0].cast<uintptr_t>()),
-        clip(view[1].cast<int64_t>()),
-        row(view[2].cast<int64_t>()),
-        head(view[3].cast<int64_t>()) {}
-};
-
-// One list of clips serves both layouts: `lengths` (null or valid keys per clip) for padded clips, `cu_q` and `cu_k`
-// (running totals) for packed ones.
-struct Problem {
-  View vq, vk, vv, vo;
-  AttentionArgs args{};
-  std::vector<AttentionClip> clips;
-
-  Problem(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& o, uintptr_t lse,
-          int64_t lse_head, int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width, uintptr_t lengths,
-          uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads)
-      : vq(q), vk(k), vv(v), vo(o), clips(num_clips) {
-    AttentionArgs& a = args;
-    a.q = at(vq.address), a.k = at(vk.address), a.v = at(vv.address), a.o = at(vo.address), a.lse = at<float>(lse);
-    a.q_row = vq.row, a.k_row = vk.row, a.v_row = vv.row, a.o_row = vo.row;
-    a.q_head = vq.head, a.k_head = vk.head, a.v_head = vv.head, a.o_head = vo.head;
-    a.lse_head = lse_head, a.num_clips = num_clips, a.heads = heads, a.width = width, a.scale = scale;
-    a.type = type(dtype), a.threads = team(threads), a.clips = clips.data();
-    const int32_t *valid = at<int32_t>(lengths), *sums_q = at<int32_t>(cu_q), *sums_k = at<int32_t>(cu_k);
-    for (int64_t b = 0; b < num_clips; ++b) {
-      AttentionClip& clip = clips[b];
-      if (sums_q) {
-        clip.q = sums_q[b] * vq.row, clip.o = sums_q[b] * vo.row;
-        clip.k = sums_k[b] * vk.row, clip.v = sums_k[b] * vv.row;
-        clip.tq = sums_q[b + 1] - sums_q[b], clip.tk = clip.tk_padded = sums_k[b + 1] - sums_k[b];
-        clip.lse = (sums_q[b] + b * 128) / 128 * 128;
-      } else {
-        clip.q = b * vq.clip, clip.k = b * vk.clip, clip.v = b * vv.clip, clip.o = b * vo.clip;
-        clip.tq = tq, clip.tk = clip.tk_padded = tk, clip.lse = b * heads * lse_head;
-        if (valid) clip.tk = valid[b] < 0 ? 0 : valid[b] < tk ? valid[b] : tk;
-      }
-      a.max_tq = clip.tq > a.max_tq ? clip.tq : a.max_tq;
-      a.max_tk = clip.tk > a.max_tk ? clip.tk : a.max_tk;
-    }
-  }
-
-  void add_gradients(const py::tuple& d_o, const py::tuple& dq, const py::tuple& dk, const py::tuple& dv,
-                     uintptr_t cu_q, uintptr_t cu_k) {
-    const View wo(d_o), wq(dq), wk(dk), wv(dv);
-    AttentionArgs& a = args;
-    a.d_o = at(wo.address), a.dq = at(wq.address), a.dk = at(wk.address), a.dv = at(wv.address);
-    a.do_row = wo.row, a.dq_row = wq.row, a.dk_row = wk.row, a.dv_row = wv.row;
-    a.do_head = wo.head, a.dq_head = wq.head, a.dk_head = wk.head, a.dv_head = wv.head;
-    const int32_t *sums_q = at<int32_t>(cu_q), *sums_k = at<int32_t>(cu_k);
-    for (int64_t b = 0; b < a.num_clips; ++b) {
-      AttentionClip& clip = clips[b];
-      clip.d_o = sums_q ? sums_q[b] * wo.row : b * wo.clip, clip.dq = sums_q ? sums_q[b] * wq.row : b * wq.clip;
-      clip.dk = sums_k ? sums_k[b] * wk.row : b * wk.clip, clip.dv = sums_k ? sums_k[b] * wv.row : b * wv.clip;
-    }
-  }
-};
-
 void attention_forward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintptr_t lse, int64_t lse_head,
                        int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width, uintptr_t lengths,
                        uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads) {
   const Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
-                        threads);
+                        team(threads));
   call(kernels->attention_forward, problem.args);
 }
 
@@ -291,9 +224,26 @@ void attention_backward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uint
                         uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads, py::tuple d_o,
                         py::tuple dq, py::tuple dk, py::tuple dv) {
   Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
-                  threads);
+                  team(threads));
   problem.add_gradients(d_o, dq, dk, dv, cu_q, cu_k);
   call(kernels->attention_backward, problem.args);
+}
+
+void attention_masked_forward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintptr_t lse, int64_t lse_head,
+                              int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width,
+                              py::tuple by_query, py::tuple by_key, float scale, int dtype, int threads) {
+  const Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, 0, 0, 0, scale, dtype,
+                        team(threads));
+  call(kernels->attention_masked_forward, masked(problem, by_query, by_key, tq, tk));
+}
+
+void attention_masked_backward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintptr_t lse, int64_t lse_head,
+                               int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width,
+                               py::tuple by_query, py::tuple by_key, float scale, int dtype, int threads,
+                               py::tuple d_o, py::tuple dq, py::tuple dk, py::tuple dv) {
+  Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, 0, 0, 0, scale, dtype, team(threads));
+  problem.add_gradients(d_o, dq, dk, dv, 0, 0);
+  call(kernels->attention_masked_backward, masked(problem, by_query, by_key, tq, tk));
 }
 
 LogMelArgs log_mel_args(const LogMelTablesOwner& owner, uintptr_t wave, int wave_type, int64_t wave_stride,
@@ -372,6 +322,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("patch_weight_gradient", &patch_weight_gradient);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("attention_masked_forward", &attention_masked_forward);
+  m.def("attention_masked_backward", &attention_masked_backward);
   m.def("log_mel_forward", &log_mel_forward);
   m.def("log_mel_backward", &log_mel_backward);
   m.def("flac_decode", &flac_decode);

@@ -26,7 +26,8 @@ void block_of_tokens(const PatchProjectArgs& a, int64_t clip, int64_t first, con
       const int64_t count = smaller(MR, rows - r);
       for (int64_t k = 0; k < area; k += DEPTH)
         micro<FloatUnit, PATCH_STRIDE, 1>(count, patches + k / DEPTH * pitch + r * PATCH_STRIDE,
-                                          packed + column * area + k * NR, smaller(DEPTH, area - k), tile, NR, k > 0);
+                                          packed + column * area + k * NR, smaller(DEPTH, area - k),
+                                          StridedRows<float>{tile, NR}, k > 0);
       for (int64_t n = 0; n < count; ++n)
         for (int64_t c = 0; c < NR; c += W) {
           const int64_t at = (r + n) * a.width + column + c;
@@ -60,7 +61,8 @@ extern "C" bool AST_KERNEL(patch_project)(const PatchProjectArgs& a) {
     }
 #pragma omp for schedule(static)
     for (int64_t column = 0; column < a.width; column += NR)
-      pack_transposed<FloatUnit>(a.weight + column * area, area, NR, area, packed + column * area);
+      pack_transposed<FloatUnit>(StridedRows<const float>{a.weight + column * area, area}, NR, area,
+                                 packed + column * area);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < a.clips * blocks; ++task) {
       if (!patches) continue;

@@ -56,7 +56,7 @@ extern "C" bool AST_KERNEL(patch_weight_gradient)(const PatchWeightGradientArgs&
         float tile[MR * NR];
         float* out = a.dweight + (panel * area + depth * DEPTH + row) * NR;
         micro<FloatUnit, 1, PATCH_STRIDE>(rows, patches + depth * pitch + row, packed + panel * TOKENS * NR, count,
-                                          tile, NR, false);
+                                          StridedRows<float>{tile, NR}, false);
         for (int64_t at = 0; at < rows * NR; at += W)
           store(out + at, first ? load(out + at) + load(tile + at) : load(tile + at));
       }

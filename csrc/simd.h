@@ -221,5 +221,6 @@ struct Scratch {
 AST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 AST_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 AST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+AST_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace

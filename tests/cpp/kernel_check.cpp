@@ -1,5 +1,6 @@
 // Calls every kernel of one instruction set without Python and compares with plain loops in double precision.
 // Built by the tests for machines and sanitizers that Python cannot easily run under; exit status 1 on any error.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -133,8 +134,36 @@ void check_patches(int threads) {
   expect("patches, adjoint", std::fabs(adjoint - product) / product, 1e-6);
 }
 
-void check_attention(int threads, bool half) {
-  const int64_t tq = 101, tk = 203, heads = 2, width = 64, row = heads * width;
+// Pairs of a mask with gaps: the last query sees nothing, the last key is seen by nobody.
+bool sees(int64_t query, int64_t key) { return query < 100 && key < 202 && (query * 7 + key * 3) % 5 < 2; }
+
+// Rectangles of one side: pass 0 has the even tokens of the other side as columns, pass 1 the odd ones.
+struct Side {
+  std::vector<int32_t> rows, columns;
+  std::vector<int64_t> table;
+  std::vector<uint8_t> seen;
+
+  Side(int64_t num_rows, int64_t num_columns, bool by_key) {
+    for (int64_t pass : {0, 1})
+      for (int64_t first = 0; first < num_rows; first += 37) {
+        const int64_t last = std::min(num_rows, first + 37), count = (num_columns + 1 - pass) / 2;
+        const int64_t entry[] = {(int64_t)rows.size(), last - first, (int64_t)columns.size(), count,
+                                 (int64_t)seen.size(), pass};
+        table.insert(table.end(), entry, entry + 6);
+        for (int64_t r = first; r < last; ++r) rows.push_back((int32_t)r);
+        for (int64_t c = 0; c < count; ++c) columns.push_back((int32_t)(2 * c + pass));
+        for (int64_t r = first; r < last; ++r)
+          for (int64_t c = 0; c < count; ++c)
+            seen.push_back(by_key ? sees(2 * c + pass, r) : sees(r, 2 * c + pass));
+      }
+  }
+  RectangleList list() const {
+    return {rows.data(), columns.data(), table.data(), seen.data(), (int64_t)table.size() / 6, (int64_t)seen.size()};
+  }
+};
+
+void check_attention(int threads, bool half, bool masked, int64_t heads) {
+  const int64_t tq = 101, tk = 203, width = 64, row = heads * width;
   auto q = random_values(tq * row), k = random_values(tk * row), v = random_values(tk * row), d_o = random_values(tq * row);
   for (float& value : q) value *= 3.0f;
   std::vector<uint16_t> hq, hk, hv, hdo;
@@ -150,8 +179,15 @@ void check_attention(int threads, bool half) {
   a.q_head = a.k_head = a.v_head = a.o_head = a.do_head = a.dq_head = a.dk_head = a.dv_head = width;
   a.lse_head = 128, a.num_clips = 1, a.heads = heads, a.width = width, a.max_tq = tq, a.max_tk = tk;
   a.scale = 0.125f, a.type = half ? BF16 : F32, a.threads = threads;
-  AST_KERNEL(attention_forward)(a);
-  AST_KERNEL(attention_backward)(a);
+  if (masked) {
+    const Side by_query(tq, tk, false), by_key(tk, tq, true);
+    const MaskedAttentionArgs m = {a, by_query.list(), by_key.list()};
+    AST_KERNEL(attention_masked_forward)(m);
+    AST_KERNEL(attention_masked_backward)(m);
+  } else {
+    AST_KERNEL(attention_forward)(a);
+    AST_KERNEL(attention_backward)(a);
+  }
   const auto read = [&](const std::vector<float>& values, int64_t at) {
     return half ? (double)from_bf16(((const uint16_t*)values.data())[at]) : (double)values[at];
   };
@@ -164,10 +200,10 @@ void check_attention(int threads, bool half) {
       for (int64_t j = 0; j < tk; ++j) {
         double s = 0;
         for (int64_t d = 0; d < width; ++d) s += (double)q[i * row + h * width + d] * k[j * row + h * width + d];
-        sum += p[j] = std::exp(s * 0.125);
+        sum += p[j] = masked && !sees(i, j) ? 0.0 : std::exp(s * 0.125);
       }
       for (int64_t j = 0; j < tk; ++j) {
-        p[j] /= sum;
+        if (sum > 0) p[j] /= sum;
         for (int64_t d = 0; d < width; ++d) {
           out[d] += p[j] * v[j * row + h * width + d];
           dp[j] += (double)d_o[i * row + h * width + d] * v[j * row + h * width + d];
@@ -181,7 +217,8 @@ void check_attention(int threads, bool half) {
           rk[j * width + d] += ds * q[i * row + h * width + d];
           rv[j * width + d] += p[j] * d_o[i * row + h * width + d];
         }
-      el = std::fmax(el, std::fabs(std::log(sum) - lse[h * 128 + i]));
+      const double exact = sum > 0 ? std::log(sum) : INFINITY;
+      if (exact != lse[h * 128 + i]) el = std::fmax(el, std::fabs(exact - lse[h * 128 + i]));
       for (int64_t d = 0; d < width; ++d) {
         eo = std::fmax(eo, std::fabs(out[d] - read(o, i * row + h * width + d)));
         eq = std::fmax(eq, std::fabs(rq[d] - read(dq, i * row + h * width + d)));
@@ -194,7 +231,8 @@ void check_attention(int threads, bool half) {
       }
   }
   const double limit = half ? 2e-2 : 1e-5;
-  expect(half ? "attention bf16 o" : "attention o", eo, limit);
+  std::printf("%s%s, %d heads\n", masked ? "masked" : "dense", half ? " bf16" : "", (int)heads);
+  expect("attention o", eo, limit);
   expect("attention lse", el, 1e-5);
   expect("attention dq", eq, limit);
   expect("attention dk", ek, limit);
@@ -264,8 +302,12 @@ int main() {
     check_layer_norm(threads);
     check_gelu(threads);
     check_patches(threads);
-    check_attention(threads, false);
-    check_attention(threads, true);
+    for (bool half : {false, true}) {
+      check_attention(threads, half, false, 2);
+      // few heads are shared by all threads, many are an item each
+      check_attention(threads, half, true, 2);
+      check_attention(threads, half, true, 8);
+    }
     check_log_mel(threads, 32, false);
     check_log_mel(threads, 60, true);
   }
