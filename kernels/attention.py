@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import attention_launch
-from .attention_launch import Config, Problem, aot_cases
+from .attention_aot import aot_cases
+from .attention_launch import Config, Problem
 from .attention_tiles import LSE_PAD
 
 __all__ = ["aot_cases", "backward", "forward", "unsupported"]
@@ -95,8 +96,8 @@ def _problem(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Problem:
         clips=clips,
         heads=heads,
         width=width,
-        max_queries=queries,
-        max_keys=keys,
+        queries=queries,
+        keys=keys,
         q_length=queries,
         k_length=keys,
         lse_end=-(-queries // LSE_PAD) * LSE_PAD,

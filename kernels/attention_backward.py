@@ -19,6 +19,7 @@ from .attention_tiles import (
     clip_rows,
     descriptor_clip,
     load_rows,
+    locate,
     product,
     scratch_column,
     store_rows,
@@ -199,7 +200,7 @@ def _add_queries(
 
 @triton.jit(
     do_not_specialize=["packed", "has_lengths", "q_length", "k_length", "heads", "tiles"],
-    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths"],
+    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list"],
 )
 def attention_dq_kernel(
     q_ptr,
@@ -213,6 +214,7 @@ def attention_dq_kernel(
     q_starts,  # [B+1] int32, read when packed
     k_starts,
     k_lengths,  # [B] int32, read when has_lengths
+    tile_list,  # [entries, 2] int32, read when packed
     stride_qb: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -239,7 +241,7 @@ def attention_dq_kernel(
     q_length,  # queries of a dense clip; 0 when packed
     k_length,
     heads,
-    tiles,  # query tiles of the longest clip
+    tiles,  # query tiles of a dense clip
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -249,10 +251,9 @@ def attention_dq_kernel(
     TMA: tl.constexpr,
 ):
     """One tile of queries of one clip and head."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % heads
-    clip = pid // tiles // heads
+    clip, head, tile = locate(tile_list, tl.program_id(0), tiles, heads, packed)
+    if clip < 0:
+        return
     q_first, n_q = clip_rows(q_starts, clip, q_length, packed)
     k_first, n_k = clip_keys(k_starts, k_lengths, clip, k_length, packed, has_lengths)
     start_m = tile * BLOCK_M
@@ -302,7 +303,7 @@ def attention_dq_kernel(
 
 @triton.jit(
     do_not_specialize=["packed", "has_lengths", "q_length", "k_length", "heads", "tiles"],
-    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths"],
+    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list"],
 )
 def attention_dkv_kernel(
     q_source,  # pointer, or descriptor of [B, T, H, D] when TMA
@@ -316,6 +317,7 @@ def attention_dkv_kernel(
     q_starts,  # [B+1] int32, read when packed
     k_starts,
     k_lengths,  # [B] int32, read when has_lengths
+    tile_list,  # [entries, 2] int32, read when packed
     stride_qb: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -342,7 +344,7 @@ def attention_dkv_kernel(
     q_length,  # queries of a dense clip; 0 when packed
     k_length,
     heads,
-    tiles,  # key tiles of the longest clip
+    tiles,  # key tiles of a dense clip
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -352,10 +354,9 @@ def attention_dkv_kernel(
     TMA: tl.constexpr,
 ):
     """One tile of keys of one clip and head."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % heads
-    clip = pid // tiles // heads
+    clip, head, tile = locate(tile_list, tl.program_id(0), tiles, heads, packed)
+    if clip < 0:
+        return
     q_first, n_q = clip_rows(q_starts, clip, q_length, packed)
     # rows of k that exist, and those among them that count: the rest get a gradient of 0
     k_first, n_rows = clip_rows(k_starts, clip, k_length, packed)

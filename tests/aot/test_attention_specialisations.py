@@ -69,14 +69,19 @@ def recorder(monkeypatch):
             )
             requests.append(found)
 
-        for fn in attention_launch.KERNELS.values():
+        for fn in kernels():
             fn.device_caches.clear()
             monkeypatch.setattr(type(fn), "_do_compile", record)
         return requests
 
     yield start
-    for fn in attention_launch.KERNELS.values():
+    for fn in kernels():
         fn.device_caches.clear()
+
+
+def kernels() -> list:
+    """Every kernel that a launch may start."""
+    return list({id(case.fn): case.fn for case in attention.aot_cases(90)}.values())
 
 
 def gate(arch: int) -> set:
@@ -139,6 +144,9 @@ def test_batch_and_length_do_not_recompile(recorder, arch):
     requests = recorder(arch)
     for clips in (1, 2, 3, 8, 15, 16, 33, 64):
         run_dense(clips, 600, 600, 12, 64, torch.float16, fused=True)
+    dense = len(set(requests))
+    run_packed(16, 600, 12, 64, torch.float16)
+    assert len(set(requests)) == dense + 1, "packed clips share all but the list of tiles"
     by_kernel: dict[str, set] = {}
     for found in requests:
         by_kernel.setdefault(found[0], set()).add(found)
@@ -147,10 +155,12 @@ def test_batch_and_length_do_not_recompile(recorder, arch):
         "attention_forward_kernel": 2,
         "attention_dq_kernel": 1,
         "attention_dkv_kernel": 1,
+        "attention_tile_list_kernel": 1,
     }
     before = set(requests)
     for length in (1, 2, 16, 127, 128, 1214, 2048):
         run_dense(16, length, length, 12, 64, torch.float16, fused=True)
         run_dense(1, length, 77, 12, 64, torch.float16, ragged=True)
-        run_packed(16, length, 12, 64, torch.float16)
+        for clips in (1, 16, 300):
+            run_packed(clips, length, 12, 64, torch.float16)
     assert set(requests) == before
