@@ -76,17 +76,20 @@ def backward(
     allow_tf32: bool = False,
     dq_config: Config | None = None,
     dkv_config: Config | None = None,
+    one_pass_config: Config | None = None,
 ) -> None:
     """Write the gradients into dq, dk, dv.
 
-    Both values of `deterministic` run the same two passes: there are no atomics to allow.
+    With `deterministic` two passes give the same bits on every run. Without, GPUs whose table has an entry
+    for it take one pass, which adds dq up in an fp32 copy of it (attention_one_pass.py).
     """
     problem = _problem(q, k, key_lengths)
     if not problem.clips or not problem.heads:
         return
     attention_launch.backward(
-        problem, do, q, k, v, o, lse, scale, dq, dk, dv, allow_tf32, dq_config, dkv_config
-    )
+        problem, do, q, k, v, o, lse, scale, dq, dk, dv, allow_tf32, dq_config, dkv_config,
+        deterministic, one_pass_config,
+    )  # fmt: skip
 
 
 def _problem(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Problem:

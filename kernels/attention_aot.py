@@ -7,21 +7,35 @@ from typing import Any
 from . import _tuned, attention_tile_list
 from ._aot import AotCase
 from .attention_launch import KERNELS
+from .attention_one_pass import (
+    attention_delta_kernel,
+    attention_one_pass_kernel,
+    attention_round_kernel,
+)
+from .attention_one_pass_launch import ROW_WARPS, one_pass_constexprs, row_constexprs
 from .attention_problem import OP, Config, constexprs, table_configs
 
-_FP32 = ("lse_ptr", "delta_ptr")
+# the small kernels around the one-pass backward
+ROW_KERNELS = {"delta": attention_delta_kernel, "round": attention_round_kernel}
+
+_FP32 = ("lse_ptr", "delta_ptr", "dq_sum")
 _INDICES = ("q_starts", "k_starts", "k_lengths", "tile_list")
 
 
 def aot_cases(arch: int) -> list[AotCase]:
     """Every specialisation that a launch on `arch` can ask for."""
     cases = [_tile_list_case()]
-    for kernel in KERNELS:
-        for arithmetic, widths in _tuned.configs(OP, arch)[kernel].items():
+    summed = set()
+    for kernel in (*KERNELS, "one_pass"):
+        for arithmetic, widths in _tuned.configs(OP, arch).get(kernel, {}).items():
             for width in widths:
                 for config in table_configs(arch, kernel, arithmetic, int(width)):
                     for dtype in _dtypes(arithmetic, arch):
                         cases.append(_case(kernel, dtype, arithmetic, int(width), config, arch))
+                        if kernel == "one_pass":
+                            summed.add((dtype, int(width)))
+    for dtype, width in sorted(summed):
+        cases += (_row_case(name, dtype, width, arch) for name in ROW_KERNELS)
     return cases
 
 
@@ -48,11 +62,14 @@ def _tile_list_case() -> AotCase:
 def _case(
     kernel: str, dtype: str, arithmetic: str, width: int, config: Config, arch: int
 ) -> AotCase:
-    fn = KERNELS[kernel]
-    constants = constexprs(config, width, arithmetic)
-    rows = config.block_m if kernel == "dkv" else config.block_n
+    one_pass = kernel == "one_pass"
+    fn = attention_one_pass_kernel if one_pass else KERNELS[kernel]
+    constants = (one_pass_constexprs if one_pass else constexprs)(config, width, arithmetic)
+    rows = config.block_n if kernel in ("forward", "dq") else config.block_m
     box = f"tensordesc<{dtype}[1, {rows}, 1, {constants['BLOCK_D']}]>"
     signature = _signature(fn.arg_names, constants, dtype, box if config.tma else f"*{dtype}")
+    if config.reduce:
+        signature["dq_sum"] = f"tensordesc<fp32[{config.block_m}, {constants['BLOCK_D']}]>"
     return AotCase(
         name=f"{kernel}-{arithmetic if dtype == 'fp32' else dtype}-d{width}-{config.name}",
         fn=fn,
@@ -62,9 +79,30 @@ def _case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expect=_expected(arithmetic, config, arch),
-        # the models have heads of 64; for other widths one 16-bit type and one GPU a family stand for all
-        twin=width != 64 and ((dtype == "fp16" and arch >= 80) or arch in (89, 120)),
+        twin=_is_twin(dtype, width, arch),
     )
+
+
+def _row_case(kernel: str, dtype: str, width: int, arch: int) -> AotCase:
+    """One of the small kernels around the one-pass backward."""
+    fn = ROW_KERNELS[kernel]
+    constants = row_constexprs(width)
+    signature = _signature(fn.arg_names, constants, dtype, f"*{dtype}")
+    return AotCase(
+        name=f"{kernel}-{dtype}-d{width}",
+        fn=fn,
+        signature=signature,
+        constexprs=constants,
+        divisible=_divisible(signature),
+        num_warps=ROW_WARPS,
+        num_stages=1,
+        twin=_is_twin(dtype, width, arch),
+    )
+
+
+def _is_twin(dtype: str, width: int, arch: int) -> bool:
+    """The models have heads of 64; for other widths one 16-bit type and one GPU a family stand for all."""
+    return width != 64 and ((dtype == "fp16" and arch >= 80) or arch in (89, 120))
 
 
 def _signature(
@@ -95,7 +133,7 @@ def _divisible(signature: dict[str, str]) -> tuple[str, ...]:
     return tuple(
         name
         for name, spelled in signature.items()
-        if name.startswith("stride_") or (name.endswith(("_ptr", "_source")) and spelled[0] == "*")
+        if name.startswith("stride_") or (spelled[0] == "*" and name not in _INDICES)
     )
 
 
@@ -104,4 +142,5 @@ def _expected(arithmetic: str, config: Config, arch: int) -> tuple[str, ...]:
     if arithmetic == "f32" or arch < 80:
         return ()
     matrix = {90: "wgmma", 100: "tcgen05"}.get(arch, "mma")
-    return (matrix, "tma") if config.tma else (matrix,)
+    extra = [("tma", config.tma), ("tma reduction", config.reduce)]
+    return (matrix, *(name for name, used in extra if used))

@@ -111,7 +111,7 @@ def _add_keys(
 
 
 @triton.jit
-def _add_queries(
+def add_queries(
     k,  # [BLOCK_N, BLOCK_D], not read when CHUNK
     v,  # [BLOCK_N, BLOCK_D], not read when CHUNK
     k_base,
@@ -145,7 +145,7 @@ def _add_queries(
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add the queries start .. start + BLOCK_M to dk / scale and dv; scores are transposed."""
+    """Add the queries start .. start + BLOCK_M to dk / scale and dv; scores are transposed, as is ds."""
     q = stream_rows(
         q_source,
         q_base,
@@ -195,7 +195,7 @@ def _add_queries(
         ds = tl.where((queries < n_q)[None, :], ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, ds
 
 
 @triton.jit(
@@ -393,14 +393,14 @@ def attention_dkv_kernel(
     n_q = tl.where(start_n < n_k, n_q, 0)
     whole = (n_q // BLOCK_M) * BLOCK_M
     for start in range(0, whole, BLOCK_M):
-        dk, dv = _add_queries(
+        dk, dv, _ = add_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
             q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, start, n_q,
             dk, dv, lse_base, delta_base, qk_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, False,
         )  # fmt: skip
     if whole < n_q:
-        dk, dv = _add_queries(
+        dk, dv, _ = add_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
             q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, whole, n_q,
             dk, dv, lse_base, delta_base, qk_scale,

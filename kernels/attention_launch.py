@@ -12,9 +12,11 @@ from torch import Tensor
 from . import _tuned
 from .attention_backward import attention_dkv_kernel, attention_dq_kernel
 from .attention_forward import attention_forward_kernel
+from .attention_one_pass_launch import one_pass, one_pass_choice
 from .attention_problem import (
     OP,
     WIDTHS,
+    BackwardTensors,
     Config,
     Problem,
     aligned,
@@ -132,13 +134,53 @@ def backward(
     allow_tf32: bool,
     dq_config: Config | None = None,
     dkv_config: Config | None = None,
+    deterministic: bool = True,
+    one_pass_config: Config | None = None,
 ) -> None:
-    """Write dq, dk, dv; the configurations replace the choice from the table."""
+    """Write dq, dk, dv; the configurations replace the choice from the table.
+
+    One pass is taken only if the caller does not need the same bits twice, and either gives its
+    configuration or has a GPU whose table has one.
+    """
+    if deterministic and one_pass_config is not None:
+        raise ValueError(
+            "one_pass_config was given together with deterministic=True: the one-pass backward adds in "
+            "whatever order programs run; pass deterministic=False or no configuration"
+        )
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
+    # kernels write rows that start on 16-element boundaries; other outputs get them by a copy
+    results = []
+    for out in (dq, dk, dv):
+        direct = out.dtype == q.dtype and is_aligned(out)
+        written = out if direct else torch.empty(out.shape, dtype=q.dtype, device=out.device)
+        results.append((out, written))
+    tensors = BackwardTensors(do, q, k, v, o, lse.contiguous(), *(out for _, out in results))
     capability = _tuned.capability(q.device)
     arithmetic = kind(q.dtype, allow_tf32, capability)
+    if not deterministic and one_pass_config is None and dq_config is None and dkv_config is None:
+        one_pass_config = one_pass_choice(problem, tensors, capability, arithmetic)
+    with torch.cuda.device_of(q):
+        # without queries or without keys there is nothing to sum
+        if one_pass_config is not None and problem.queries and problem.keys:
+            one_pass(problem, tensors, scale, arithmetic, one_pass_config)
+        else:
+            _two_passes(problem, tensors, scale, capability, arithmetic, dq_config, dkv_config)
+    for out, written in results:
+        if written is not out:
+            out.copy_(written)
+
+
+def _two_passes(
+    problem: Problem,
+    tensors: BackwardTensors,
+    scale: float,
+    capability: int,
+    arithmetic: str,
+    dq_config: Config | None,
+    dkv_config: Config | None,
+) -> None:
+    do, q, k, v, o, lse, dq, dk, dv = tensors
+    delta = torch.empty_like(lse)
     sms = _tuned.sm_count(q.device)
     dq_config = dq_config or choose(
         table_configs(capability, "dq", arithmetic, problem.width),
@@ -155,13 +197,6 @@ def backward(
         sms,
     )
     block_d = triton.next_power_of_2(problem.width)
-    # kernels write rows that start on 16-element boundaries; other outputs get them by a copy
-    results = []
-    for out in (dq, dk, dv):
-        direct = out.dtype == q.dtype and is_aligned(out)
-        written = out if direct else torch.empty(out.shape, dtype=q.dtype, device=out.device)
-        results.append((out, written))
-    (_, dq_out), (_, dk_out), (_, dv_out) = results
     common = (
         int(problem.packed),
         int(problem.k_lengths is not None),
@@ -169,58 +204,54 @@ def backward(
         problem.k_length,
         problem.heads,
     )
-    with torch.cuda.device_of(q):
-        grids = Grids(problem, lse)
-        if problem.queries:
-            grid = grids.over_queries(dq_config.block_m)
-            attention_dq_kernel[(grid.programs,)](
-                q,
-                descriptor(k, dq_config.block_n, block_d) if dq_config.tma else k,
-                descriptor(v, dq_config.block_n, block_d) if dq_config.tma else v,
-                o,
-                do,
-                lse,
-                delta,
-                dq_out,
-                *clip_arguments(problem, lse),
-                grid.tile_list,
-                *strides(q),
-                *strides(k),
-                *strides(v),
-                *strides(o),
-                *strides(do),
-                *strides(dq_out),
-                *scratch_strides(lse),
-                scale,
-                *common,
-                grid.tiles,
-                **options(dq_config, problem.width, arithmetic),
-            )
-        if problem.keys:
-            grid = grids.over_keys(dkv_config.block_n)
-            attention_dkv_kernel[(grid.programs,)](
-                descriptor(q, dkv_config.block_m, block_d) if dkv_config.tma else q,
-                k,
-                v,
-                descriptor(do, dkv_config.block_m, block_d) if dkv_config.tma else do,
-                lse,
-                delta,
-                dk_out,
-                dv_out,
-                *clip_arguments(problem, lse),
-                grid.tile_list,
-                *strides(q),
-                *strides(k),
-                *strides(v),
-                *strides(do),
-                *strides(dk_out),
-                *strides(dv_out),
-                *scratch_strides(lse),
-                scale,
-                *common,
-                grid.tiles,
-                **options(dkv_config, problem.width, arithmetic),
-            )
-    for out, written in results:
-        if written is not out:
-            out.copy_(written)
+    grids = Grids(problem, lse)
+    if problem.queries:
+        grid = grids.over_queries(dq_config.block_m)
+        attention_dq_kernel[(grid.programs,)](
+            q,
+            descriptor(k, dq_config.block_n, block_d) if dq_config.tma else k,
+            descriptor(v, dq_config.block_n, block_d) if dq_config.tma else v,
+            o,
+            do,
+            lse,
+            delta,
+            dq,
+            *clip_arguments(problem, lse),
+            grid.tile_list,
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *strides(o),
+            *strides(do),
+            *strides(dq),
+            *scratch_strides(lse),
+            scale,
+            *common,
+            grid.tiles,
+            **options(dq_config, problem.width, arithmetic),
+        )
+    if problem.keys:
+        grid = grids.over_keys(dkv_config.block_n)
+        attention_dkv_kernel[(grid.programs,)](
+            descriptor(q, dkv_config.block_m, block_d) if dkv_config.tma else q,
+            k,
+            v,
+            descriptor(do, dkv_config.block_m, block_d) if dkv_config.tma else do,
+            lse,
+            delta,
+            dk,
+            dv,
+            *clip_arguments(problem, lse),
+            grid.tile_list,
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *strides(do),
+            *strides(dk),
+            *strides(dv),
+            *scratch_strides(lse),
+            scale,
+            *common,
+            grid.tiles,
+            **options(dkv_config, problem.width, arithmetic),
+        )

@@ -36,13 +36,14 @@ class Config(NamedTuple):
     num_stages: int
     chunk: int = 0  # columns of a score product done at a time; 0 is all
     tma: bool = False  # operands of the loop come through tensor-map descriptors
+    reduce: bool = False  # one-pass backward: dq is summed through a descriptor
 
     @property
     def name(self) -> str:
-        """Short name for test ids: 128x64w8s3-tma."""
+        """Short name for test ids: 128x64w8s3-tma-reduce."""
         chunk = f"c{self.chunk}" if self.chunk else ""
-        tma = "-tma" if self.tma else ""
-        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}{chunk}{tma}"
+        ways = ("-tma" if self.tma else "") + ("-reduce" if self.reduce else "")
+        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}{chunk}{ways}"
 
 
 class Problem(NamedTuple):
@@ -69,6 +70,20 @@ class Problem(NamedTuple):
     def pairs(self) -> int:
         """Pairs of head and clip, each with its own grid over rows; packed clips share one."""
         return self.heads * (1 if self.packed else self.clips)
+
+
+class BackwardTensors(NamedTuple):
+    """What a backward reads and writes, rows starting on 16-element boundaries."""
+
+    do: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor  # contiguous
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -105,7 +120,8 @@ def kind(dtype: torch.dtype, allow_tf32: bool, capability: int) -> str:
 @functools.cache
 def table_configs(capability: int, kernel: str, arithmetic: str, width: int) -> tuple[Config, ...]:
     """Configurations of one kernel in the order of the table, largest tile first."""
-    entries = _tuned.configs(OP, capability)[kernel][arithmetic][str(width)]
+    # not every family has every kernel for every arithmetic and width
+    entries = _tuned.configs(OP, capability).get(kernel, {}).get(arithmetic, {}).get(str(width), [])
     return tuple(Config(**entry) for entry in entries)
 
 
