@@ -62,7 +62,10 @@ def check(lengths, walked, block):
 
 @pytest.mark.parametrize("block", [16, 64, 128])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_every_tile_is_listed_once_and_the_longest_clip_first(lengths, block):
+def test_every_tile_is_listed_once_and_the_longest_clip_first(monkeypatch, lengths, block):
+    # memory that is not -1 to begin with, which is what marks the end
+    guarded = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **options: guarded(*a, **options).fill_(77))
     check(lengths, lengths, block)
 
 
