@@ -51,6 +51,7 @@ _INSTRUCTIONS: dict[str, str] = {
     "tcgen05": r"\btcgen05\.mma",
     "cp.async": r"\bcp\.async\.c[ag]",
     "tma": r"\bcp\.async\.bulk\.tensor",
+    "tma reduction": r"\bcp\.reduce\.async\.bulk\.tensor",
     "setmaxnreg": r"\bsetmaxnreg",
     "atomic": r"\b(?:red|atom)\.(?:global|async|gpu|relaxed)",
 }

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import attention_launch
-from .attention_launch import Config, Problem, aot_cases
+from .attention_aot import aot_cases
+from .attention_launch import Config, Problem
 from .attention_tiles import LSE_PAD
 
 __all__ = ["aot_cases", "backward", "forward", "unsupported"]
@@ -75,17 +76,20 @@ def backward(
     allow_tf32: bool = False,
     dq_config: Config | None = None,
     dkv_config: Config | None = None,
+    one_pass_config: Config | None = None,
 ) -> None:
     """Write the gradients into dq, dk, dv.
 
-    Both values of `deterministic` run the same two passes: there are no atomics to allow.
+    With `deterministic` two passes give the same bits on every run. Without, GPUs whose table has an entry
+    for it take one pass, which adds dq up in an fp32 copy of it (attention_one_pass.py).
     """
     problem = _problem(q, k, key_lengths)
     if not problem.clips or not problem.heads:
         return
     attention_launch.backward(
-        problem, do, q, k, v, o, lse, scale, dq, dk, dv, allow_tf32, dq_config, dkv_config
-    )
+        problem, do, q, k, v, o, lse, scale, dq, dk, dv, allow_tf32, dq_config, dkv_config,
+        deterministic, one_pass_config,
+    )  # fmt: skip
 
 
 def _problem(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Problem:
@@ -95,8 +99,8 @@ def _problem(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Problem:
         clips=clips,
         heads=heads,
         width=width,
-        max_queries=queries,
-        max_keys=keys,
+        queries=queries,
+        keys=keys,
         q_length=queries,
         k_length=keys,
         lse_end=-(-queries // LSE_PAD) * LSE_PAD,

@@ -19,6 +19,7 @@ from .attention_tiles import (
     clip_rows,
     descriptor_clip,
     load_rows,
+    locate,
     product,
     scratch_column,
     store_rows,
@@ -110,7 +111,7 @@ def _add_keys(
 
 
 @triton.jit
-def _add_queries(
+def add_queries(
     k,  # [BLOCK_N, BLOCK_D], not read when CHUNK
     v,  # [BLOCK_N, BLOCK_D], not read when CHUNK
     k_base,
@@ -144,7 +145,7 @@ def _add_queries(
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add the queries start .. start + BLOCK_M to dk / scale and dv; scores are transposed."""
+    """Add the queries start .. start + BLOCK_M to dk / scale and dv; scores are transposed, as is ds."""
     q = stream_rows(
         q_source,
         q_base,
@@ -194,12 +195,12 @@ def _add_queries(
         ds = tl.where((queries < n_q)[None, :], ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, ds
 
 
 @triton.jit(
     do_not_specialize=["packed", "has_lengths", "q_length", "k_length", "heads", "tiles"],
-    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths"],
+    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list"],
 )
 def attention_dq_kernel(
     q_ptr,
@@ -213,6 +214,7 @@ def attention_dq_kernel(
     q_starts,  # [B+1] int32, read when packed
     k_starts,
     k_lengths,  # [B] int32, read when has_lengths
+    tile_list,  # [entries, 2] int32, read when packed
     stride_qb: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -239,7 +241,7 @@ def attention_dq_kernel(
     q_length,  # queries of a dense clip; 0 when packed
     k_length,
     heads,
-    tiles,  # query tiles of the longest clip
+    tiles,  # query tiles of a dense clip
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -249,10 +251,9 @@ def attention_dq_kernel(
     TMA: tl.constexpr,
 ):
     """One tile of queries of one clip and head."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % heads
-    clip = pid // tiles // heads
+    clip, head, tile = locate(tile_list, tl.program_id(0), tiles, heads, packed)
+    if clip < 0:
+        return
     q_first, n_q = clip_rows(q_starts, clip, q_length, packed)
     k_first, n_k = clip_keys(k_starts, k_lengths, clip, k_length, packed, has_lengths)
     start_m = tile * BLOCK_M
@@ -302,7 +303,7 @@ def attention_dq_kernel(
 
 @triton.jit(
     do_not_specialize=["packed", "has_lengths", "q_length", "k_length", "heads", "tiles"],
-    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths"],
+    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list"],
 )
 def attention_dkv_kernel(
     q_source,  # pointer, or descriptor of [B, T, H, D] when TMA
@@ -316,6 +317,7 @@ def attention_dkv_kernel(
     q_starts,  # [B+1] int32, read when packed
     k_starts,
     k_lengths,  # [B] int32, read when has_lengths
+    tile_list,  # [entries, 2] int32, read when packed
     stride_qb: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -342,7 +344,7 @@ def attention_dkv_kernel(
     q_length,  # queries of a dense clip; 0 when packed
     k_length,
     heads,
-    tiles,  # key tiles of the longest clip
+    tiles,  # key tiles of a dense clip
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -352,10 +354,9 @@ def attention_dkv_kernel(
     TMA: tl.constexpr,
 ):
     """One tile of keys of one clip and head."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % heads
-    clip = pid // tiles // heads
+    clip, head, tile = locate(tile_list, tl.program_id(0), tiles, heads, packed)
+    if clip < 0:
+        return
     q_first, n_q = clip_rows(q_starts, clip, q_length, packed)
     # rows of k that exist, and those among them that count: the rest get a gradient of 0
     k_first, n_rows = clip_rows(k_starts, clip, k_length, packed)
@@ -392,14 +393,14 @@ def attention_dkv_kernel(
     n_q = tl.where(start_n < n_k, n_q, 0)
     whole = (n_q // BLOCK_M) * BLOCK_M
     for start in range(0, whole, BLOCK_M):
-        dk, dv = _add_queries(
+        dk, dv, _ = add_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
             q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, start, n_q,
             dk, dv, lse_base, delta_base, qk_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, False,
         )  # fmt: skip
     if whole < n_q:
-        dk, dv = _add_queries(
+        dk, dv, _ = add_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
             q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, whole, n_q,
             dk, dv, lse_base, delta_base, qk_scale,

@@ -20,6 +20,7 @@ from .attention_tiles import (
     clip_rows,
     descriptor_clip,
     load_rows,
+    locate,
     product,
     scratch_column,
     store_rows,
@@ -121,7 +122,7 @@ def _fold_keys(
         "clips",
         "pad_end",
     ],
-    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths"],
+    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list"],
 )
 def attention_forward_kernel(
     q_ptr,
@@ -132,6 +133,7 @@ def attention_forward_kernel(
     q_starts,  # [B+1] int32, read when packed
     k_starts,
     k_lengths,  # [B] int32, read when has_lengths
+    tile_list,  # [entries, 2] int32, read when packed
     stride_qb: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -152,7 +154,7 @@ def attention_forward_kernel(
     q_length,  # queries of a dense clip; 0 when packed
     k_length,
     heads,
-    tiles,  # query tiles of the longest clip
+    tiles,  # query tiles of a dense clip
     clips,
     pad_end,  # end of the lse columns of the last clip
     D: tl.constexpr,
@@ -164,10 +166,9 @@ def attention_forward_kernel(
     TMA: tl.constexpr,
 ):
     """One tile of queries of one clip and head."""
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    head = (pid // tiles) % heads
-    clip = pid // tiles // heads
+    clip, head, tile = locate(tile_list, tl.program_id(0), tiles, heads, packed)
+    if clip < 0:
+        return
     q_first, n_q = clip_rows(q_starts, clip, q_length, packed)
     k_first, n_k = clip_keys(k_starts, k_lengths, clip, k_length, packed, has_lengths)
     start_m = tile * BLOCK_M

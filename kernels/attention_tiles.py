@@ -20,6 +20,20 @@ _PAD = tl.constexpr(LSE_PAD)
 
 
 @triton.jit
+def locate(list_ptr, pid, tiles, heads, packed):
+    """Clip, head and tile of program `pid`; the clip is -1 past the end of the list of packed tiles."""
+    tile = pid % tiles
+    head = (pid // tiles) % heads
+    clip = pid // tiles // heads
+    if packed:
+        head = pid % heads
+        entry = list_ptr + pid // heads * 2
+        clip = tl.load(entry)
+        tile = tl.load(entry + 1)
+    return clip, head, tile
+
+
+@triton.jit
 def clip_rows(starts_ptr, clip, length, packed):
     """First row and number of rows of `clip`; a dense clip starts at row 0 of its own stride."""
     first = clip * 0

@@ -1,8 +1,8 @@
 """Packed attention in Triton: clips of different lengths follow one another in one run of rows.
 
 The kernels are those of dense attention (attention_tiles.py says how one serves both), so the compiled
-specialisations are shared as well. The grid has a tile for every tile of the longest clip; programs
-past the end of a shorter clip return at once.
+specialisations are shared as well. A list made on the GPU gives the tiles of the clips with most work
+first (attention_tile_list.py); nothing waits for the clips' lengths.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import attention_launch
-from .attention_launch import Config, Problem, aot_cases
+from .attention_aot import aot_cases
+from .attention_launch import Config, Problem
 from .attention_tiles import LSE_PAD
 
 __all__ = ["aot_cases", "backward", "forward", "unsupported"]
@@ -56,9 +57,9 @@ def forward(
     """Output o [Nq, H, D] and natural log-sum-exp lse [H, Npad] fp32, +inf in its padding.
 
     Clip b's row i of lse is at column ((cu_seqlens_q[b] + b * 128) // 128) * 128 + i. `max_seqlen_q` and
-    `max_seqlen_k` must not be less than the longest clip: rows past them would not be computed.
+    `max_seqlen_k` are not read: the list of tiles follows from the clips' starts.
     """
-    problem = _problem(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    problem = _problem(q, k, cu_seqlens_q, cu_seqlens_k)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = (q.shape[1], problem.lse_end)
     if o.numel():
@@ -88,25 +89,27 @@ def backward(
     allow_tf32: bool = False,
     dq_config: Config | None = None,
     dkv_config: Config | None = None,
+    one_pass_config: Config | None = None,
 ) -> None:
     """Write the gradients into dq, dk, dv.
 
-    Both values of `deterministic` run the same two passes: there are no atomics to allow.
+    With `deterministic` two passes give the same bits on every run. Without, GPUs whose table has an entry
+    for it take one pass, which adds dq up in an fp32 copy of it (attention_one_pass.py).
     """
-    problem = _problem(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    problem = _problem(q, k, cu_seqlens_q, cu_seqlens_k)
     if not problem.clips or not problem.heads:
         return
     attention_launch.backward(
-        problem, do, q, k, v, o, lse, scale, dq, dk, dv, allow_tf32, dq_config, dkv_config
-    )
+        problem, do, q, k, v, o, lse, scale, dq, dk, dv, allow_tf32, dq_config, dkv_config,
+        deterministic, one_pass_config,
+    )  # fmt: skip
 
 
 def _problem(
     q: Tensor,
+    k: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
 ) -> Problem:
     clips = cu_seqlens_q.numel() - 1
     rows, heads, width = q.shape
@@ -114,8 +117,8 @@ def _problem(
         clips=clips,
         heads=heads,
         width=width,
-        max_queries=max_seqlen_q,
-        max_keys=max_seqlen_k,
+        queries=rows,
+        keys=k.shape[0],
         q_length=0,
         k_length=0,
         lse_end=-(-(rows + clips * LSE_PAD) // LSE_PAD) * LSE_PAD,

@@ -69,14 +69,19 @@ def recorder(monkeypatch):
             )
             requests.append(found)
 
-        for fn in attention_launch.KERNELS.values():
+        for fn in kernels():
             fn.device_caches.clear()
             monkeypatch.setattr(type(fn), "_do_compile", record)
         return requests
 
     yield start
-    for fn in attention_launch.KERNELS.values():
+    for fn in kernels():
         fn.device_caches.clear()
+
+
+def kernels() -> list:
+    """Every kernel that a launch may start."""
+    return list({id(case.fn): case.fn for case in attention.aot_cases(90)}.values())
 
 
 def gate(arch: int) -> set:
@@ -93,7 +98,9 @@ def gate(arch: int) -> set:
     return found
 
 
-def run_dense(clips, queries, keys, heads, width, dtype, tf32=False, ragged=False, fused=False):
+def run_dense(
+    clips, queries, keys, heads, width, dtype, tf32=False, ragged=False, fused=False, ordered=True
+):
     """Forward and backward launches of one dense problem."""
     q = torch.empty(clips, queries, heads, width, dtype=dtype)
     k, v = (torch.empty(clips, keys, heads, width, dtype=dtype) for _ in range(2))
@@ -102,17 +109,17 @@ def run_dense(clips, queries, keys, heads, width, dtype, tf32=False, ragged=Fals
     lengths = torch.ones(clips, dtype=torch.int32) if ragged else None
     o, lse = attention.forward(q, k, v, 0.125, lengths, allow_tf32=tf32)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    attention.backward(o, q, k, v, o, lse, 0.125, lengths, True, *grads, allow_tf32=tf32)
+    attention.backward(o, q, k, v, o, lse, 0.125, lengths, ordered, *grads, allow_tf32=tf32)
 
 
-def run_packed(clips, longest, heads, width, dtype, tf32=False):
+def run_packed(clips, longest, heads, width, dtype, tf32=False, ordered=True):
     """Forward and backward launches of one packed problem."""
     q, k, v = torch.empty(clips * longest, 3, heads, width, dtype=dtype).unbind(1)
     starts = torch.arange(clips + 1, dtype=torch.int32) * longest
     layout = (starts, starts, longest, longest, 0.125)
     o, lse = attention_varlen.forward(q, k, v, *layout, allow_tf32=tf32)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    attention_varlen.backward(o, q, k, v, o, lse, *layout, True, *grads, allow_tf32=tf32)
+    attention_varlen.backward(o, q, k, v, o, lse, *layout, ordered, *grads, allow_tf32=tf32)
 
 
 @pytest.mark.parametrize("arch", _aot.ARCHITECTURES)
@@ -127,8 +134,13 @@ def test_a_launch_asks_for_nothing_that_the_gate_did_not_compile(recorder, arch)
                 run_dense(4, 1214, 1214, 12, width, dtype, tf32, fused=True)
                 run_dense(2, 160, 33, 3, width, dtype, tf32, ragged=True)
                 run_packed(3, 48, 2, width, dtype, tf32)
+                run_dense(4, 160, 1214, 12, width, dtype, tf32, fused=True, ordered=False)
+                run_packed(3, 48, 2, width, dtype, tf32, ordered=False)
     unaligned = torch.empty(2 * 9 * 2 * 64 + 1, dtype=torch.float16)[1:].view(2, 9, 2, 64)
-    attention.forward(unaligned, unaligned, unaligned.expand(2, 9, 2, 64), -1.0, None)
+    o, lse = attention.forward(unaligned, unaligned, unaligned.expand(2, 9, 2, 64), -1.0, None)
+    grads = [torch.empty_like(unaligned) for _ in range(3)]
+    expanded = o[:, :1].expand(2, 9, 2, 64)
+    attention.backward(expanded, unaligned, unaligned, unaligned, o, lse, 0.1, None, False, *grads)
     assert requests
     missing = set(requests) - gate(arch)
     assert not missing, f"{len(missing)} of {len(set(requests))}, for example {missing.pop()}"
@@ -139,6 +151,9 @@ def test_batch_and_length_do_not_recompile(recorder, arch):
     requests = recorder(arch)
     for clips in (1, 2, 3, 8, 15, 16, 33, 64):
         run_dense(clips, 600, 600, 12, 64, torch.float16, fused=True)
+    dense = len(set(requests))
+    run_packed(16, 600, 12, 64, torch.float16)
+    assert len(set(requests)) == dense + 1, "packed clips share all but the list of tiles"
     by_kernel: dict[str, set] = {}
     for found in requests:
         by_kernel.setdefault(found[0], set()).add(found)
@@ -147,10 +162,33 @@ def test_batch_and_length_do_not_recompile(recorder, arch):
         "attention_forward_kernel": 2,
         "attention_dq_kernel": 1,
         "attention_dkv_kernel": 1,
+        "attention_tile_list_kernel": 1,
     }
     before = set(requests)
     for length in (1, 2, 16, 127, 128, 1214, 2048):
         run_dense(16, length, length, 12, 64, torch.float16, fused=True)
         run_dense(1, length, 77, 12, 64, torch.float16, ragged=True)
-        run_packed(16, length, 12, 64, torch.float16)
+        for clips in (1, 16, 300):
+            run_packed(clips, length, 12, 64, torch.float16)
     assert set(requests) == before
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_one_pass_backward_compiles_three_kernels(recorder, arch):
+    requests = recorder(arch)
+    run_dense(2, 600, 600, 12, 64, torch.float16, fused=True)
+    run_packed(2, 600, 12, 64, torch.float16)
+    requests.clear()
+    for clips in (1, 2, 16, 33):
+        for length in (1, 16, 127, 602):
+            run_dense(clips, length, length, 12, 64, torch.float16, fused=True, ordered=False)
+            run_dense(clips, length, 77, 12, 64, torch.float16, ragged=True, ordered=False)
+            run_packed(clips, length, 12, 64, torch.float16, ordered=False)
+    backward = {found[0] for found in requests} - {"attention_forward_kernel"}
+    assert backward == {
+        "attention_delta_kernel",
+        "attention_one_pass_kernel",
+        "attention_round_kernel",
+        "attention_tile_list_kernel",
+    }
+    assert len({found for found in requests if found[0] in backward}) == len(backward)

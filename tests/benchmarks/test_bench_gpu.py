@@ -157,6 +157,7 @@ def test_the_plan_for_a_gpu_leads_with_16_bit_checks_and_attention(monkeypatch):
         "attention forward",
         "attention dq",
         "attention dkv",
+        "attention one_pass",
         "layer_norm",
         "mlp",
         "log_mel",
@@ -185,6 +186,32 @@ def test_every_configuration_of_every_table_can_be_put_in_place():
                     last = variant.path[-1]
                     assert node[int(last) if isinstance(node, list) else last] == variant.entry
             assert _tuned.configs is original
+
+
+def test_one_pass_configurations_run_where_the_order_of_additions_is_free(monkeypatch):
+    pytest.importorskip("triton")
+    from ast_fast import ops
+    from benchmarks import tuned
+    from benchmarks.suites import attention
+
+    settings = Settings(tiny=True, backend="reference")
+    asked = []
+    real = ops.attention
+
+    def spied(*arguments, **options):
+        asked.append(options.get("deterministic", True))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ops, "attention", spied)
+    for kernel, deterministic in (("one_pass", False), ("dkv", True)):
+        variant = next(v for v in tuned.variants(90) if v.path[0] == kernel and v.op == "attention")
+        case = tuned.case_for(variant, settings)
+        (ours,) = (given for given in case.candidates if given.name == settings.ours)
+        asked.clear()
+        inputs = case.make_inputs(0)
+        gradients = ours.prepare([inputs])(0)
+        assert set(asked) == {deterministic}
+        assert [x.shape for x in gradients] == [inputs[name].shape for name in attention.WRT]
 
 
 def test_the_fastest_of_rival_configurations_is_named():
