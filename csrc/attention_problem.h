@@ -105,7 +105,8 @@ RectangleList rectangle_list(const py::tuple& list, int64_t most_rows, int64_t m
   }
   if (!good)
     throw py::value_error("the mask's rectangles do not fit " + std::to_string(most_rows) + " x " +
-                          std::to_string(most_columns) + " tokens: expected the rectangles of an AttentionMask of that size");
+                          std::to_string(most_columns) +
+                          " tokens: expected the rectangles of an AttentionMask of that size");
   return out;
 }
 

@@ -56,8 +56,8 @@ struct PairUnit {
 };
 #endif
 
-// c(r)[column] (+)= sum over k < depth of a[r * RS + k * CS] * b[k][column]; depth counts units. VECTORS 1 leaves out the
-// second half of the panel
+// c(r)[column] (+)= sum over k < depth of a[r * RS + k * CS] * b[k][column]; depth counts units. VECTORS 1 leaves out
+// the second half of the panel
 template <class Unit, int ROWS, int RS, int CS, int VECTORS, class Rows>
 AST_INLINE void micro_rows(const typename Unit::Word* a, const typename Unit::Word* b, int64_t depth, Rows c,
                            bool accumulate) {

@@ -24,7 +24,15 @@ def with_gaps():
     return seen
 
 
+def tall_tiles():
+    """Rectangles with more rows than a block of the kernels has, in no order."""
+    generator = torch.Generator().manual_seed(2)
+    queries, keys = (torch.randperm(n, generator=generator).int().numpy() for n in (230, 410))
+    return AttentionMask(random_mask(230, 410, 0.5).numpy(), [[queries]], [[keys]])
+
+
 MASKS = {
+    "tall tiles": tall_tiles,
     "factorised": lambda: AttentionMask.factorised(3, 5),
     "factorised, no prefix": lambda: AttentionMask.factorised(4, 37, prefix=0),
     "one row": lambda: AttentionMask.factorised(1, 33),
