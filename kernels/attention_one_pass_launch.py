@@ -28,9 +28,10 @@ from .attention_problem import (
     table_configs,
 )
 from .attention_tile_list import Grids
+from .attention_tiles import LSE_PAD
 
-# Queries a program of the small kernels; a clip's rows of the sum are padded to a multiple of it.
-ROWS = 128
+# Elements a program of the small kernels; its rows divide LSE_PAD, so they lie in one clip's padding.
+_ELEMENTS = 128 * 64
 ROW_WARPS = 8
 
 
@@ -60,7 +61,8 @@ def one_pass_constexprs(config: Config, width: int, arithmetic: str) -> dict[str
 
 def row_constexprs(width: int) -> dict[str, Any]:
     """Compile-time arguments of the small kernels."""
-    return {"D": width, "BLOCK_D": triton.next_power_of_2(width), "BLOCK_M": ROWS}
+    block_d = triton.next_power_of_2(width)
+    return {"D": width, "BLOCK_D": block_d, "BLOCK_M": min(LSE_PAD, _ELEMENTS // block_d)}
 
 
 def one_pass(
@@ -80,10 +82,10 @@ def one_pass(
     )
     indices = clip_arguments(problem, lse)
     grids = Grids(problem, lse)
-    rows = grids.over_queries(ROWS)
+    small = {**row_constexprs(width), "num_warps": ROW_WARPS, "num_stages": 1}
+    rows = grids.over_queries(small["BLOCK_M"])
     # the same for the small kernels, but for scale
     layout = (int(problem.packed), problem.q_length, problem.heads, rows.tiles)
-    small = {**row_constexprs(width), "num_warps": ROW_WARPS, "num_stages": 1}
     attention_delta_kernel[(rows.programs,)](
         o,
         do,
