@@ -207,12 +207,16 @@ def attention_masked_dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = scale * LOG2E
-    for step in range(start, masked):
-        dq = _add_keys(
-            q, do, q_base, stride_qt, do_base, stride_gt, queries, k_base, stride_kt, v_base, stride_vt,
-            columns_ptr, patterns_ptr, bits_ptr, step, dq, lse, delta, qk_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, False,
-        )  # fmt: skip
+    if CHUNK:
+        # without tensor cores a mask costs nothing next to the products: one loop serves all
+        masked = start
+    else:
+        for step in range(start, masked):
+            dq = _add_keys(
+                q, do, q_base, stride_qt, do_base, stride_gt, queries, k_base, stride_kt, v_base, stride_vt,
+                columns_ptr, patterns_ptr, bits_ptr, step, dq, lse, delta, qk_scale,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, False,
+            )  # fmt: skip
     for step in range(masked, end):
         dq = _add_keys(
             q, do, q_base, stride_qt, do_base, stride_gt, queries, k_base, stride_kt, v_base, stride_vt,
@@ -298,12 +302,16 @@ def attention_masked_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = scale * LOG2E
-    for step in range(start, masked):
-        dk, dv = _add_queries(
-            k, v, k_base, stride_kt, v_base, stride_vt, keys, q_base, stride_qt, do_base, stride_gt,
-            columns_ptr, patterns_ptr, bits_ptr, step, dk, dv, lse_base, delta_base, qk_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, False,
-        )  # fmt: skip
+    if CHUNK:
+        # without tensor cores a mask costs nothing next to the products: one loop serves all
+        masked = start
+    else:
+        for step in range(start, masked):
+            dk, dv = _add_queries(
+                k, v, k_base, stride_kt, v_base, stride_vt, keys, q_base, stride_qt, do_base, stride_gt,
+                columns_ptr, patterns_ptr, bits_ptr, step, dk, dv, lse_base, delta_base, qk_scale,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, False,
+            )  # fmt: skip
     for step in range(masked, end):
         dk, dv = _add_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, keys, q_base, stride_qt, do_base, stride_gt,

@@ -131,12 +131,16 @@ def attention_masked_forward_kernel(
     total = tl.where(written, 1.0, 0.0)
     acc = gather_rows(o_base, stride_ot, queries, written, D, BLOCK_D, True).to(tl.float32)
     qk_scale = scale * LOG2E
-    for step in range(start, masked):
-        acc, peak, total = _fold_columns(
-            q, q_base, stride_qt, queries, k_base, stride_kt, v_base, stride_vt,
-            columns_ptr, patterns_ptr, bits_ptr, step, acc, peak, total, qk_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, False,
-        )  # fmt: skip
+    if CHUNK:
+        # without tensor cores a mask costs nothing next to the products: one loop serves all
+        masked = start
+    else:
+        for step in range(start, masked):
+            acc, peak, total = _fold_columns(
+                q, q_base, stride_qt, queries, k_base, stride_kt, v_base, stride_vt,
+                columns_ptr, patterns_ptr, bits_ptr, step, acc, peak, total, qk_scale,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, False,
+            )  # fmt: skip
     for step in range(masked, end):
         acc, peak, total = _fold_columns(
             q, q_base, stride_qt, queries, k_base, stride_kt, v_base, stride_vt,

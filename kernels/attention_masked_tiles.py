@@ -111,14 +111,15 @@ def visible_pairs(
 ):
     """Which pairs of a tile and its column tile `step` are visible.  # [BLOCK_R, BLOCK_C] bool
 
-    A word holds 32 columns of one row: few loads, and the bit of a column is a shift away.
+    A word holds 32 columns of one row: few loads, and the bit of a column is a shift away. A column tile
+    without a pattern is visible throughout.
     """
     WORDS: tl.constexpr = (BLOCK_C + 31) // 32
     pattern = tl.load(patterns_ptr + step)
     base = bits_ptr + pattern.to(tl.int64) * (WORDS * BLOCK_R) + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_C)
-    word = tl.broadcast_to(tl.load(base)[:, None], [BLOCK_R, BLOCK_C])
+    word = tl.broadcast_to(tl.load(base, mask=pattern >= 0, other=-1)[:, None], [BLOCK_R, BLOCK_C])
     for i in tl.static_range(1, WORDS):
-        later = tl.load(base + i * BLOCK_R)[:, None]
+        later = tl.load(base + i * BLOCK_R, mask=pattern >= 0, other=-1)[:, None]
         word = tl.where((columns >= 32 * i)[None, :], later, word)
     return ((word >> (columns & 31)[None, :]) & 1) != 0

@@ -50,6 +50,8 @@ MASKS = {
     "factorised 2x9+0": AttentionMask.factorised(2, 9, 0),
     "factorised 12x7+2": AttentionMask.factorised(12, 7),
     "time window": AttentionMask.time_window(6, 14, 2),
+    # rows that see nothing in their first column tiles
+    "triangle": AttentionMask.from_dense(torch.ones(50, 50, dtype=torch.bool).triu()),
     "random": dense(70, 70),
     "more keys": dense(33, 90),
     "more queries": dense(75, 20),
