@@ -188,9 +188,8 @@ def table_cases():
                         dtype = torch.float16 if arithmetic == "16bit" else torch.float32
                         tile = config._replace(num_warps=4, num_stages=2)
                         key = (kernel, dtype, tile)
-                        if tile.chunk in (0, 16) and width in (32, 64):
-                            name = f"{kernel}-{arithmetic}-d{width}-{config.name}"
-                            seen.setdefault(key, pytest.param(*key, id=name))
+                        name = f"{kernel}-{arithmetic}-d{width}-{config.name}"
+                        seen.setdefault(key, pytest.param(*key, id=name))
     return list(seen.values())
 
 
