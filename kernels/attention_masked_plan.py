@@ -75,7 +75,7 @@ _lock = threading.Lock()
 
 def plan(
     rectangles: Sequence[Tensor],  # rows, columns, table, seen
-    shapes: tuple[Shape, ...],  # largest first; those of NARROW_ROWS rows are for few rows
+    shapes: tuple[Shape, ...],  # largest first; a later one of NARROW_ROWS is for few rows
     rows: int,  # tokens on the side of the rows
     columns: int,
     device: torch.device,
@@ -107,8 +107,8 @@ def _make(
                 f"the mask has {name} token {int(tokens.max())}, the operands have {count} tokens: "
                 "make the mask for these lengths"
             )
-    wide = [i for i, shape in enumerate(shapes) if shape.rows > NARROW_ROWS] or [0]
-    narrow = next((i for i, shape in enumerate(shapes) if shape.rows <= NARROW_ROWS), None)
+    wide = [i for i, shape in enumerate(shapes) if i == 0 or shape.rows > NARROW_ROWS]
+    narrow = next((i for i in range(1, len(shapes)) if i not in wide), None)
     written = torch.zeros(rows, dtype=torch.bool)
     launches: list[Launch] = []
     passes = int(rectangles[2][:, 5].max()) + 1 if len(rectangles[2]) else 0

@@ -282,6 +282,10 @@ def test_a_hidden_pair_may_score_anything(arena):
     o, lse = attention_masked.forward(q, k, v, sides(mask), 1e-3, configs=SQUARE)
     for grad in gradients(do, q, k, v, o, lse, mask, 1e-3, SQUARE):
         assert bool(grad.isfinite().all())
+    # a query that is lost takes with it the keys it sees, and no other
+    do[0, 5] = torch.nan
+    dk = gradients(do, q, k, v, o, lse, mask, 1e-3, SQUARE)[1]
+    assert bool(dk[0, 3].isfinite().all()) and bool(dk[0, 4].isnan().all())
 
 
 def test_scores_of_minus_infinity(arena):
