@@ -18,7 +18,15 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ast_fast.kernels import _aot, _tuned, attention, attention_launch, attention_varlen
+from ast_fast.attention_mask import AttentionMask
+from ast_fast.kernels import (
+    _aot,
+    _tuned,
+    attention,
+    attention_launch,
+    attention_masked,
+    attention_varlen,
+)
 
 pytestmark = pytest.mark.aot
 
@@ -81,13 +89,14 @@ def recorder(monkeypatch):
 
 def kernels() -> list:
     """Every kernel that a launch may start."""
-    return list({id(case.fn): case.fn for case in attention.aot_cases(90)}.values())
+    cases = (*attention.aot_cases(90), *attention_masked.aot_cases(90))
+    return list({id(case.fn): case.fn for case in cases}.values())
 
 
-def gate(arch: int) -> set:
-    """The specialisations that the compile gate compiles for `arch`."""
+def gate(arch: int, module=attention) -> set:
+    """The specialisations of one kernel file that the compile gate compiles for `arch`."""
     found = set()
-    for case in attention.aot_cases(arch):
+    for case in module.aot_cases(arch):
         source = _aot._source(case)
         constants = {(case.fn.arg_names.index(k),): v for k, v in case.constexprs.items()}
         found.add(
@@ -120,6 +129,18 @@ def run_packed(clips, longest, heads, width, dtype, tf32=False, ordered=True):
     o, lse = attention_varlen.forward(q, k, v, *layout, allow_tf32=tf32)
     grads = [torch.empty_like(x) for x in (q, k, v)]
     attention_varlen.backward(o, q, k, v, o, lse, *layout, ordered, *grads, allow_tf32=tf32)
+
+
+def run_masked(mask, clips, heads, width, dtype, tf32=False, fused=False):
+    """Forward and backward launches under one mask."""
+    q = torch.empty(clips, mask.queries, heads, width, dtype=dtype)
+    k, v = (torch.empty(clips, mask.keys, heads, width, dtype=dtype) for _ in range(2))
+    if fused:
+        q, k, v = torch.empty(clips, mask.queries, 3, heads, width, dtype=dtype).unbind(2)
+    rectangles = [*mask.by_query, *mask.by_key]
+    o, lse = attention_masked.forward(q, k, v, rectangles, 0.125, allow_tf32=tf32)
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    attention_masked.backward(o, q, k, v, o, lse, rectangles, 0.125, True, *grads, allow_tf32=tf32)
 
 
 @pytest.mark.parametrize("arch", _aot.ARCHITECTURES)
@@ -192,3 +213,41 @@ def test_the_one_pass_backward_compiles_three_kernels(recorder, arch):
         "attention_tile_list_kernel",
     }
     assert len({found for found in requests if found[0] in backward}) == len(backward)
+
+
+@pytest.mark.parametrize("arch", _aot.ARCHITECTURES)
+def test_a_masked_launch_asks_for_nothing_that_the_gate_did_not_compile(recorder, arch):
+    requests = recorder(arch)
+    masks = [
+        AttentionMask.factorised(12, 25),
+        AttentionMask.time_window(12, 25, 3),
+        AttentionMask.from_dense(torch.ones(5, 300, dtype=torch.bool)),
+    ]
+    for dtype in DTYPES:
+        if dtype == torch.bfloat16 and arch < 80:
+            continue
+        for tf32 in (False, True):
+            for width in attention_launch.WIDTHS:
+                for mask in masks:
+                    run_masked(mask, 2, 3, width, dtype, tf32, fused=mask.queries == mask.keys)
+    run_masked(masks[2], 1, 1, 64, torch.float16)
+    assert requests
+    missing = set(requests) - gate(arch, attention_masked)
+    assert not missing, f"{len(missing)} of {len(set(requests))}, for example {missing.pop()}"
+
+
+def test_masks_and_batches_do_not_recompile(recorder):
+    requests = recorder(90)
+    for clips in (1, 3, 16):
+        for t_dim in (20, 25, 64):
+            run_masked(
+                AttentionMask.factorised(12, t_dim), clips, 12, 64, torch.bfloat16, fused=True
+            )
+    by_kernel: dict[str, set] = {}
+    for found in requests:
+        by_kernel.setdefault(found[0], set()).add(found)
+    # no more than the tiles of the table
+    assert by_kernel
+    for kernel, fn in attention_masked.KERNELS.items():
+        offered = attention_masked.table_configs(90, kernel, "16bit", 64)
+        assert len(by_kernel[fn.fn.__name__]) <= len(offered)
