@@ -20,7 +20,7 @@ from typing import Any
 
 from . import jobs, pool, record
 from .case import Settings
-from .tune_space import Entry, Place, Timing, candidates, pick, with_picks
+from .tune_space import Entry, Place, Timing, candidates, pick, table_text, with_picks
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels" / "tuned" / "attention.json"
@@ -213,12 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = places(options)
     except ValueError as error:
         made.error(str(error))
+    if options.dry_run and (options.dtype != "f32" or options.write):
+        made.error(
+            "--dry-run goes with --dtype f32 and without --write: the interpreter has no bfloat16"
+        )
     if options.dry_run:
+        # before Triton is imported, here and in the workers
         os.environ["TRITON_INTERPRET"] = "1"
-        if options.dtype != "f32" or options.write:
-            made.error(
-                "--dry-run goes with --dtype f32 and without --write: the interpreter has no bfloat16"
-            )
     import torch
 
     from . import environment
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         origin = f"measured on {facts['device_name']} on {facts['date'][:10]}: {path.name}"
         table = json.loads(TABLE.read_text(encoding="utf-8"))
         changed = with_picks(table, capability, picks, origin)
-        TABLE.write_text(json.dumps(changed, indent=1) + "\n", encoding="utf-8")
+        TABLE.write_text(table_text(changed), encoding="utf-8")
         print(f"written: {TABLE.relative_to(ROOT)}; run the tests of tests/aot on it")
     return 0 if picks else 1
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,21 +40,38 @@ class Timing(NamedTuple):
 def candidates(place: Place, capability: int) -> list[Entry]:
     """What is worth compiling for one kernel on a GPU of this capability (90 for 9.0).
 
-    Tiles below 64 queries or 32 keys leave tensor cores idle; larger than 128 x 128 spill at every head width.
+    Tiles below 64 queries or 32 keys leave tensor cores idle; above 128 x 128 every head width spills.
     """
+    if place.arithmetic == "f32":
+        # without tensor cores every thread holds whole rows: small tiles, and scores by chunks of columns
+        figures = itertools.product((16, 32, 64), (16, 32, 64), (4, 8), (1, 2), (0, 16, 32))
+        names = ("block_m", "block_n", "num_warps", "num_stages", "chunk")
+        return [
+            {
+                name: value
+                for name, value in zip(names, row, strict=True)
+                if value or name != "chunk"
+            }
+            for row in figures
+            if row[4] <= place.width
+        ]
     descriptors = (True, False) if capability >= 90 and place.arithmetic == "16bit" else (False,)
     stages = (1, 2, 3, 4) if capability >= 80 else (1, 2)
-    tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), stages, descriptors)
+    # one pass holds dk, dv and a share of dq at once: its tiles of queries are smaller
+    rows = (16, 32, 64) if place.kernel == "one_pass" else (64, 128)
+    tiles = itertools.product(rows, (32, 64, 128), (4, 8), stages, descriptors)
     found = []
     for block_m, block_n, num_warps, num_stages, tma in tiles:
         if block_m * block_n * place.width > 128 * 128 * 128:
             continue
-        if num_warps == 8 and block_m * block_n < 64 * 64:
+        if num_warps == 8 and block_m * block_n < 32 * 64:
             continue
         entry: Entry = {"block_m": block_m, "block_n": block_n}
         entry |= {"num_warps": num_warps, "num_stages": num_stages}
         if tma:
             entry["tma"] = True
+        if place.kernel == "one_pass" and capability >= 90:
+            entry["reduce"] = True
         found.append(entry)
     return found
 
@@ -125,3 +144,13 @@ def _older(architectures: Mapping[str, str], capability: int) -> str:
     if not known:
         raise ValueError(f"compute capability {capability / 10:.1f} is older than every family")
     return architectures[str(max(known))]
+
+
+def table_text(table: Mapping[str, Any]) -> str:
+    """The table as JSON, a configuration a line."""
+    text = json.dumps(table, indent=1)
+    return re.sub(r"\{\s+(\"block_m\"[^{}]*?)\s+\}", _on_one_line, text) + "\n"
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "{" + re.sub(r"\s+", " ", match.group(1)) + "}"

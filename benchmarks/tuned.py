@@ -22,7 +22,15 @@ from .peers import need
 from .record import Row
 from .timing import Limits
 
-OPS = ("attention", "layer_norm", "add_layer_norm", "mlp", "patch_embed", "log_mel")
+OPS = (
+    "attention",
+    "attention_masked",
+    "layer_norm",
+    "add_layer_norm",
+    "mlp",
+    "patch_embed",
+    "log_mel",
+)
 # widths of the model stand for their class; the widest row for the classes above
 _WIDTHS = {256: 192, 512: 384, 1024: 768}
 _DTYPES = {"16bit": ("bf16", "f16"), "f16": ("bf16", "f16"), "tf32": ("f32",), "f32": ("f32",)}
@@ -73,6 +81,8 @@ def _walk(op: str, node: Any, path: tuple[str, ...], capability: int) -> Iterato
     if isinstance(node, list):
         for place, item in enumerate(node):
             yield from _walk(op, item, (*path, str(place)), capability)
+    elif not isinstance(node, dict):
+        return  # a number for the whole family
     elif all(not isinstance(value, dict | list) for value in node.values()):
         kind = next((key for key in path if key in _DTYPES), "")
         for dtype in _DTYPES.get(kind, ("bf16", "f32")):
@@ -93,8 +103,8 @@ def _family_with(variant: Variant, family: dict[str, Any]) -> dict[str, Any]:
     node: Any = changed
     for key in above[:-1]:
         node = node[key]
-    # attention picks from its lists by grid size and layout; elsewhere the width picks
-    if variant.op == "attention" and last.isdigit():
+    # attention picks from its lists by grid size, layout or mask; elsewhere the width picks
+    if variant.op.startswith("attention") and last.isdigit():
         node[above[-1]] = [variant.entry]
     return changed
 
@@ -123,15 +133,16 @@ def _forget_choices() -> None:
     """Drop what launchers keep of the table."""
     import importlib
 
-    launch = importlib.import_module("ast_fast.kernels.attention_launch")
-    cached = getattr(launch.table_configs, "cache_clear", None)
-    if cached is not None:
-        cached()
+    for name in ("attention_launch", "attention_masked"):
+        launch = importlib.import_module(f"ast_fast.kernels.{name}")
+        cached = getattr(launch.table_configs, "cache_clear", None)
+        if cached is not None:
+            cached()
 
 
 def case_for(variant: Variant, settings: Settings) -> Case:
     """A case whose inputs make the launcher take this configuration."""
-    from .suites import attention, block, frontend, patch_embed
+    from .suites import attention, attention_masks, block, frontend, patch_embed
 
     settings = dataclasses.replace(settings, peers=("none",))
     backward = variant.path[0] not in ("forward", "gelu_forward")
@@ -142,6 +153,10 @@ def case_for(variant: Variant, settings: Settings) -> Case:
         heads = 2 if settings.tiny else 768 // width
         case = attention.dense_case(settings, variant.dtype, b, t, heads, width, mode)
         return _in_any_order(case, settings) if variant.path[0] == "one_pass" else case
+    if variant.op == "attention_masked":
+        width = int(variant.path[2])
+        sizes = (1, 3, 5, 2, width) if settings.tiny else (b, 12, 101, 768 // width, width)
+        return attention_masks.factorised_case(settings, variant.dtype, mode, sizes)
     if variant.op in ("layer_norm", "add_layer_norm"):
         limit = int(variant.entry["max_width"])
         width = 48 if settings.tiny else _WIDTHS.get(limit, limit)

@@ -31,7 +31,9 @@ def aot_cases(arch: int) -> list[AotCase]:
             for width in widths:
                 for config in table_configs(arch, kernel, arithmetic, int(width)):
                     for dtype in _dtypes(arithmetic, arch):
-                        cases.append(_case(kernel, dtype, arithmetic, int(width), config, arch))
+                        cases.append(
+                            config_case(kernel, dtype, arithmetic, int(width), config, arch)
+                        )
                         if kernel == "one_pass":
                             summed.add((dtype, int(width)))
     for dtype, width in sorted(summed):
@@ -59,9 +61,10 @@ def _tile_list_case() -> AotCase:
     )
 
 
-def _case(
+def config_case(
     kernel: str, dtype: str, arithmetic: str, width: int, config: Config, arch: int
 ) -> AotCase:
+    """One configuration of one kernel, whether the table holds it or not."""
     one_pass = kernel == "one_pass"
     fn = attention_one_pass_kernel if one_pass else KERNELS[kernel]
     constants = (one_pass_constexprs if one_pass else constexprs)(config, width, arithmetic)

@@ -145,7 +145,8 @@ def attention_masked_backward_op(
     """Registered op: gradients of q, k and v."""
     if backend == "reference":
         pairs = _pairs(rectangles, q, k)
-        return reference_backward.attention_masked(do, q, k, v, lse, scale, pairs)
+        dq, dk, dv = reference_backward.attention_masked(do, q, k, v, lse, scale, pairs)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     saved, grads = (do, q, k, v, o, lse), (dq, dk, dv)
     _load(backend).backward(*saved, list(rectangles), scale, deterministic, *grads, allow_tf32)

@@ -176,23 +176,29 @@ def _case(
     )
 
 
+def factorised_case(
+    settings: Settings, dtype: str, mode: str, sizes: tuple[int, int, int, int, int]
+) -> Case:
+    """Factorised attention over a grid; sizes are B, f, t, H, D."""
+    f, t = sizes[1:3]
+    mask = AttentionMask.factorised(f, t, PREFIX)
+    visible = functools.partial(_factorised, t)
+    return _case(settings, dtype, mode, "attention_factorised", mask, visible, sizes)
+
+
+def _window_case(
+    settings: Settings, dtype: str, mode: str, sizes: tuple[int, int, int, int, int]
+) -> Case:
+    f, t = sizes[1:3]
+    mask = AttentionMask.time_window(f, t, RADIUS, PREFIX)
+    visible = functools.partial(_near, t)
+    return _case(settings, dtype, mode, "attention_window", mask, visible, sizes)
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     """Factorised attention and a window in time, at the token grid of 10 s."""
     for dtype in (each for each in settings.dtypes if each in DTYPES):
         for sizes in _grids(settings):
-            f, t = sizes[1:3]
-            masks = (
-                (
-                    "attention_factorised",
-                    AttentionMask.factorised(f, t, PREFIX),
-                    functools.partial(_factorised, t),
-                ),
-                (
-                    "attention_window",
-                    AttentionMask.time_window(f, t, RADIUS, PREFIX),
-                    functools.partial(_near, t),
-                ),
-            )
-            for name, mask, visible in masks:
+            for make in (factorised_case, _window_case):
                 for mode in MODES:
-                    yield _case(settings, dtype, mode, name, mask, visible, sizes)
+                    yield make(settings, dtype, mode, sizes)

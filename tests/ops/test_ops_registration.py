@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_map
 
 from ast_fast import backend as backends
 from ast_fast import ops
+from ast_fast.attention_mask import AttentionMask
 from ast_fast.equivalence import cases
 from ast_fast.equivalence.run_ops import SEED, draw_upstream, evaluate, place
 from ast_fast.testing import available_backends, measure, random_tensor, small_op_cases
@@ -95,6 +96,17 @@ def op_calls(backend, dtype):
             registry.attention_varlen_backward,
             (do.detach().flatten(0, 1), *packed, o, lse, *options),
         )
+        seen = torch.rand(tokens, tokens, generator=torch.Generator().manual_seed(variant)) < 0.6
+        rectangles = AttentionMask.from_dense(seen).rectangles
+        options = (rectangles, 0.2, True, False, backend)
+        yield f"attention_masked {variant}", registry.attention_masked, (q, k, v, *options)
+        saved = [t.detach() for t in (q, k, v)]
+        o, lse = registry.attention_masked(*saved, *options)
+        yield (
+            f"attention_masked_backward {variant}",
+            registry.attention_masked_backward,
+            (do.detach(), *saved, o, lse, *options),
+        )
     for variant, prefix in enumerate((0, 1, 2)):
         x, w = rand(2, 36, 16, dtype=dtype), rand(8, 1, 16, 16, seed=1, dtype=dtype)
         pos, tokens = rand(prefix + 3, 8, seed=2, dtype=dtype), rand(prefix, 8, seed=3, dtype=dtype)
@@ -181,6 +193,7 @@ BATCHED = {
     "patch_embed": lambda n: cases.patch_embed(n, 32, 16, (16, 16), (56, 16)),
     "attention": lambda n: cases.attention(n, 19, 2, 32),
     "attention_qkv": lambda n: cases.attention_qkv(n, 19, 2, 32),
+    "attention_masked": lambda n: cases.attention_masked(n, (3, 5), 2, 32),
 }
 
 
