@@ -119,6 +119,10 @@ def _why_no_triton() -> str | None:
         importlib.import_module("triton")
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton does not import: {error}"
+    if torch.version.hip is not None:
+        return (
+            "the Triton kernels have configurations for NVIDIA GPUs only, this PyTorch is for AMD's"
+        )
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) < (7, 5):

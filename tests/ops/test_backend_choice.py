@@ -132,6 +132,15 @@ def test_a_triton_that_breaks_on_import_is_named(tmp_path):
     assert "driver too old" in run(code, PYTHONPATH=path).stdout
 
 
+def test_an_amd_gpu_is_named(monkeypatch):
+    pytest.importorskip("triton")
+    # their capability numbers mean other things: without this they would take a table of NVIDIA's
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = backend.why_not("triton", "cuda", torch.float32)
+    assert reason is not None and "NVIDIA GPUs only" in reason
+
+
 def test_an_old_gpu_is_named(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
