@@ -63,6 +63,14 @@ OPS = {
         st.integers(1, 3),
         st.sampled_from((32, 64, 96, 128)),
     ),
+    "attention_masked": st.builds(
+        cases.attention_masked,
+        st.integers(1, 2),
+        st.tuples(st.integers(1, 8), st.integers(1, 20)),
+        st.integers(1, 3),
+        st.sampled_from((32, 64, 96, 128)),
+        st.none() | st.integers(0, 6),
+    ),
     "attention_varlen": st.builds(
         cases.attention_varlen,
         st.lists(st.integers(1, 60), min_size=1, max_size=5),

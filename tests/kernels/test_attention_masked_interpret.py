@@ -308,6 +308,33 @@ def test_any_scale(arena, scale):
     check(mask, *inputs(arena.put, mask, 1, 1, 32, torch.float32), scale=scale, configs=SQUARE)
 
 
+@pytest.mark.parametrize("stride", [2**31 + 64, 2**26], ids=["clip", "row"])
+def test_addresses_past_two_to_the_31_elements(stride):
+    # untouched pages of a large allocation cost no memory
+    mask = (
+        AttentionMask.factorised(1, 5, 1) if stride > 2**31 else AttentionMask.factorised(3, 13, 1)
+    )
+    clips, rows, width = 2 if stride > 2**31 else 1, mask.queries, 32
+    steps = (stride, width, width, 1) if clips == 2 else (0, stride, width, 1)
+    extent = (clips - 1) * steps[0] + (rows - 1) * steps[1] + width
+    far, far_grad = (
+        torch.empty(extent, dtype=torch.float16).as_strided((clips, rows, 1, width), steps)
+        for _ in range(2)
+    )
+    near = random(clips, rows, 1, width, dtype=torch.float16)
+    far.copy_(near)
+    do = random(clips, rows, 1, width, dtype=torch.float16, seed=1)
+    results = []
+    for x, out in ((near, torch.empty_like(near)), (far, far_grad)):
+        o, lse = attention_masked.forward(x, x, x, sides(mask), 0.2)
+        dk, dv = torch.empty_like(near), torch.empty_like(near)
+        gradients(do, x, x, x, o, lse, mask, 0.2, out=[out, dk, dv])
+        dq = torch.empty_like(near)
+        gradients(do, x, x, x, o, lse, mask, 0.2, out=[dq, out, dv])
+        results.append((o, lse, dq, out.clone(), dk, dv))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("shape", [(0, 23, 23, 2), (2, 23, 23, 0)])
 def test_empty_inputs(shape):
     clips, queries, keys, heads = shape
