@@ -49,7 +49,8 @@ def attention_masked(
         k: [B, Tk, H, D]. Keys that no query sees may hold NaN.
         v: [B, Tk, H, D].
         mask: made once and used again: `AttentionMask.factorised(12, 101)`, `.time_window(...)`,
-            `.from_dense(...)`. A query that sees no key gives 0.
+            `.from_dense(...)`. A query that sees no key gives 0. The first call with a mask on a GPU
+            copies its tiles there: make it before a CUDA graph captures.
         scale: factor on the scores; D ** -0.5 by default.
         deterministic: as in `attention`; every backend is deterministic here either way.
         return_lse: also return the natural log-sum-exp [B, H, Tq] in float32, without a gradient.
