@@ -94,11 +94,37 @@ AST_INLINE void radix5(float* rows, int64_t at, int64_t m, const float* w) {
   conjugate_pair(x0 + pr * c2 + qr * c1, z0 + pi * c2 + qi * c1, er * s2 - fr * s1, ei * s2 - fi * s1, y[2], y[3]);
 }
 
-// z in digit-reversed order becomes its transform in natural order; `count` is 2^a 3^b 5^c, a at least 1 (or 1)
-void complex_fft(float* rows, int64_t count, const float* twiddles) {
+// the first stage where nothing of the last quarter of the input is stored: it is zero
+AST_INLINE void radix4_of_three(float* rows, int64_t at) {
+  vf* a = row_at(rows, 2 * at);
+  const vf ar = a[0], ai = a[1], br = a[2], bi = a[3], cr = a[4], ci = a[5];
+  const vf sr = ar + cr, si = ai + ci, tr = ar - cr, ti = ai - ci;
+  a[0] = sr + br;
+  a[1] = si + bi;
+  a[2] = tr + bi;
+  a[3] = ti - br;
+  a[4] = sr - br;
+  a[5] = si - bi;
+  a[6] = tr - bi;
+  a[7] = ti + br;
+}
+
+// whether the power of two in `count` has an odd logarithm: the first stage is then of radix 2
+AST_INLINE bool starts_in_radix2(int64_t count) { return __builtin_ctzll((unsigned long long)count) & 1; }
+
+// How many of `count` inputs, of which `filled` are not zero, complex_fft reads in their natural order: of what lies
+// in the last quarter the first stage needs no zeros.
+AST_INLINE int64_t entries_read(int64_t count, int64_t filled) {
+  if (count % 4 != 0 || starts_in_radix2(count)) return count;
+  return filled > count / 4 * 3 ? filled : count / 4 * 3;
+}
+
+// z in digit-reversed order (`order`) becomes its transform in natural order; `count` is 2^a 3^b 5^c, a at least 1 (or
+// 1). Inputs from entries_read(count, filled) on are not read.
+void complex_fft(float* rows, int64_t count, const float* twiddles, const int32_t* order, int64_t filled) {
   int64_t m = 1;
   const int64_t even = count & -count;
-  if (__builtin_ctzll((unsigned long long)even) & 1) {
+  if (starts_in_radix2(count)) {
     for (int64_t at = 0; at < count; at += 2) {
       vf* a = row_at(rows, 2 * at);
       const vf ar = a[0], ai = a[1], br = a[2], bi = a[3];
@@ -109,7 +135,9 @@ void complex_fft(float* rows, int64_t count, const float* twiddles) {
     }
     m = 2;
   } else if (even >= 4) {
-    for (int64_t at = 0; at < count; at += 4) radix4(rows, at, 1, nullptr);
+    const int64_t quarter = count / 4, whole = filled > 3 * quarter ? filled - 3 * quarter : 0;
+    for (int64_t j = 0; j < whole; ++j) radix4(rows, order[j], 1, nullptr);
+    for (int64_t j = whole; j < quarter; ++j) radix4_of_three(rows, order[j]);
     m = 4;
   }
   for (; m < even; m *= 4) {

@@ -39,7 +39,7 @@ void inverse_of_weighted(const LogMelTables& t, const float* rows, const float* 
     const vf yr = z[half] * g[half / 2] * 2.0f, yi = -(z[half + 1] * g[half / 2] * 2.0f);
     put(half / 2, yr * 2.0f, yi * -2.0f);
   }
-  complex_fft(spectrum, half, t.twiddles);
+  complex_fft(spectrum, half, t.twiddles, t.order, half);
 }
 
 // gradients of frames first .. of one clip -> frame_grads [frames, window rounded up to W]

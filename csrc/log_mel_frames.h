@@ -67,8 +67,9 @@ void transform_frames(const LogMelArgs& a, const T* wave, int64_t first, int64_t
   vf before = {};
   for (int64_t n = 0; n < whole; n += W) before = window_tile<true>(a, lane, n, mean, before, rows);
   if (whole < window) window_tile<false>(a, lane, whole, mean, before, rows);
-  for (int64_t n = window; n < t.n_fft; ++n) *row_at(rows, 2 * t.order[n >> 1] + (n & 1)) = vf{};
-  complex_fft(rows, t.n_fft / 2, t.twiddles);
+  const int64_t half = t.n_fft / 2, filled = (window + 1) / 2;
+  for (int64_t n = window; n < 2 * entries_read(half, filled); ++n) *row_at(rows, 2 * t.order[n >> 1] + (n & 1)) = vf{};
+  complex_fft(rows, half, t.twiddles, t.order, filled);
 }
 
 // |spectrum|^2: entry k of the transform makes place for power k in row 2k; the last one (n_fft / 2) goes to row 1
@@ -97,15 +98,14 @@ AST_INLINE int64_t power_row(int64_t bin, int64_t half) { return bin == half ? 1
 // of one filter, with the offset
 AST_INLINE vf mel_energy(const LogMelTables& t, const float* power, int64_t mel, const float* weights) {
   const int64_t half = t.n_fft / 2, start = t.mel_start[mel], count = t.mel_count[mel];
-  vf even = {}, odd = {};
-  int64_t i = 0;
-  for (; i + 2 <= count && start + i + 1 < half; i += 2) {
-    const vf* p = (const vf*)(power + 2 * (start + i) * W);
-    even += p[0] * weights[i];
-    odd += p[2] * weights[i + 1];
+  vf sum = {};
+  if (start + count <= half) {
+    const vf* p = (const vf*)(power + 2 * start * W);
+    for (int64_t i = 0; i < count; ++i) sum += p[2 * i] * weights[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) sum += *(const vf*)(power + power_row(start + i, half) * W) * weights[i];
   }
-  for (; i < count; ++i) even += *(const vf*)(power + power_row(start + i, half) * W) * weights[i];
-  return even + odd + t.log_offset;
+  return sum + t.log_offset;
 }
 
 }  // namespace
