@@ -14,11 +14,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from . import harness
 from .case import Case, Settings, candidate
-from .peers import need
 from .record import Row
 from .timing import Limits
 
@@ -133,11 +130,7 @@ def _forget_choices() -> None:
     """Drop what launchers keep of the table."""
     import importlib
 
-    for name in ("attention_launch", "attention_masked"):
-        launch = importlib.import_module(f"ast_fast.kernels.{name}")
-        cached = getattr(launch.table_configs, "cache_clear", None)
-        if cached is not None:
-            cached()
+    importlib.import_module("ast_fast.kernels.attention_problem").table_configs.cache_clear()
 
 
 def case_for(variant: Variant, settings: Settings) -> Case:
@@ -176,11 +169,8 @@ def _in_any_order(case: Case, settings: Settings) -> Case:
     """The case with our attention free to add gradients up in any order: only so is one pass taken."""
     from .suites import attention
 
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (need("ast_fast.ops").attention(q, k, v, deterministic=False),)
-
     candidates = tuple(
-        candidate(settings.ours, ours, case.mode, attention.WRT, ("do",))
+        candidate(settings.ours, attention.one_pass, case.mode, attention.WRT, ("do",))
         if given.name == settings.ours
         else given
         for given in case.candidates

@@ -27,10 +27,12 @@ from .attention_problem import (
     is_aligned,
     kind,
     options,
+    rising,
     scratch_strides,
     strides,
     table_configs,
     unsupported,
+    writable,
 )
 from .attention_tile_list import Grids
 
@@ -59,9 +61,6 @@ KERNELS = {
     "dkv": attention_dkv_kernel,
 }
 
-# A scale that makes every score 0 as surely as 0 does.
-_SMALLEST_SCALE = 1e-30
-
 
 def forward(
     problem: Problem,
@@ -75,11 +74,7 @@ def forward(
     config: Config | None = None,
 ) -> None:
     """Write o and lse; `config` replaces the choice from the table."""
-    if scale < 0:
-        # the kernel takes the maximum before it scales
-        q, scale = -q, -scale
-    # it masks before it scales too, and -inf times 0 is NaN
-    scale = max(scale, _SMALLEST_SCALE)
+    q, scale = rising(q, scale)
     q, k, v = aligned(q), aligned(k), aligned(v)
     capability = _tuned.capability(q.device)
     arithmetic = kind(q.dtype, allow_tf32, capability)
@@ -149,11 +144,7 @@ def backward(
         )
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
     # kernels write rows that start on 16-element boundaries; other outputs get them by a copy
-    results = []
-    for out in (dq, dk, dv):
-        direct = out.dtype == q.dtype and is_aligned(out)
-        written = out if direct else torch.empty(out.shape, dtype=q.dtype, device=out.device)
-        results.append((out, written))
+    results = [(out, writable(out, q.dtype)) for out in (dq, dk, dv)]
     tensors = BackwardTensors(do, q, k, v, o, lse.contiguous(), *(out for _, out in results))
     capability = _tuned.capability(q.device)
     arithmetic = kind(q.dtype, allow_tf32, capability)

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import _tuned, attention_launch
+from . import _tuned, attention_problem
 from ._aot import AotCase
-from .attention_launch import Config, aligned, is_aligned, kind, strides
 from .attention_masked_backward import attention_masked_dkv_kernel, attention_masked_dq_kernel
 from .attention_masked_forward import attention_masked_forward_kernel
 from .attention_masked_plan import Launch, Plan, Shape, plan
+from .attention_problem import Config, aligned, constexprs, kind, rising, strides, writable
 from .attention_tiles import LSE_PAD
 
 OP = "attention_masked"
@@ -31,8 +30,6 @@ KERNELS = {
     "dkv": attention_masked_dkv_kernel,
 }
 _PLAN_ARGUMENTS = ("rows_ptr", "table_ptr", "columns_ptr", "patterns_ptr", "bits_ptr")
-# A scale that makes every score 0 as surely as 0 does.
-_SMALLEST_SCALE = 1e-30
 
 Configs = tuple[Config, ...]
 
@@ -53,7 +50,7 @@ def unsupported(
         return f"rectangles has {len(rectangles)} tensors, expected 8: by query, then by key"
     if any(x.device.type != "cpu" for x in rectangles):
         return "rectangles lie on a device, expected the CPU: tiles are planned there"
-    return attention_launch.unsupported(q, k, v)
+    return attention_problem.unsupported(q, k, v)
 
 
 def forward(
@@ -75,11 +72,7 @@ def forward(
     lse = torch.empty((clips, heads, padded), dtype=torch.float32, device=q.device)
     if not o.numel():
         return o, lse
-    if scale < 0:
-        # the kernel takes the maximum before it scales
-        q, scale = -q, -scale
-    # it masks before it scales too, and -inf times 0 is NaN
-    scale = max(scale, _SMALLEST_SCALE)
+    q, scale = rising(q, scale)
     q, k, v = aligned(q), aligned(k), aligned(v)
     capability = _tuned.capability(q.device)
     arithmetic = kind(q.dtype, allow_tf32, capability)
@@ -143,8 +136,7 @@ def backward(
     # kernels write rows that start on 16-element boundaries; other outputs get them by a copy
     results = []
     for out, idle in ((dq, by_query.idle), (dk, by_key.idle), (dv, by_key.idle)):
-        direct = out.dtype == q.dtype and is_aligned(out)
-        written = out if direct else torch.empty(out.shape, dtype=q.dtype, device=out.device)
+        written = writable(out, q.dtype)
         if idle is not None:
             written.index_fill_(1, idle, 0.0)
         results.append((out, written))
@@ -176,11 +168,9 @@ def backward(
             out.copy_(written)
 
 
-@functools.cache
 def table_configs(capability: int, kernel: str, arithmetic: str, width: int) -> Configs:
     """Configurations of one kernel in the order of the table, largest tile first."""
-    entries = _tuned.configs(OP, capability)[kernel][arithmetic][str(width)]
-    return tuple(Config(**entry) for entry in entries)
+    return attention_problem.table_configs(capability, kernel, arithmetic, width, OP)
 
 
 @functools.cache
@@ -211,15 +201,10 @@ def _options(config: Config, width: int, arithmetic: str) -> dict[str, Any]:
 
 
 def _constexprs(config: Config, width: int, arithmetic: str) -> dict[str, Any]:
-    return {
-        "D": width,
-        "BLOCK_D": triton.next_power_of_2(width),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "CHUNK": config.chunk,
-        # 16-bit products are exact in fp32 either way; one name keeps one specialisation
-        "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
-    }
+    # tokens are gathered: no descriptor could bring them
+    constants = constexprs(config, width, arithmetic)
+    del constants["TMA"]
+    return constants
 
 
 def aot_cases(arch: int) -> list[AotCase]:

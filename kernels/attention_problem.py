@@ -26,6 +26,9 @@ _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "
 # one specialisation of a kernel then serves every layout, with 16-byte loads.
 _ALIGNMENT = 16
 
+# A scale that makes every score 0 as surely as 0 does.
+_SMALLEST_SCALE = 1e-30
+
 
 class Config(NamedTuple):
     """One compiled form of a kernel."""
@@ -118,11 +121,22 @@ def kind(dtype: torch.dtype, allow_tf32: bool, capability: int) -> str:
 
 
 @functools.cache
-def table_configs(capability: int, kernel: str, arithmetic: str, width: int) -> tuple[Config, ...]:
-    """Configurations of one kernel in the order of the table, largest tile first."""
+def table_configs(
+    capability: int, kernel: str, arithmetic: str, width: int, op: str = OP
+) -> tuple[Config, ...]:
+    """Configurations of one kernel in the order of the table of `op`, largest tile first."""
     # not every family has every kernel for every arithmetic and width
-    entries = _tuned.configs(OP, capability).get(kernel, {}).get(arithmetic, {}).get(str(width), [])
+    entries = _tuned.configs(op, capability).get(kernel, {}).get(arithmetic, {}).get(str(width), [])
     return tuple(Config(**entry) for entry in entries)
+
+
+def rising(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """An equal problem with a positive scale, as the forward kernels want."""
+    if scale < 0:
+        # they take the maximum before they scale
+        q, scale = -q, -scale
+    # they mask before they scale too, and -inf times 0 is NaN
+    return q, max(scale, _SMALLEST_SCALE)
 
 
 def choose(
@@ -151,6 +165,13 @@ def is_aligned(x: Tensor) -> bool:
         and x.data_ptr() % _ALIGNMENT == 0
         and all(step % _ALIGNMENT == 0 for step in strides(x))
     )
+
+
+def writable(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out`, or fresh memory in its place where its dtype or layout does not suit the kernels."""
+    if out.dtype == dtype and is_aligned(out):
+        return out
+    return torch.empty(out.shape, dtype=dtype, device=out.device)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

@@ -31,7 +31,8 @@ def _load(name: str) -> ModuleType:
     return implementation
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
+def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q [B, Tq, H, D] and k, v [B, Tk, H, D] fit together."""
     require(
         q.dim() == 4 and k.dim() == 4 and k.shape == v.shape,
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [B, Tq, H, D] and "
@@ -45,6 +46,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
         q.dtype == k.dtype == v.dtype,
         f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype",
     )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
+    check_operands(q, k, v)
     if key_lengths is not None:
         require(
             key_lengths.shape == q.shape[:1] and not key_lengths.is_floating_point(),
@@ -53,7 +58,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
         )
 
 
-def _use_deterministic(deterministic: bool) -> bool:
+def use_deterministic(deterministic: bool) -> bool:
+    """What the caller asked for, or True where PyTorch is asked for it everywhere."""
     return deterministic or torch.are_deterministic_algorithms_enabled()
 
 
@@ -100,7 +106,7 @@ def attention(
             v,
             key_lengths,
             scale,
-            _use_deterministic(deterministic),
+            use_deterministic(deterministic),
             allow_tf32(q.device.type),
             chosen,
         )
@@ -139,7 +145,7 @@ def attention_qkv(
         return without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)[0]
     tf32 = allow_tf32(qkv.device.type)
     return call(
-        attention_qkv_op, qkv, key_lengths, scale, _use_deterministic(deterministic), tf32, chosen
+        attention_qkv_op, qkv, key_lengths, scale, use_deterministic(deterministic), tf32, chosen
     )[0]
 
 
@@ -161,7 +167,8 @@ def _run_backward(do, q, k, v, o, lse, key_lengths, scale, deterministic, tf32, 
         )
 
 
-def _lse_shape(q: Tensor) -> tuple[int, int, int]:
+def lse_shape(q: Tensor) -> tuple[int, int, int]:
+    """Shape of the padded log-sum-exp of q [B, Tq, H, D]."""
     return q.shape[0], q.shape[-2], -(-q.shape[1] // LSE_BLOCK) * LSE_BLOCK
 
 
@@ -191,7 +198,7 @@ def _(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=statistics_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=statistics_dtype(q.dtype))
 
 
 @register("attention_backward")

@@ -21,7 +21,7 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
-from .attention import LSE_BLOCK
+from .attention import check_operands, lse_shape, use_deterministic
 
 
 def _load(name: str) -> ModuleType:
@@ -58,19 +58,7 @@ def attention_masked(
     Returns:
         [B, Tq, H, D], contiguous (and the log-sum-exp if asked).
     """
-    require(
-        q.dim() == 4 and k.dim() == 4 and k.shape == v.shape,
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [B, Tq, H, D] and "
-        "twice [B, Tk, H, D]",
-    )
-    require(
-        q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:],
-        f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in clips, heads or head width",
-    )
-    require(
-        q.dtype == k.dtype == v.dtype,
-        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype",
-    )
+    check_operands(q, k, v)
     require(
         (q.shape[1], k.shape[1]) == (mask.queries, mask.keys),
         f"mask is for {mask.queries} queries x {mask.keys} keys, q has {q.shape[1]} tokens and k "
@@ -85,7 +73,7 @@ def attention_masked(
         o, lse = without_autocast(run, q, k, v, mask.dense(), scale)
         lse = lse.detach()
     else:
-        always = deterministic or torch.are_deterministic_algorithms_enabled()
+        always = use_deterministic(deterministic)
         tf32 = allow_tf32(q.device.type)
         o, lse = call(attention_masked_op, q, k, v, rectangles, scale, always, tf32, chosen)
     return (o, lse[:, :, : q.shape[1]]) if return_lse else o
@@ -124,9 +112,7 @@ def _(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    b, t, h, _ = q.shape
-    columns = -(-t // LSE_BLOCK) * LSE_BLOCK
-    return q.new_empty(q.shape), q.new_empty((b, h, columns), dtype=statistics_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=statistics_dtype(q.dtype))
 
 
 @register("attention_masked_backward")

@@ -106,30 +106,13 @@ def attention(
     Keys beyond `key_lengths` are ignored even where they hold NaN; a clip without keys gives 0.
     The log-sum-exp is natural, float32 or wider, padded to a multiple of 128 rows with +inf.
     """
-    stats = _statistics_dtype(q.dtype)
-    if key_lengths is not None:
-        index = torch.arange(k.shape[1], device=k.device)
-        valid = index < key_lengths.to(k.device)[:, None]  # [B, Tk]
-        k = torch.where(valid[:, :, None, None], k, torch.zeros_like(k))
-        v = torch.where(valid[:, :, None, None], v, torch.zeros_like(v))
-    # 16-bit scores would cost a tenth of a percent of every probability: no fused attention has them
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(stats), k.to(stats)) * scale
-    if key_lengths is not None:
-        scores = scores.masked_fill(~valid[:, None, None, :], -torch.inf)
-    lse = (
-        torch.logsumexp(scores, dim=-1)
-        if k.shape[1]
-        else scores.new_full(scores.shape[:3], -torch.inf)
-    )
-    # softmax rather than exp(scores - lse), which loses the digits that a large lse does not hold
-    p = torch.softmax(scores, dim=-1)
-    # a clip without keys: probabilities are 0 rather than 0/0, and stay 0 in exp(scores - lse)
-    empty = lse == -torch.inf
-    p = torch.where(empty[..., None], torch.zeros_like(p), p)
-    lse = torch.where(empty, torch.full_like(lse, torch.inf), lse)
-    o = torch.einsum("bhqk,bkhd->bqhd", p, v.to(stats)).to(v.dtype).contiguous()
-    padding = -q.shape[1] % LSE_BLOCK
-    return o, F.pad(lse, (0, padding), value=float("inf"))
+    if key_lengths is None:
+        return _attention(q, k, v, scale, None)
+    index = torch.arange(k.shape[1], device=k.device)
+    valid = index < key_lengths.to(k.device)[:, None]  # [B, Tk]
+    k = torch.where(valid[:, :, None, None], k, torch.zeros_like(k))
+    v = torch.where(valid[:, :, None, None], v, torch.zeros_like(v))
+    return _attention(q, k, v, scale, ~valid[:, None, None, :])
 
 
 def attention_masked(
@@ -143,19 +126,37 @@ def attention_masked(
 
     Keys that no query sees are ignored even where they hold NaN; a query that sees nothing gives 0.
     """
-    stats = _statistics_dtype(q.dtype)
     hidden = ~pairs.to(q.device)
-    unseen, blind = hidden.all(0)[:, None, None], hidden.all(1)
-    q = torch.where(blind[:, None, None], torch.zeros_like(q), q)
+    unseen, blind = hidden.all(0)[:, None, None], hidden.all(1)[:, None, None]
+    q = torch.where(blind, torch.zeros_like(q), q)
     k = torch.where(unseen, torch.zeros_like(k), k)
     v = torch.where(unseen, torch.zeros_like(v), v)
+    return _attention(q, k, v, scale, hidden)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    hidden: Tensor | None,  # broadcasts to [B, H, Tq, Tk]
+) -> tuple[Tensor, Tensor]:
+    stats = _statistics_dtype(q.dtype)
+    # 16-bit scores would cost a tenth of a percent of every probability: no fused attention has them
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(stats), k.to(stats)) * scale
-    scores = scores.masked_fill(hidden, -torch.inf)
-    # rows of nothing but -inf would have NaN for a gradient
-    scores = scores.masked_fill(blind[:, None], 0.0)
-    lse = torch.logsumexp(scores, dim=-1) if k.shape[1] else scores.new_zeros(scores.shape[:3])
-    lse = lse.masked_fill(blind, torch.inf)
-    p = torch.softmax(scores, dim=-1).masked_fill(blind[:, None], 0.0)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    lse = (
+        torch.logsumexp(scores, dim=-1)
+        if k.shape[1]
+        else scores.new_full(scores.shape[:3], -torch.inf)
+    )
+    # softmax rather than exp(scores - lse), which loses the digits that a large lse does not hold
+    p = torch.softmax(scores, dim=-1)
+    # a query without keys: probabilities are 0 rather than 0/0, and stay 0 in exp(scores - lse)
+    empty = lse == -torch.inf
+    p = torch.where(empty[..., None], torch.zeros_like(p), p)
+    lse = torch.where(empty, torch.full_like(lse, torch.inf), lse)
     o = torch.einsum("bhqk,bkhd->bqhd", p, v.to(stats)).to(v.dtype).contiguous()
     padding = -q.shape[1] % LSE_BLOCK
     return o, F.pad(lse, (0, padding), value=float("inf"))
