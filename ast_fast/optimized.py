@@ -172,9 +172,17 @@ def _is_plain(block: Block) -> bool:
     return type(mlp.act) is nn.GELU and all(type(linear) is nn.Linear for linear in linears)
 
 
-def _state_of(block: Block) -> tuple[tuple[int, int], ...]:
+def _state_of(block: Block) -> list[int]:
     """Changes whenever a parameter is written to or replaced."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters())
+    attn, mlp = block.attn, block.mlp
+    state = []
+    # asked on every call: `block.parameters()` would take longer than some products
+    for module in (block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                state.append(parameter.data_ptr())
+                state.append(0 if parameter.is_inference() else parameter._version)
+    return state
 
 
 Norm = tuple[Tensor, Tensor, float]
@@ -195,7 +203,7 @@ class _Shape:
 class _Pack:
     """One block's weights as the products want them."""
 
-    def __init__(self, block: Block, narrow: torch.dtype, int8: bool, state: Any) -> None:
+    def __init__(self, block: Block, narrow: torch.dtype, int8: bool, state: list[int]) -> None:
         self.state, self.narrow, self._int8 = state, narrow, int8
         self.norm1, self.norm2 = _norm(block.norm1), _norm(block.norm2)
         attn = block.attn
