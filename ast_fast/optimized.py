@@ -61,7 +61,7 @@ def optimize_for_inference(model: Model, precision: Precision = "exact") -> Mode
             f"the model is on {', '.join(sorted(devices))}: packed weights are for CPUs; move it with "
             ".to('cpu')"
         )
-    why = _why_not(precision)
+    why = why_not(precision)
     if why is not None:
         raise ValueError(f"precision={precision!r} is not to be had: {why}")
     for trunk in trunks:
@@ -69,7 +69,8 @@ def optimize_for_inference(model: Model, precision: Precision = "exact") -> Mode
     return model.eval()
 
 
-def _why_not(precision: Precision) -> str | None:
+def why_not(precision: Precision) -> str | None:
+    """Why `optimize_for_inference` cannot give this precision on this machine, or None."""
     why = backend.why_not("cpp", "cpu", torch.float32)
     if why is not None:
         return why
