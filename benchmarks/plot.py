@@ -89,6 +89,40 @@ def draw_ceilings(files: Sequence[Content], pyplot: Any) -> Any:
     return figure
 
 
+def draw_roofline(file: Content, pyplot: Any) -> Any:
+    """Components of whole passes under the machine's roofs: rate over operations a byte."""
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    tops = file["ceilings"]
+    reach = [2.0**power for power in range(-2, 12)]
+    roofs = {"f32": "-", "bf16": "--"}
+    for dtype, style in roofs.items():
+        top = tops.get(f"gemm_{dtype}_tflops")
+        if top:
+            roof = [min(top, tops["copy_gbps"] * x / 1e3) for x in reach]
+            axes.plot(reach, roof, style, color=RIVAL, label=f"roof, {dtype}")
+    colours = {"products": OURS, "attention": "#b3402a", "norms": "#3b8f4a", "GELU": "#8a5fb5"}
+    markers = {"f32": "o", "bf16": "s", "int8": "^", "bf16-amp": "D", "bf16-master": "P"}
+    for row in file["rows"]:
+        if row["tflops"] and row["gbps"]:
+            what = f"{row['case']} {row['dtype']}: {row['provider']}"
+            axes.plot(
+                [row["tflops"] * 1e3 / row["gbps"]],
+                [row["tflops"]],
+                markers.get(row["dtype"], "x"),
+                color=colours.get(row["provider"], "#5c5c5c"),
+                label=what,
+                markersize=6,
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte of memory traffic, at least")
+    axes.set_ylabel("TFLOP/s")
+    axes.grid(color=GRID)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _title(axes, file, "components of whole passes under the machine's roofs")
+    return figure
+
+
 def _title(axes: Any, file: Content, what: str) -> None:
     facts = file["environment"]
     detail = f"{facts['device_name']}, torch {facts['torch']}, {facts['date'][:10]}"
@@ -124,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drawn = {file["suite"]: draw_ratios(file, pyplot) for file in files if pairs(file)}
         if files:
             drawn["ceilings"] = draw_ceilings(files, pyplot)
+        for file in newest(contents, device, ("components",)):
+            drawn["roofline"] = draw_roofline(file, pyplot)
         for file in files:
             curves = plot_curves.draw(file, "bf16", pyplot) if device == "cuda" else None
             if file["suite"] == "attention" and curves is not None:
