@@ -157,7 +157,7 @@ def quantise(
     sums: bool = False,
     gelu: bool = False,
 ) -> Operand:
-    """x in e4m3 (e5m2 for a gradient), with a transposed copy and column sums if asked for.
+    """X in e4m3 (e5m2 for a gradient), with a transposed copy and column sums if asked for.
 
     With `gelu` it is GELU of x that is stored, and bounded.
     """
@@ -283,7 +283,7 @@ def norm_quantise(
     )
     found = torch.empty((2, programs), dtype=torch.float32, device=x.device)
     with guard(x):
-        _normquantise_kernel[(programs,)](
+        norm_quantise_kernel[(programs,)](
             x,
             residual,
             weight.contiguous(),

@@ -155,7 +155,7 @@ def _norm_cases(dtype: torch.dtype, arch: int, twin: bool) -> list[AotCase]:
                 cases.append(
                     _case(
                         f"norm-{width}-{name}-{stream}-{'columns' if columns else 'rows'}",
-                        _normquantise_kernel,
+                        norm_quantise_kernel,
                         signature,
                         constexprs,
                         ("num_rows",),

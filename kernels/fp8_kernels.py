@@ -27,6 +27,7 @@ def facts_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Largest finite magnitude and longest row of a tensor, as partial maxima."""
     pid = tl.program_id(0)
     peak = tl.zeros([BLOCK_R], tl.float32)
     longest = tl.zeros([BLOCK_R], tl.float32)
@@ -62,6 +63,7 @@ def bound_kernel(
     factor,
     BLOCK: tl.constexpr,
 ):
+    """`max(a) max(b) factor + max |bias|`, in one program."""
     product = highest(a_ptr, num_a) * factor * highest(b_ptr, num_b)
     if bias_ptr is not None:
         peak = tl.zeros([BLOCK], tl.float32)
@@ -92,6 +94,7 @@ def quantise_kernel(
     BLOCK_C: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):
+    """One tile of x, or of GELU of x, in FP8."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
@@ -133,6 +136,7 @@ def gelu_backward_kernel(
     BLOCK_C: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):
+    """One tile of GELU's gradient, and of its recomputed output, in FP8."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
@@ -181,6 +185,7 @@ def norm_quantise_kernel(
     BLOCK_C: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):
+    """Whole rows of a residual sum, and their LayerNorm in FP8."""
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK_C)
     w = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)

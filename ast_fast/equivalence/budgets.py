@@ -29,7 +29,7 @@ Kind = Literal[
     "whole gradient",
     "waveform gradient",
 ]
-Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16", "fp8"]
 
 TORCH_FACTOR = 2.0
 
@@ -46,7 +46,7 @@ class Floor(NamedTuple):
 CEILING = Floor(32.0, 8.0)
 
 
-# unit roundoff: float32 6e-8, tf32 and float16 4.9e-4, bfloat16 3.9e-3
+# unit roundoff: float32 6e-8, tf32 and float16 4.9e-4, bfloat16 3.9e-3, e4m3 6.3e-2, e5m2 1.3e-1
 FLOORS: dict[Kind, dict[Precision, Floor]] = {
     # a result rounded once or twice: sums of two tensors, GELU
     "elementwise": {
@@ -68,6 +68,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(1e-5, 2e-6),
         "float16": Floor(2e-3, 1e-3),
         "bfloat16": Floor(8e-3, 5e-3),
+        "fp8": Floor(8e-3, 5e-3),
     },
     # chains of one to three matrix products with 16-bit tensors between them
     "product": {
@@ -75,6 +76,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(5e-3, 1e-3),
         "float16": Floor(5e-3, 1e-3),
         "bfloat16": Floor(3e-2, 6e-3),
+        "fp8": Floor(2.5e-1, 5e-2),
     },
     "attention": {
         "float32": Floor(5e-6, 1e-6),
@@ -101,6 +103,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(5e-3, 1e-3),
         "float16": Floor(5e-3, 2e-3),
         "bfloat16": Floor(2.5e-2, 1e-2),
+        "fp8": Floor(2e-1, 8e-2),
     },
     # all parameters as one vector; `worst` is one minus the cosine
     "whole gradient": {
@@ -108,6 +111,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(1e-5, 2e-3),
         "float16": Floor(1e-4, 5e-3),
         "bfloat16": Floor(5e-4, 2e-2),
+        "fp8": Floor(7e-3, 1.2e-1),
     },
 }
 
@@ -189,12 +193,14 @@ def log_mel_budget(
 
 def table() -> str:
     """The floors as a Markdown table, for NUMERICS.md."""
-    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16")
+    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16", "fp8")
     lines = [
         "| what | " + " | ".join(precisions) + " |",
         "|---|" + "---|" * len(precisions),
     ]
     for kind, row in FLOORS.items():
-        cells = (f"{row[p].worst:.1e} / {row[p].rel_l2:.1e}" for p in precisions)
+        cells = (
+            f"{row[p].worst:.1e} / {row[p].rel_l2:.1e}" if p in row else "-" for p in precisions
+        )
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

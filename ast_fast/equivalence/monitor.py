@@ -246,6 +246,8 @@ class EquivalenceMonitor:
 def _precision(
     model: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> Precision:
+    if whole.unwrap(model).precision == "fp8":
+        return "fp8"
     dtype = next(model.parameters()).dtype
     narrow = autocast_dtype if autocast_dtype is not None and dtype != torch.float64 else dtype
     # a float64 model is held to the float32 budget: the looser of the two that both sides can meet

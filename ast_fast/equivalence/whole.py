@@ -15,11 +15,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend, reference
 from ..frontend import log_mel_features
-from . import plain
+from . import plain, plain_fp8
 
 if TYPE_CHECKING:
     from ..models.ast import ASTModel
@@ -177,5 +178,6 @@ def run_plain(
                 strides=(config.fstride, config.tstride),
                 eps=config.eps,
                 head_eps=config.head_eps,
+                linear=plain_fp8.linear if model.precision == "fp8" else F.linear,
             )
         return _outcome(logits, loss_fn, trainable(model), upstream)

@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
     if name == "triton":
         from ..kernels import fp8 as primitives
     else:
-        from ..reference import fp8 as primitives  # type: ignore[no-redef]
+        from ..reference import fp8 as primitives
     return primitives
 
 

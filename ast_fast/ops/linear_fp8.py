@@ -21,7 +21,6 @@ from ._common import (
     no_second_gradient,
     register,
     require,
-    statistics_dtype,
 )
 
 
@@ -119,7 +118,8 @@ def _norm_outputs(x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
 
 def _fake_norm(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if residual is None:
-        return x.new_empty(0), *(x.new_empty(0, dtype=torch.float32) for _ in range(2))
+        nothing = x.new_empty(0, dtype=torch.float32)
+        return x.new_empty(0), nothing, torch.empty_like(nothing)
     rows, stats = x.numel() // x.shape[-1], torch.float32
     return (
         residual.new_empty(x.shape),
@@ -264,7 +264,8 @@ def _(
     rstd: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return total.new_empty(total.shape), *(weight.new_empty(weight.shape) for _ in range(2))
+    shape = weight.shape
+    return total.new_empty(total.shape), weight.new_empty(shape), weight.new_empty(shape)
 
 
 no_second_gradient(linear_fp8_backward_op)

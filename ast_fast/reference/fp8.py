@@ -56,7 +56,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def to_fp8(x: Tensor, scale: Tensor, gradient: bool) -> Tensor:
-    """x times `scale` in e4m3, or in e5m2 for a gradient."""
+    """X times `scale` in e4m3, or in e5m2 for a gradient."""
     kind = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
     largest = torch.finfo(kind).max
     scaled = (x * scale).clamp(-largest, largest)
@@ -160,5 +160,7 @@ def matmul(
     fast: bool = False,
 ) -> Tensor:  # [M, N]
     """`a b^T` of the originals, plus bias; summed in float32 whatever `fast` says."""
-    product = (a.float() @ b.float().t()) * (a_inverse * b_inverse)
+    # an operand that was transposed is padded with zeros, the other one perhaps not
+    width = min(a.shape[1], b.shape[1])
+    product = (a[:, :width].float() @ b[:, :width].float().t()) * (a_inverse * b_inverse)
     return (product if bias is None else product + bias.float()).to(out_dtype)
