@@ -202,7 +202,9 @@ def test_residual_sum_and_layer_norm_go_to_fp8(arena, rows, cols, dtype):
     assert_within(rstd, exact_rstd, "normalised")
     assert torch.equal(got.inverse, want[0].inverse)
     assert_close_in_fp8(got.rows, got.inverse, exact, 2.0**-4)
-    same_bits(got.columns[:, :rows].view(torch.uint8).t().contiguous().view(got.rows.dtype), got.rows)
+    same_bits(
+        got.columns[:, :rows].view(torch.uint8).t().contiguous().view(got.rows.dtype), got.rows
+    )
     assert not got.columns.view(torch.uint8)[:, rows:].any()
     reach = float((weight.abs() * cols**0.5 + bias.abs()).max())
     assert float(found[0].max()) == pytest.approx(reach, rel=1e-6)
