@@ -48,7 +48,7 @@ __all__ = [
 
 ALIGNMENT = 16  # what PyTorch's scaled product asks of the summed dim and of the columns
 OLDEST = 89  # compute capability with FP8 casts and products
-MAX_WIDTH = 4096  # a LayerNorm row has to fit the registers of one block
+MAX_WIDTH = 2048  # a LayerNorm row has to fit the registers of one block
 # GELU's slope is at most 1.129; roundings to FP8 move a row's length by a sixteenth or an eighth at most
 FORWARD_ROOM, BACKWARD_ROOM = 1.13, 1.4
 

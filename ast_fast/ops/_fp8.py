@@ -31,6 +31,11 @@ def load(name: str) -> ModuleType:
     return primitives
 
 
+def _saved_operands(saved: list[Tensor]) -> list[Tensor]:
+    """What forward saved, operands in FP8 again rather than as bytes."""
+    return [t.view(torch.float8_e4m3fn) if t.dtype == torch.uint8 else t for t in saved]
+
+
 def _enter(f: Any, x: Tensor, norm: Norm | None, save: bool) -> tuple[Any, Tensor, list[Tensor]]:
     """The layer's input in FP8, its facts, and total, mean and rstd where a norm comes first."""
     if norm is None:
@@ -55,7 +60,7 @@ def linear_backward(
     f: Any, dy: Tensor, saved: list[Tensor], weight_dtype: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the (normalised) input, weight and bias."""
-    x_columns, x_inverse, w_columns, w_inverse = saved
+    x_columns, x_inverse, w_columns, w_inverse = _saved_operands(saved)
     d = f.quantise(dy, f.facts(dy)[0], gradient=True, columns=needs[1], sums=needs[2])
     dx = dw = None
     if needs[0]:
@@ -96,7 +101,9 @@ def mlp_backward(
     f: Any, dy: Tensor, saved: list[Tensor], weight_dtype: torch.dtype, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of the (normalised) input, w1, b1, w2 and b2."""
-    x_columns, x_inverse, h, columns1, inverse1, columns2, inverse2, g_bound, reach = saved
+    x_columns, x_inverse, h, columns1, inverse1, columns2, inverse2, g_bound, reach = (
+        _saved_operands(saved)
+    )
     found = f.facts(dy)
     d = f.quantise(dy, found[0], gradient=True, columns=needs[3], sums=needs[4])
     dx = dw1 = db1 = dw2 = None

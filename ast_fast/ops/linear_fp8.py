@@ -131,20 +131,27 @@ def _fake_norm(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def fake_operand(like: Tensor, num_rows: int, num_cols: int, save: bool) -> tuple[Tensor, Tensor]:
     """Shapes of a saved transposed operand and its inverse scale."""
     if not save:
-        return like.new_empty(0, dtype=torch.float8_e4m3fn), like.new_empty(0, dtype=torch.float32)
+        return like.new_empty(0, dtype=torch.uint8), like.new_empty(0, dtype=torch.float32)
     padded = (num_rows + 15) // 16 * 16
     return (
-        like.new_empty((num_cols, padded), dtype=torch.float8_e4m3fn),
+        like.new_empty((num_cols, padded), dtype=torch.uint8),
         like.new_empty(1, dtype=torch.float32),
     )
 
 
 def kept(x: Tensor, saved: list[Tensor], kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """What backward needs; empty tensors of the same dtypes where there is no backward."""
-    return saved or [x.new_empty(0, dtype=kind) for kind in kinds]
+    """What backward needs; empty tensors of the same dtypes where there is no backward.
+
+    FP8 leaves an op as bytes, which more of PyTorch can handle.
+    """
+    if not saved:
+        return [x.new_empty(0, dtype=kind) for kind in kinds]
+    return [
+        t.view(kind) if kind == torch.uint8 else t for t, kind in zip(saved, kinds, strict=True)
+    ]
 
 
-_SAVED = (torch.float8_e4m3fn, torch.float32) * 2
+_SAVED = (torch.uint8, torch.float32) * 2
 
 
 @register("linear_fp8")

@@ -108,7 +108,7 @@ def mlp_fp8_op(
     rows = x.reshape(-1, x.shape[-1])
     norm = _norm(residual, norm_weight, norm_bias, eps)
     y, rest, saved = _fp8.mlp_forward(_fp8.load(backend), rows, norm, w1, b1, w2, b2, save)
-    operand = (torch.float8_e4m3fn, torch.float32)
+    operand = (torch.uint8, torch.float32)
     saved = kept(x, saved, (*operand, x.dtype, *operand * 2, torch.float32, torch.float32))
     y = y.view(*x.shape[:-1], w2.shape[0])
     made: _Saved = (y, *_norm_outputs(x, rest), *saved)  # type: ignore[assignment]
