@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 
 from .fp8_tiles import highest, power_of_two, scale_exponent, store_transposed, to_fp8
-from .mlp import normal_cdf
+from .gelu_tiles import gelu, gelu_and_slope
 
-_LIMIT = tl.constexpr(20.0)  # beyond it both tails of GELU have reached their limit in float32
-_DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)
 _LONGEST = tl.constexpr(1e18)  # the product of two row lengths stays finite
 
 
@@ -104,9 +102,7 @@ def quantise_kernel(
         partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * num_cols + cols
         tl.store(partial_ptrs, tl.sum(x, axis=0), mask=cols < num_cols)
     if GELU:
-        x = tl.where(x < -_LIMIT, -_LIMIT, x)
-        cdf, _ = normal_cdf(x)
-        x = x * cdf
+        x = gelu(x)
     exponent = scale_exponent(highest(bound_ptr, num_partials), E5M2)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(inverse_ptr, power_of_two(-exponent))
@@ -144,10 +140,8 @@ def gelu_backward_kernel(
     dg_ptrs = dg_ptr + rows[:, None] * stride_dgr + cols[None, :]
     h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
     dg = tl.load(dg_ptrs, mask=mask, other=0.0).to(tl.float32)
-    low = tl.where(h < -_LIMIT, -_LIMIT, h)
-    cut = tl.where(low > _LIMIT, _LIMIT, low)
-    cdf, gauss = normal_cdf(cut)
-    dh = dg * (cdf + cut * gauss * _DENSITY_AT_ZERO)
+    g, slope = gelu_and_slope(h)
+    dh = dg * slope
     partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * num_cols + cols
     tl.store(partial_ptrs, tl.sum(dh, axis=0), mask=cols < num_cols)
     dh_exponent = scale_exponent(tl.load(dh_bound_ptr), True)
@@ -158,7 +152,7 @@ def gelu_backward_kernel(
     tile = to_fp8(dh, power_of_two(dh_exponent), True, BY_HAND)
     tl.store(dh_rows_ptr + rows[:, None] * num_cols + cols[None, :], tile, mask=mask)
     store_transposed(tile, dh_columns_ptr, rows, cols, padded_rows, num_cols)
-    tile = to_fp8(low * cdf, power_of_two(g_exponent), False, BY_HAND)
+    tile = to_fp8(g, power_of_two(g_exponent), False, BY_HAND)
     store_transposed(tile, g_columns_ptr, rows, cols, padded_rows, num_cols)
 
 
