@@ -36,9 +36,7 @@ _EPILOGUES = {
     "gelu": "gelu",
     "gelu_backward": "gelu backward",
 }
-_VECTOR = (
-    8  # elements of 16 bits that one instruction moves, and the alignment that descriptors need
-)
+OLDEST = 80  # Triton has no tensor cores on older GPUs
 _forced: ContextVar[bool | None] = ContextVar("ast_fast_gemm", default=None)
 
 
