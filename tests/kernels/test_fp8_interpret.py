@@ -116,6 +116,21 @@ def test_operands_match_the_emulation_bit_for_bit(arena, rows, cols, gradient, d
     same_bits(bare.rows, got.rows)
 
 
+def test_wide_rows_are_measured_over_all_their_columns():
+    x = random_tensor(3, 1300, seed=0)
+    found = fp8.facts(x)
+    assert float(found[1].max()) == pytest.approx(float(x.norm(dim=1).max()), rel=1e-6)
+
+
+def test_statistics_are_of_the_rounded_total():
+    x = torch.full((2, 32), 1e-4) * torch.arange(32)
+    residual = torch.ones(2, 32, dtype=torch.float16)
+    made = fp8.norm_quantise(x, residual, torch.ones(32), torch.zeros(32), 1e-9, False)
+    want = reference.layer_norm(made[2].double(), torch.ones(32), torch.zeros(32), 1e-9)
+    assert made[2].dtype == torch.float16
+    assert_within(made[4], want[2], "normalised", what="rstd")
+
+
 def test_facts_leave_out_what_is_not_finite_and_keep_tiny_rows():
     x = torch.tensor([[1.0, -3.0, math.inf], [math.nan, 2.0, -math.inf]])
     found = fp8.facts(x)

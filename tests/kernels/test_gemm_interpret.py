@@ -135,6 +135,13 @@ def test_limits_of_gelu_and_nan_in_its_row():
     assert g[3].isnan().all() and g[others].isfinite().all()
 
 
+def test_gelu_is_of_the_pre_activation_as_it_is_stored(arena):
+    # backward recomputes the activation from what is stored: forward must have used the same
+    a, weight, bias, _ = operands(arena, 40, 64, 48, torch.float16)
+    g, h = gemm.linear_gelu(a, weight, bias, True, CONFIGS["pointers"])
+    assert_same(g, mlp.gelu_forward(h))
+
+
 def tuned_families():
     """One GPU of every family in the table."""
     seen = {_tuned.family("gemm", arch): arch for arch in (120, 100, 90, 86, 80)}
