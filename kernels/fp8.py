@@ -169,7 +169,7 @@ def quantise(
         zeros = torch.zeros(num_cols, dtype=torch.float32, device=x.device)
         return Operand(rows, turned, inverse.fill_(1.0), zeros if sums else None)
     x = last_dim_contiguous(x)
-    tile = _configs(x.device)["quantise"]
+    tile = _configs(x.device)["gelu" if gelu else "quantise"]
     row_blocks = ceil_div(num_rows, tile["rows"])
     partial = None
     if sums:

@@ -73,8 +73,6 @@ def _tile_cases(name: str, arch: int, twin: bool) -> list[AotCase]:
                 twin,
             )
         )
-    tile = tuned["quantise"]
-    block = {"BLOCK_R": tile["rows"], "BLOCK_C": tile["cols"], "BY_HAND": False}
     for gradient, columns, sums, gelu in (
         (False, False, False, False),
         (False, True, False, False),
@@ -82,6 +80,8 @@ def _tile_cases(name: str, arch: int, twin: bool) -> list[AotCase]:
         (True, True, True, False),
         (True, False, False, False),
     ):
+        tile = tuned["gelu" if gelu else "quantise"]
+        block = {"BLOCK_R": tile["rows"], "BLOCK_C": tile["cols"], "BY_HAND": False}
         kind = "fp8e5" if gradient else "fp8e4nv"
         signature = {"x_ptr": f"*{name}", "rows_ptr": f"*{kind}", "columns_ptr": f"*{kind}"}
         signature |= {"bound_ptr": "*fp32", "inverse_ptr": "*fp32", "partial_ptr": "*fp32"}

@@ -246,7 +246,7 @@ class EquivalenceMonitor:
 def _precision(
     model: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> Precision:
-    if whole.unwrap(model).precision == "fp8":
+    if whole.runs_fp8(whole.unwrap(model)):
         return "fp8"
     dtype = next(model.parameters()).dtype
     narrow = autocast_dtype if autocast_dtype is not None and dtype != torch.float64 else dtype

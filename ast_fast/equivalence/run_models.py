@@ -66,7 +66,7 @@ def model_rows(
         inputs: features [B, S, F]; random ones by default.
     """
     model = whole.unwrap(model)
-    precision = "fp8" if model.precision == "fp8" else precision_of(dtype, allow_tf32)
+    precision = "fp8" if whole.runs_fp8(model) else precision_of(dtype, allow_tf32)
     fast_model = copy.deepcopy(model).to(device, torch.float32)
     if inputs is None:
         generator = torch.Generator().manual_seed(SEED)

@@ -51,6 +51,11 @@ def unwrap(model: nn.Module) -> ASTModel:
     return cast("ASTModel", model)
 
 
+def runs_fp8(model: nn.Module) -> bool:
+    """Whether a model (not a wrapper) was set to FP8, which has budgets of its own."""
+    return getattr(model, "precision", "exact") == "fp8"
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name that want a gradient."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -178,6 +183,6 @@ def run_plain(
                 strides=(config.fstride, config.tstride),
                 eps=config.eps,
                 head_eps=config.head_eps,
-                linear=plain_fp8.linear if model.precision == "fp8" else F.linear,
+                linear=plain_fp8.linear if runs_fp8(model) else F.linear,
             )
         return _outcome(logits, loss_fn, trainable(model), upstream)

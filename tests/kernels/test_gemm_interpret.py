@@ -232,7 +232,7 @@ def test_unsupported_names_what_is_wrong(monkeypatch):
 
 
 @settings(
-    max_examples=30,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
