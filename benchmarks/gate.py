@@ -29,6 +29,7 @@ _PRECISIONS: dict[str, budgets.Precision] = {
     "bf16": "bfloat16",
     "bf16-amp": "bfloat16",
     "int16": "float32",
+    "int8": "int8",
 }
 
 

@@ -29,7 +29,7 @@ Kind = Literal[
     "whole gradient",
     "waveform gradient",
 ]
-Precision = Literal["float32", "tf32", "float16", "bfloat16", "fp8"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8", "fp8"]
 
 TORCH_FACTOR = 2.0
 
@@ -103,6 +103,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(5e-3, 1e-3),
         "float16": Floor(5e-3, 2e-3),
         "bfloat16": Floor(2.5e-2, 1e-2),
+        "int8": Floor(1.5e-1, 4e-2),
         "fp8": Floor(2e-1, 8e-2),
     },
     # all parameters as one vector; `worst` is one minus the cosine
@@ -193,7 +194,7 @@ def log_mel_budget(
 
 def table() -> str:
     """The floors as a Markdown table, for NUMERICS.md."""
-    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16", "fp8")
+    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16", "int8", "fp8")
     lines = [
         "| what | " + " | ".join(precisions) + " |",
         "|---|" + "---|" * len(precisions),

@@ -175,6 +175,10 @@ class ASTModel(nn.Module):
         device has no FP8. Weights and checkpoints stay as they are. Returns the model.
         """
         set_precision(self.v.blocks, precision)
+        if precision == "fp8":
+            self.v.runner = (
+                None  # weights packed by optimize_for_inference are of another precision
+            )
         return self
 
     @property
