@@ -376,7 +376,8 @@ class TrainConfig(Config):
     schedule: Literal["constant", "cosine"] = "cosine"
     grad_clip: float = 1.0  # largest gradient norm; 0 switches clipping off
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    # fp8: the blocks' matrix products in FP8, everything else as in bfloat16
+    precision: Literal["float32", "bfloat16", "fp8"] = "float32"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1  # processes, one a device
     seed: int = 0
@@ -406,7 +407,7 @@ class TrainConfig(Config):
         for name, allowed in (
             ("schedule", ("constant", "cosine")),
             ("loss", ("cross_entropy", "binary_cross_entropy")),
-            ("precision", ("float32", "bfloat16")),
+            ("precision", ("float32", "bfloat16", "fp8")),
             ("accelerator", ("auto", "cpu", "cuda")),
         ):
             value = getattr(self, name)

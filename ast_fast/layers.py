@@ -16,7 +16,7 @@ import torch.nn.modules.module as torch_module
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from . import ops
+from . import layers_fp8, ops
 from .config import ModelConfig
 from .positions import trunc_normal_
 
@@ -68,10 +68,11 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, out_dtype)
 
 
-def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`; by `ops.linear` if it is a plain linear layer that nobody watches."""
+def apply_linear(module: nn.Module, x: Tensor, fp8: bool = False) -> Tensor:
+    """`module(x)`; by `ops.linear` or `ops.linear_fp8` if it is a plain layer that nobody watches."""
     if type(module) is nn.Linear and not is_hooked(module):
-        return ops.linear(x, module.weight, module.bias)
+        linear = ops.linear_fp8 if fp8 else ops.linear
+        return linear(x, module.weight, module.bias)
     y: Tensor = module(x)
     return y
 
@@ -107,6 +108,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for q, k and v."""
 
+    fp8 = False  # see layers_fp8.py
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -118,12 +121,12 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """Fused q, k and v [B, T, 3, H, D] of normalised tokens [B, T, C]."""
-        return apply_linear(self.qkv, x).unflatten(2, (3, self.num_heads, self.head_dim))
+        return apply_linear(self.qkv, x, self.fp8).unflatten(2, (3, self.num_heads, self.head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         o = ops.attention_qkv(self.split(x), self.scale, deterministic=self.deterministic)
-        return apply_linear(self.proj, o.flatten(2))
+        return apply_linear(self.proj, o.flatten(2), self.fp8)
 
     def first(self, x: Tensor, keep: int) -> Tensor:
         """What `forward` gives for the first `keep` tokens: [B, T, C] to [B, keep, C].
@@ -132,11 +135,12 @@ class Attention(nn.Module):
         """
         dim, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
         heads = (self.num_heads, self.head_dim)
-        q = ops.linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
-        k, v = ops.linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
+        linear = ops.linear_fp8 if self.fp8 else ops.linear
+        q = linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
+        k, v = linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
         o = ops.attention(q, k, v, self.scale, deterministic=self.deterministic)
         assert isinstance(o, Tensor)
-        return apply_linear(self.proj, o.flatten(2))
+        return apply_linear(self.proj, o.flatten(2), self.fp8)
 
     def weights(self, x: Tensor) -> Tensor:
         """Attention probabilities [B, H, T, T] of normalised tokens, written out in full."""
@@ -147,6 +151,8 @@ class Attention(nn.Module):
 
 class Mlp(nn.Module):
     """Linear, exact GELU, linear."""
+
+    fp8 = False  # see layers_fp8.py
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -159,7 +165,8 @@ class Mlp(nn.Module):
         fc1, fc2 = self.fc1, self.fc2
         plain = type(fc1) is nn.Linear and type(fc2) is nn.Linear and type(self.act) is nn.GELU
         if plain and not is_hooked(fc1, self.act, fc2):
-            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            block = ops.mlp_fp8 if self.fp8 else ops.mlp
+            return block(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return fc2(self.act(fc1(x)))
 
 
@@ -337,6 +344,10 @@ class Trunk(nn.Module):
                 return made
         plain = [type(block) is Block and block.is_plain for block in blocks]
         fuse_last = type(last_norm) is LayerNorm and not is_hooked(last_norm)
+        if fuse_last and blocks and all(plain) and all(map(layers_fp8.can_fuse, blocks)):
+            update, stream = layers_fp8.run(stream, blocks, keep)
+            assert isinstance(last_norm, LayerNorm)
+            return last_norm.after_add(update, stream)[0]
         normed = None  # norm of the stream, where the step before already computed it
         for index, block in enumerate(blocks):
             last = index + 1 == len(blocks)

@@ -104,6 +104,28 @@ def _running_mean(values: Sequence[float], width: int = 9) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
+def precision_curves(runs: Rows) -> bytes:
+    """Training loss, and accuracy after each epoch, of runs that differ in precision and seed.
+
+    Args:
+        runs: each with precision, seed, step and loss (lists), and evaluations (step, accuracy).
+    """
+    figure, ((left, right),) = _figure(1, 2, 9.6, 3.4)
+    names = list(dict.fromkeys(run["precision"] for run in runs))
+    colours = dict(zip(names, (GREY, OURS, ACCENT, PLAIN), strict=False))
+    for run in runs:
+        look = {"color": colours[run["precision"]], "lw": 1.6, "alpha": 0.9}
+        left.plot(run["step"], _running_mean(run["loss"]), **look)
+        evals = run["evaluations"]
+        right.plot([e["step"] for e in evals], [e["accuracy"] for e in evals], **look)
+    for name in names:
+        left.plot([], [], color=colours[name], lw=1.6, label=name)
+    left.set(title="Training loss (mean of 9)", xlabel="optimiser step", yscale="log")
+    left.legend()
+    right.set(title="Accuracy on the evaluation set", xlabel="optimiser step", ylim=(0, 1.03))
+    return _png(figure)
+
+
 def check_curves(checks: Rows) -> bytes:
     """Errors of the equivalence checks beside their budgets, by step."""
     parts = [("logits", "Logits", 1), ("loss_error", "Loss", None), ("gradient", "Gradient", 1)]

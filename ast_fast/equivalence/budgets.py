@@ -29,7 +29,7 @@ Kind = Literal[
     "whole gradient",
     "waveform gradient",
 ]
-Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8", "fp8"]
 
 TORCH_FACTOR = 2.0
 
@@ -46,7 +46,7 @@ class Floor(NamedTuple):
 CEILING = Floor(32.0, 8.0)
 
 
-# unit roundoff: float32 6e-8, tf32 and float16 4.9e-4, bfloat16 3.9e-3
+# unit roundoff: float32 6e-8, tf32 and float16 4.9e-4, bfloat16 3.9e-3, e4m3 6.3e-2, e5m2 1.3e-1
 FLOORS: dict[Kind, dict[Precision, Floor]] = {
     # a result rounded once or twice: sums of two tensors, GELU
     "elementwise": {
@@ -68,6 +68,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(1e-5, 2e-6),
         "float16": Floor(2e-3, 1e-3),
         "bfloat16": Floor(8e-3, 5e-3),
+        "fp8": Floor(8e-3, 5e-3),
     },
     # chains of one to three matrix products with 16-bit tensors between them
     "product": {
@@ -75,6 +76,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(5e-3, 1e-3),
         "float16": Floor(5e-3, 1e-3),
         "bfloat16": Floor(3e-2, 6e-3),
+        "fp8": Floor(2.5e-1, 5e-2),
     },
     "attention": {
         "float32": Floor(5e-6, 1e-6),
@@ -102,6 +104,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "float16": Floor(5e-3, 2e-3),
         "bfloat16": Floor(2.5e-2, 1e-2),
         "int8": Floor(1.5e-1, 4e-2),
+        "fp8": Floor(2e-1, 8e-2),
     },
     # all parameters as one vector; `worst` is one minus the cosine
     "whole gradient": {
@@ -109,6 +112,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(1e-5, 2e-3),
         "float16": Floor(1e-4, 5e-3),
         "bfloat16": Floor(5e-4, 2e-2),
+        "fp8": Floor(7e-3, 1.2e-1),
     },
 }
 
@@ -190,7 +194,7 @@ def log_mel_budget(
 
 def table() -> str:
     """The floors as a Markdown table, for NUMERICS.md."""
-    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16", "int8")
+    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16", "int8", "fp8")
     lines = [
         "| what | " + " | ".join(precisions) + " |",
         "|---|" + "---|" * len(precisions),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from . import plain
-from .budgets import Kind
+from .budgets import Kind, Precision
 
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors], Tensors]
@@ -36,6 +36,7 @@ class OpCase:
         plain: the same in plain PyTorch.
         oracle: the reference op.
         kinds: budget of each output by name, and of each gradient by "d" + input name.
+        precision: of the budgets, where it is not that of the dtype.
     """
 
     op: str
@@ -45,6 +46,7 @@ class OpCase:
     plain: Function
     oracle: Function
     kinds: Mapping[str, Kind]
+    precision: Precision | None = None
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -247,6 +247,8 @@ def _precision(
     runner = model.v.runner
     if runner is not None and runner.precision != "exact" and not gradients and not autocast_dtype:
         return BUDGETS[runner.precision]
+    if whole.runs_fp8(model):
+        return "fp8"
     dtype = next(model.parameters()).dtype
     narrow = autocast_dtype if autocast_dtype is not None and dtype != torch.float64 else dtype
     # a float64 model is held to the float32 budget: the looser of the two that both sides can meet

@@ -8,7 +8,7 @@ implementation makes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._optional import optional_import
+
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -101,6 +103,7 @@ def ast_logits(
     strides: tuple[int, int],
     eps: float = 1e-6,
     head_eps: float = 1e-5,
+    linear: Linear = F.linear,
 ) -> Tensor:  # [B, label_dim]
     """Logits of an AST from its state dict (the original's keys).
 
@@ -111,6 +114,7 @@ def ast_logits(
         strides: patch steps in mel bins and in frames.
         eps: of the LayerNorms in the body.
         head_eps: of the head's LayerNorm.
+        linear: computes the blocks' linear layers.
     """
     names = [name for name in ("v.cls_token", "v.dist_token") if name in weights]
     prefix = torch.cat([weights[name] for name in names], dim=1)[0]
@@ -126,13 +130,13 @@ def ast_logits(
     for index in range(depth):
         block = f"v.blocks.{index}."
         normal = _norm(tokens, weights, block + "norm1", eps)
-        qkv = _linear(normal, weights, block + "attn.qkv")
+        qkv = _linear(normal, weights, block + "attn.qkv", linear)
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
         mixed = attention(q, k, v).flatten(2)
-        tokens = tokens + _linear(mixed, weights, block + "attn.proj")
+        tokens = tokens + _linear(mixed, weights, block + "attn.proj", linear)
         normal = _norm(tokens, weights, block + "norm2", eps)
-        hidden = F.gelu(_linear(normal, weights, block + "mlp.fc1"))
-        tokens = tokens + _linear(hidden, weights, block + "mlp.fc2")
+        hidden = F.gelu(_linear(normal, weights, block + "mlp.fc1", linear))
+        tokens = tokens + _linear(hidden, weights, block + "mlp.fc2", linear)
     tokens = _norm(tokens, weights, "v.norm", eps)
     pooled = tokens[:, : len(names)].mean(dim=1)
     return _linear(_norm(pooled, weights, "mlp_head.0", head_eps), weights, "mlp_head.1")
@@ -142,5 +146,7 @@ def _norm(x: Tensor, weights: Mapping[str, Tensor], name: str, eps: float) -> Te
     return layer_norm(x, weights[name + ".weight"], weights[name + ".bias"], eps)
 
 
-def _linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-    return F.linear(x, weights[name + ".weight"], weights[name + ".bias"])
+def _linear(
+    x: Tensor, weights: Mapping[str, Tensor], name: str, linear: Linear = F.linear
+) -> Tensor:
+    return linear(x, weights[name + ".weight"], weights[name + ".bias"])

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..optimized import Precision
+from . import whole
 from .cases import op_cases
+from .cases_fp8 import fp8_cases
 from .report import Report, Row, current_commit, device_name
 from .run_log_mel import log_mel_cases, run_log_mel_case, run_log_mel_gradient
 from .run_models import build, model_configs, model_rows
@@ -120,6 +122,13 @@ def _jobs(
             jobs.append((name, partial(run_op_case, case, *options)))
         for name, config in model_configs(full):
             jobs.append((f"{name} {dtype}", partial(_config_rows, name, config, *options)))
+    if model is None and torch.bfloat16 in dtypes:
+        # FP8 lives beside bfloat16: what is not a product's operand stays in it
+        narrow = (device, torch.bfloat16, backend, False)
+        for case in fp8_cases(full):
+            jobs.append((f"{case.op} {case.shape}", partial(run_op_case, case, *narrow)))
+        for name, config in model_configs(full):
+            jobs.append((f"{name} fp8", partial(_config_rows, name, config, *narrow, fp8=True)))
     if model is None and device.type == "cpu" and backend in ("auto", "cpp"):
         for precision in packed_precisions():
             for name, config in model_configs(full):
@@ -139,9 +148,13 @@ def _config_rows(
     dtype: torch.dtype,
     backend: str,
     allow_tf32: bool,
+    fp8: bool = False,
 ) -> list[Row]:
     # built when its turn comes, so that one model is held at a time
-    return model_rows(name, build(config), device, dtype, backend, allow_tf32)
+    model = build(config)
+    if fp8:
+        whole.unwrap(model).set_precision("fp8")
+    return model_rows(name, model, device, dtype, backend, allow_tf32)
 
 
 def run_verify(

@@ -72,8 +72,8 @@ def model_rows(
         allow_tf32: let float32 products be rounded to TF32, as plain PyTorch then is.
         inputs: features [B, S, F]; random ones by default.
     """
-    precision = precision_of(dtype, allow_tf32)
     model = whole.unwrap(model)
+    precision = "fp8" if whole.runs_fp8(model) else precision_of(dtype, allow_tf32)
     fast_model = copy.deepcopy(model).to(device, torch.float32)
     fast_model.v.runner = None  # packed weights have rows and budgets of their own
     if inputs is None:
@@ -87,9 +87,9 @@ def model_rows(
     with tf32(allow_tf32):
         fast, ran, note = _run_fast(fast_model, inputs, upstream, autocast, ran, note)
         simple = whole.run_plain(fast_model, inputs, None, None, upstream, autocast)
-    label = precision if autocast is None else f"autocast {precision}"
+    label = precision if autocast is None or precision == "fp8" else f"autocast {precision}"
     rows = _rows(name, shape, label, precision, ran, fast, simple, oracle, note)
-    if autocast is None:
+    if autocast is None or precision == "fp8":
         return rows
     # pure 16-bit inference, parameters included
     narrow, x = fast_model.to(dtype), inputs.to(dtype)

@@ -101,7 +101,7 @@ def run_op_case(
 ) -> list[Row]:
     """Rows of one case: every output and every gradient."""
     generator = torch.Generator().manual_seed(SEED)
-    precision = precision_of(dtype, allow_tf32)
+    precision = case.precision or precision_of(dtype, allow_tf32)
     inputs = place(case.inputs(generator), device, dtype)
     wide = place(inputs, device, torch.float64)
     shapes = evaluate(case.oracle, wide)

@@ -15,11 +15,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend, reference
 from ..frontend import log_mel_features
-from . import plain
+from . import plain, plain_fp8
 
 if TYPE_CHECKING:
     from ..models.ast import ASTModel
@@ -48,6 +49,11 @@ def unwrap(model: nn.Module) -> ASTModel:
             )
         model = inner
     return cast("ASTModel", model)
+
+
+def runs_fp8(model: nn.Module) -> bool:
+    """Whether a model (not a wrapper) was set to FP8, which has budgets of its own."""
+    return getattr(model, "precision", "exact") == "fp8"
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -177,5 +183,6 @@ def run_plain(
                 strides=(config.fstride, config.tstride),
                 eps=config.eps,
                 head_eps=config.head_eps,
+                linear=plain_fp8.linear if runs_fp8(model) else F.linear,
             )
         return _outcome(logits, loss_fn, trainable(model), upstream)

@@ -17,6 +17,7 @@ from .. import hub
 from ..config import LogMelConfig, ModelConfig, PositionRule
 from ..frontend import log_mel_features
 from ..layers import LayerNorm, Trunk, patch_conv
+from ..layers_fp8 import ModelPrecision, set_precision
 from ..positions import trunc_normal_
 from . import pretrained
 from .registry import register_model
@@ -166,6 +167,25 @@ class ASTModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for backward and recompute the rest: less memory, more time."""
         self.v.grad_checkpointing = enable
+
+    def set_precision(self, precision: ModelPrecision) -> Self:
+        """Compute the blocks' matrix products in FP8 ("fp8") or in the dtype of what they get ("exact").
+
+        e4m3 forward, e5m2 for gradients, with budgets of their own (NUMERICS.md); emulated where the
+        device has no FP8. Weights and checkpoints stay as they are. Returns the model.
+        """
+        set_precision(self.v.blocks, precision)
+        if precision == "fp8":
+            self.v.runner = (
+                None  # weights packed by optimize_for_inference are of another precision
+            )
+        return self
+
+    @property
+    def precision(self) -> ModelPrecision:
+        """What `set_precision` said."""
+        blocks: list[Any] = list(self.v.blocks)
+        return "fp8" if any(block.attn.fp8 or block.mlp.fp8 for block in blocks) else "exact"
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, label_dim] of spectrograms [B, S, F]."""

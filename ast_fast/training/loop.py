@@ -106,12 +106,14 @@ class Trainer:
         self.fabric = fabric_module.Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
-            precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
+            precision="32-true" if config.precision == "float32" else "bf16-mixed",
         )
         if config.devices > 1:
             self.fabric.launch()
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
         self.model: Any = _with_problem_type(model, self.multi_label)
+        if config.precision == "fp8":
+            self.model.set_precision("fp8")
         self._sampler = sampler_for(
             train_set,
             config.batch_size,
@@ -136,7 +138,7 @@ class Trainer:
         if config.monitor.check_every and self.fabric.is_global_zero:
             from ..equivalence import EquivalenceMonitor
 
-            autocast = torch.bfloat16 if config.precision == "bfloat16" else None
+            autocast = None if config.precision == "float32" else torch.bfloat16
             self._monitor = EquivalenceMonitor(model, config.monitor, autocast)
         self.total_steps = config.epochs * len(self._sampler)
         self.step = 0
@@ -280,7 +282,7 @@ class Trainer:
             batch_size=2 * self.config.batch_size,
             multi_label=self.multi_label,
             num_workers=self.config.num_workers,
-            bfloat16=self.config.precision == "bfloat16",
+            bfloat16=self.config.precision != "float32",
         )
 
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, forward_run, generator
 from ..peers import need
+from . import epilogues
 
 PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 TOKENS = 1214
@@ -135,7 +136,7 @@ def _gelu(settings: Settings, mode: str, b: int, dtype: str) -> Case:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """Products at the batch sizes between which a GPU fills up, then GELU."""
+    """Products at the batch sizes between which a GPU fills up, GELU, and both in one kernel."""
     batches = [32, 8, 1, 64] if settings.cuda else [1]
     if settings.quick:
         batches = batches[:2]
@@ -149,3 +150,4 @@ def cases(settings: Settings) -> Iterator[Case]:
                     yield _product(settings, name, kind, b, dtype)
         for mode in ("forward", "backward"):
             yield _gelu(settings, mode, 32 if settings.cuda else 1, dtype)
+    yield from epilogues.cases(settings)

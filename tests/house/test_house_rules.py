@@ -31,7 +31,7 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("ops", "data"),
-    ("layers", "optimized", "augment", "frontend", "resample", "hub"),
+    ("layers", "layers_fp8", "optimized", "augment", "frontend", "resample", "hub"),
     ("models",),
     ("equivalence",),
     ("testing",),

@@ -16,6 +16,7 @@ _SENTINELS = {
     torch.int64: 12345,
     torch.int32: 12345,
     torch.int16: 12345,
+    torch.uint8: 123,
 }
 _real_empty = torch.empty
 _real_empty_like = torch.empty_like
@@ -35,7 +36,9 @@ class Arena:
         buffer = torch.full((count + 2 * GUARD,), _SENTINELS[dtype], dtype=dtype)
         self._buffers.append(buffer)
         inside = buffer[GUARD : GUARD + count]
-        inside.fill_(float("nan") if dtype.is_floating_point else -1)
+        inside.fill_(
+            float("nan") if dtype.is_floating_point else 255 if dtype == torch.uint8 else -1
+        )
         return inside.view(shape)
 
     def put(self, x: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ def op_calls(backend, dtype):
             registry.mlp_backward,
             (r.detach(), x.detach(), h, w1.detach(), w2.detach(), needs, backend),
         )
+    yield from fp8_calls(backend, dtype)
     for variant, (clips, tokens) in enumerate(((1, 3), (2, 128), (2, 17))):
         shape = (clips, tokens, 2, 32)
         q, k, v, do = (rand(*shape, seed=s, dtype=dtype) for s in range(4))
@@ -125,6 +126,35 @@ def op_calls(backend, dtype):
             dy = rand(2, 5, 32, seed=1, dtype=dtype, grad=False)
             args = (dy, wave.detach(), lengths, MEL, -4.0, 2.0, backend)
             yield f"log_mel_backward {variant}", registry.log_mel_backward, args
+
+
+def fp8_calls(backend, dtype):
+    """Direct calls of the FP8 layers, with and without a norm in front."""
+    registry = torch.ops.ast_fast
+    for variant, rows in enumerate((1, 5, 64)):
+        x, dy = rand(rows, 32, dtype=dtype), rand(rows, 32, seed=1, dtype=dtype, grad=False)
+        w1, b1 = rand(48, 32, seed=2, dtype=dtype), rand(48, seed=3, dtype=dtype)
+        w2, b2 = rand(32, 48, seed=4, dtype=dtype), rand(32, seed=5, dtype=dtype)
+        norm = (None, None, None, 0.0)
+        if variant:
+            ones, zeros = rand(32, seed=7, dtype=dtype), rand(32, seed=8, dtype=dtype)
+            norm = (rand(rows, 32, seed=6, dtype=dtype), ones, zeros, 1e-6)
+        bias = b1 if variant else None
+        args = (x, *norm, w1, bias, True, backend)
+        yield f"linear_fp8 {variant}", registry.linear_fp8, args
+        made = registry.linear_fp8(*(t.detach() if torch.is_tensor(t) else t for t in args))
+        needs = [True, variant > 0, variant > 1]
+        args = (made[0], *made[4:], w1.detach(), needs, backend)
+        yield f"linear_fp8_backward {variant}", registry.linear_fp8_backward, args
+        args = (x, *norm, w1, b1, w2, b2, True, backend)
+        yield f"mlp_fp8 {variant}", registry.mlp_fp8, args
+        made = registry.mlp_fp8(*(t.detach() if torch.is_tensor(t) else t for t in args))
+        args = (dy, list(made[4:]), w1.detach(), w2.detach(), [True, *needs, True], backend)
+        yield f"mlp_fp8_backward {variant}", registry.mlp_fp8_backward, args
+        weight, stats = rand(32, seed=9, dtype=dtype, grad=False), torch.ones(rows)
+        dtotal = None if variant == 0 else dy
+        args = (dy, dtotal, x.detach(), weight, 0.1 * stats, stats, backend)
+        yield f"fp8_norm_backward {variant}", registry.fp8_norm_backward, args
 
 
 OP_NAMES = sorted({name for name, _, _ in op_calls("reference", torch.float64)})

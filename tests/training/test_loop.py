@@ -119,8 +119,10 @@ def test_several_labels_a_clip_train_with_binary_cross_entropy(tmp_path):
     assert saved.problem_type == "multi_label_classification"
 
 
-def test_autocast_to_bfloat16_trains_and_keeps_float32_weights(tmp_path):
-    run = trainer(tmp_path, CONFIG.replace(precision="bfloat16", epochs=2), eval_set=tones(16, 1))
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_narrow_precisions_train_and_keep_float32_weights(precision, tmp_path):
+    run = trainer(tmp_path, CONFIG.replace(precision=precision, epochs=2), eval_set=tones(16, 1))
+    assert run.model.precision == ("fp8" if precision == "fp8" else "exact")
     before = weights(run)
     run.fit()
     after = weights(run)
@@ -128,6 +130,27 @@ def test_autocast_to_bfloat16_trains_and_keeps_float32_weights(tmp_path):
     assert not same(before, after)
     losses = [r["loss"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "step"]
     assert losses[-1] < losses[0]
+
+
+def test_fp8_has_no_state_to_lose_between_runs(tmp_path):
+    config = CONFIG.replace(precision="fp8", monitor=MonitorConfig(check_every=4))
+    whole = trainer(tmp_path / "whole", config, eval_set=tones(12, 1))
+    whole.fit()
+    first = trainer(tmp_path / "parts", config, eval_set=tones(12, 1))
+    inner = first._train_step
+
+    def stop(fed, log):
+        first._stop = first.step == 7
+        return inner(fed, log)
+
+    first._train_step = stop
+    with pytest.raises(TrainingInterrupted):
+        first.fit()
+    second = trainer(tmp_path / "parts", config, eval_set=tones(12, 1), resume=True)
+    second.fit()
+    assert same(weights(whole), weights(second))
+    checks = [r for r in read_log(tmp_path / "whole" / "log.jsonl") if r["kind"] == "check"]
+    assert checks and all(row["ok"] and row["precision"] == "fp8" for row in checks)
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 7, 11])
