@@ -30,7 +30,7 @@ GROUND = (
 )
 FLOORS = (
     GROUND,
-    ("ops", "data"),
+    ("ops", "data", "activations", "graphs"),
     ("layers", "augment", "frontend", "resample", "hub"),
     ("models",),
     ("equivalence",),
