@@ -306,25 +306,29 @@ def run_step(
 class _CompiledInTraining:
     """A method compiled where autograd records, as it is elsewhere: evaluation has other shapes."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, method: Callable[..., Any], backend: Any) -> None:
         self._plain = method
-        self._compiled = torch.compile(method, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(method, fullgraph=True, backend=backend)
         functools.update_wrapper(self, method)
 
     def __call__(self, *arguments: Any) -> Any:
         return (self._compiled if torch.is_grad_enabled() else self._plain)(*arguments)
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> int:
+def compile_blocks(blocks: Iterable[nn.Module], backend: Any = "inductor") -> int:
     """Compile the fused halves of identical transformer blocks in place; returns how many.
 
     Attributes, parameters and keys of the blocks stay. Blocks of other classes are left alone.
+
+    Args:
+        blocks: `model.v.blocks`.
+        backend: of torch.compile.
     """
     count = 0
     for block in blocks:
         halves = getattr(block, "halves", None)
         if halves is not None and not isinstance(halves, _CompiledInTraining):
-            block.halves = _CompiledInTraining(halves)  # type: ignore[assignment]
+            block.halves = _CompiledInTraining(halves, backend)  # type: ignore[assignment]
             count += 1
     return count
 
