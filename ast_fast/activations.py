@@ -67,15 +67,21 @@ def recomputed_norm(
         or torch.compiler.is_compiling()
     ):
         return contextlib.nullcontext()
-    storage, kept = normed.untyped_storage().data_ptr(), total.detach()
+    # the innermost hooks alone are called: what is not ours goes on to those around us (offloading,
+    # checkpoints)
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    storage, dtype, kept = normed.untyped_storage().data_ptr(), normed.dtype, total.detach()
 
-    def pack(saved: Tensor) -> Tensor | _Recipe:
-        if saved.dtype != normed.dtype or saved.untyped_storage().data_ptr() != storage:
-            return saved
+    def pack(saved: Tensor) -> Any:
+        if saved.dtype != dtype or saved.untyped_storage().data_ptr() != storage:
+            return saved if outer is None else outer[0](saved)
         versions, offset = _versions(kept, norm), int(saved.storage_offset())
-        return _Recipe(kept, norm, versions, normed.dtype, saved.shape, saved.stride(), offset)
+        return _Recipe(kept, norm, versions, dtype, saved.shape, saved.stride(), offset)
 
-    def unpack(saved: Tensor | _Recipe) -> Tensor:
-        return saved.make() if isinstance(saved, _Recipe) else saved
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, _Recipe):
+            return saved.make()
+        found: Tensor = saved if outer is None else outer[1](saved)
+        return found
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -383,12 +383,15 @@ def resident_bytes():
 @pytest.mark.parametrize("graphs", [False, True])
 def test_10_000_steps_keep_to_their_memory(graphs):
     rig = Rig("bfloat16-master", graphs)
-    for index in range(4):  # short batches, too
-        rig.train(50, first=50 * index)
-        rig.train(1, clips=2)
+
+    def run(steps):
+        for index in range(steps // 100):
+            rig.train(99, first=100 * index)
+            rig.train(1, clips=1 + index % 2)  # the short batch at an epoch's end
+
+    # the allocator's caches settle within about two thousand steps
+    run(2_000)
     before = resident_bytes()
-    for index in range(100):
-        rig.train(50 if graphs else 99, first=99 * index)
-        rig.train(1, clips=1 + index % 2)
+    run(10_000)
     grown = resident_bytes() - before
-    assert grown < 8 << 20, f"{grown / 2**20:.1f} MiB more after the steps"
+    assert grown < 2 << 20, f"{grown / 2**20:.1f} MiB more after the steps"
