@@ -70,15 +70,17 @@ class FakeGraphs:
 class Rig:
     """A small AST with everything a step of it needs."""
 
-    def __init__(self, precision="float32", graphs=False, seed=0, warm_ups=3):
+    def __init__(self, precision="float32", graphs=False, seed=0, device="cpu"):
         torch.manual_seed(seed)
-        self.model = create_model("ast_mini_p16_s10", num_classes=4, **SIZES)
+        self.model = create_model("ast_mini_p16_s10", num_classes=4, **SIZES).to(device)
+        self.device = device
         make = lambda named: torch.optim.AdamW(  # noqa: E731
             [
                 {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.1},
                 {"params": [p for p in named.values() if p.dim() <= 1], "weight_decay": 0.0},
             ],
             fused=True,
+            capturable=device == "cuda",
         )
         self.masters, self.precision = None, precision
         if precision == "bfloat16-master":
@@ -95,7 +97,7 @@ class Rig:
         )
 
     def call(self, x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self.model(x)
 
     def tensors(self):
@@ -109,7 +111,7 @@ class Rig:
     def batch(self, index, clips=3):
         draw = torch.Generator().manual_seed(index)
         x = torch.randn(clips, 32, 32, generator=draw).to(self.model.v.pos_embed.dtype)
-        return x, torch.randint(4, (clips,), generator=draw)
+        return x.to(self.device), torch.randint(4, (clips,), generator=draw).to(self.device)
 
     def train(self, count, clips=3, first=0):
         values = []
@@ -130,6 +132,18 @@ def test_a_replayed_step_is_the_eager_one_to_the_bit(precision):
     assert same(eager.state(), graphed.state())
     graphs = graphed.graphs
     assert (graphs.warmed, graphs.captured, graphs.replayed) == (3, 1, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_cuda_graph_replays_the_eager_step_to_the_bit(precision):
+    eager, graphed = Rig(precision, device="cuda"), Rig(precision, graphs=True, device="cuda")
+    for rig in (eager, graphed):
+        rig.train(8)
+        rig.train(1, clips=2, first=8)
+        rig.train(2, first=9)
+    assert same(eager.state(), graphed.state())
+    assert graphed.run._recording is not None
 
 
 def test_a_short_batch_runs_unrecorded_and_is_said_once(caplog):
@@ -217,6 +231,32 @@ def test_an_optimizer_that_cannot_skip_is_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="fused=True"):
         TrainingStep(model, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
+    import importlib.util
+
+    place = Path(__file__).parent / "test_loop.py"
+    spec = importlib.util.spec_from_file_location("loop_tests", place)
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    config = loop.CONFIG.replace(epochs=1, precision="bfloat16-master")
+    plain = loop.trainer(tmp_path / "plain", config)
+    plain.fit()
+    made = FakeGraphs()
+    monkeypatch.setattr("ast_fast.training.loop.chosen_mode", lambda *_: "graph")
+    monkeypatch.setattr("ast_fast.training.step.CudaGraphs", lambda: made)
+    graphed = loop.trainer(tmp_path / "graphed", config)
+    weights, state = graphed._parameters.values(), graphed._optimizer.state
+    made.state = lambda: [
+        *graphed.model.parameters(),
+        *weights,
+        *(value for weight in weights for value in state[weight].values()),
+    ]
+    graphed.fit()
+    # 44 clips by 8: five whole batches and a short one
+    assert (made.warmed, made.captured, made.replayed) == (3, 1, 2)
+    assert loop.same(plain._masters.model_state_dict(), graphed._masters.model_state_dict())
 
 
 def test_modes_by_device():
