@@ -92,9 +92,7 @@ class Rig:
             self.call, nn.functional.cross_entropy, optimizer, masters=self.masters, max_norm=0.5
         )
         self.graphs = FakeGraphs(self.tensors)
-        self.run = (
-            GraphedStep(self.step, self.graphs, self.model, warm_ups) if graphs else self.step
-        )
+        self.run = GraphedStep(self.step, self.graphs, self.model) if graphs else self.step
 
     def call(self, x):
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
