@@ -1,17 +1,41 @@
-"""Training: a short loop on Lightning Fabric, exact checkpoints, metrics and logs."""
+"""Training: a short loop on Lightning Fabric, exact checkpoints, metrics and logs.
 
-from .checkpoints import CheckpointStore, CheckpointWriteError
-from .errors import (
-    NonFiniteLossError,
-    StepOutOfMemoryError,
-    TrainingError,
-    TrainingInterrupted,
-)
-from .evaluate import Evaluation, evaluate
-from .loop import Trainer
-from .master import MasterWeights
-from .recipe import RunConfig
-from .step import GraphedStep, TrainingStep
+Names are imported when first used: a step of one's own needs none of the packages that the loop does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointStore, CheckpointWriteError
+    from .errors import (
+        NonFiniteLossError,
+        StepOutOfMemoryError,
+        TrainingError,
+        TrainingInterrupted,
+    )
+    from .evaluate import Evaluation, evaluate
+    from .loop import Trainer
+    from .master import MasterWeights
+    from .recipe import RunConfig
+    from .step import GraphedStep, TrainingStep
+
+_HOMES = {
+    "CheckpointStore": "checkpoints",
+    "CheckpointWriteError": "checkpoints",
+    "Evaluation": "evaluate",
+    "GraphedStep": "step",
+    "MasterWeights": "master",
+    "NonFiniteLossError": "errors",
+    "RunConfig": "recipe",
+    "StepOutOfMemoryError": "errors",
+    "Trainer": "loop",
+    "TrainingError": "errors",
+    "TrainingInterrupted": "errors",
+    "TrainingStep": "step",
+}
 
 __all__ = [
     "CheckpointStore",
@@ -28,3 +52,14 @@ __all__ = [
     "TrainingStep",
     "evaluate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if name == "evaluate":  # also the name of its module
+        home = "evaluate"
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = found
+    return found
