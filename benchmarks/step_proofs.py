@@ -44,7 +44,7 @@ class Rig:
             masters=self.masters,
             max_norm=1.0,
         )
-        self.run = training.prepared_step(
+        self.run = need("ast_fast.training.modes").prepared_step(
             self.step, "graph" if graphed and device == "cuda" else "off", self.model
         )
 

@@ -164,7 +164,7 @@ def _ours(
     if way.mode == "graph":
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved()
-    ready = training.prepared_step(step, way.mode, network)
+    ready = need("ast_fast.training.modes").prepared_step(step, way.mode, network)
 
     def run(index: int) -> tuple[Tensor]:
         given = inputs[index % len(inputs)]

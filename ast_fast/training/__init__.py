@@ -16,17 +16,18 @@ if TYPE_CHECKING:
         TrainingError,
         TrainingInterrupted,
     )
-    from .evaluate import Evaluation, evaluate
+    from .evaluation import Evaluation, evaluate
     from .loop import Trainer
     from .master import MasterWeights
+    from .modes import GraphedStep
     from .recipe import RunConfig
-    from .step import GraphedStep, TrainingStep
+    from .step import TrainingStep
 
 _HOMES = {
     "CheckpointStore": "checkpoints",
     "CheckpointWriteError": "checkpoints",
-    "Evaluation": "evaluate",
-    "GraphedStep": "step",
+    "Evaluation": "evaluation",
+    "GraphedStep": "modes",
     "MasterWeights": "master",
     "NonFiniteLossError": "errors",
     "RunConfig": "recipe",
@@ -35,6 +36,7 @@ _HOMES = {
     "TrainingError": "errors",
     "TrainingInterrupted": "errors",
     "TrainingStep": "step",
+    "evaluate": "evaluation",
 }
 
 __all__ = [
@@ -56,8 +58,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
-    if name == "evaluate":  # also the name of its module
-        home = "evaluate"
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"{__name__}.{home}"), name)

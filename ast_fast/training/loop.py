@@ -32,11 +32,12 @@ from ..hub import CheckpointError, read_weights
 from .augment import augment_features, augment_waveforms, clip_seeds, mixup
 from .checkpoints import CheckpointStore
 from .errors import NonFiniteLossError, TrainingError, TrainingInterrupted
-from .evaluate import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate
 from .logs import Progress, RunLog
 from .master import MasterWeights
+from .modes import chosen_mode, prepared_step
 from .schedules import rate_factor
-from .step import TrainingStep, chosen_mode, prepared_step, run_step
+from .step import TrainingStep, run_step
 from .stopping import stop_signals
 
 # settings that a resumed run may change: they say how it runs

@@ -16,7 +16,8 @@ from ast_fast.training import (
     TrainingError,
     TrainingStep,
 )
-from ast_fast.training.step import chosen_mode, compile_blocks, prepared_step, run_step
+from ast_fast.training.modes import chosen_mode, compile_blocks, prepared_step
+from ast_fast.training.step import run_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 1, "input_fdim": 32, "input_tdim": 32}
@@ -182,6 +183,40 @@ def test_hooks_run_and_a_recording_without_them_is_not_replayed(caplog):
     assert len(said) == 1 and "v.blocks.0.attn" in said[0]
 
 
+def test_hooks_on_a_parameter_run_too():
+    rig, calls = Rig(graphs=True), []
+    rig.train(4)
+    rig.model.mlp_head[1].bias.register_post_accumulate_grad_hook(lambda p: calls.append(p))
+    rig.train(2, first=4)
+    assert len(calls) == 2 and rig.graphs.replayed == 1
+
+
+def test_draws_on_the_host_are_not_recorded(caplog):
+    """A replay would leave out the same patches in every step."""
+    rigs = [Rig(), Rig(graphs=True)]
+    for rig in rigs:
+        inner = rig.model.v.embed
+        rig.model.v.embed = lambda x, inner=inner: inner(x) * (torch.rand(()) + 0.5)
+        torch.manual_seed(7)
+        rig.train(6)
+    assert same(rigs[0].state(), rigs[1].state())
+    assert rigs[1].graphs.replayed == 0
+    assert "draws random numbers on the host" in caplog.text
+
+
+def test_a_short_batch_that_finds_no_room_beside_the_recording_drops_it(monkeypatch, caplog):
+    plain, rig = Rig(), Rig(graphs=True)
+    for each in (plain, rig):
+        each.train(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "mlp", failing(1)(ops.mlp))
+        rig.train(1, clips=2, first=5)
+    plain.train(1, clips=2, first=5)
+    assert same(plain.state(), rig.state()) and "dropped" in caplog.text
+    assert same(plain.train(5, first=6), rig.train(5, first=6))
+    assert rig.graphs.captured == 2
+
+
 def test_what_cannot_be_recorded_runs_unrecorded(caplog):
     eager, graphed = Rig(), Rig(graphs=True)
     graphed.graphs.error = RuntimeError("operation not permitted when stream is capturing")
@@ -243,7 +278,7 @@ def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
     plain.fit()
     made = FakeGraphs()
     monkeypatch.setattr("ast_fast.training.loop.chosen_mode", lambda *_: "graph")
-    monkeypatch.setattr("ast_fast.training.step.CudaGraphs", lambda: made)
+    monkeypatch.setattr("ast_fast.training.modes.CudaGraphs", lambda: made)
     graphed = loop.trainer(tmp_path / "graphed", config)
     weights, state = graphed._parameters.values(), graphed._optimizer.state
     made.state = lambda: [
@@ -388,6 +423,15 @@ def test_memory_running_out_in_the_update_completes_the_step(
     assert same(rig.state(), plain.state())
     assert "trying once more" in caplog.text
     assert same(rig.train(2, first=3), plain.train(2, first=3))
+
+
+def test_memory_running_out_twice_in_the_update_says_that_weights_may_have_changed(monkeypatch):
+    rig = Rig()
+    rig.train(2)
+    monkeypatch.setattr(torch, "_fused_adamw_", failing(2, 1)(torch._fused_adamw_))
+    with pytest.raises(TrainingError, match="last checkpoint") as caught:
+        run_step(rig.run, *rig.batch(3), batch_size=3)
+    assert not isinstance(caught.value, StepOutOfMemoryError)
 
 
 def test_an_error_of_another_kind_is_left_alone(monkeypatch):
