@@ -20,6 +20,9 @@ from .case import Inputs, Run
 from .models import State
 from .peers import compiled, compiled_parts, need, torchaudio_fbank
 
+# small: what is timed must not run off
+_LR = 1e-6
+
 Build = Callable[[str, int, int, State], nn.Module]
 
 
@@ -33,7 +36,8 @@ class Way:
         amp: autocast to this dtype.
         masters: float32 masters of 16-bit weights (ours).
         features: "given" starts from features; "ours" and "torchaudio" from waveforms.
-        mode: ours: off, regional or graph; peers: off or compile.
+        mode: ours: off, regional or graph, of which the check sees the model itself; peers: off or
+            compile.
         deterministic: ours: attention's backward without atomics.
         memory: ours: fast or less.
     """
@@ -105,7 +109,12 @@ def gradient_run(way: Way, network: nn.Module, inputs: Inputs, frames: int, devi
         with way.autocast(device):
             logits = call(read(inputs))
         loss = loss_fn(logits, inputs["y"])
-        loss.backward()
+        # as its scaler would: small gradients vanish in float16
+        scale = 2.0**16 if way.amp is torch.float16 else 1.0
+        (loss * scale).backward()
+        for parameter in network.parameters():
+            if scale != 1.0 and parameter.grad is not None:
+                parameter.grad /= scale
         return (loss.detach(),)
 
     return run
@@ -136,7 +145,7 @@ def step_run(way: Way, network: nn.Module, inputs: list[Inputs], frames: int, de
 
 def _adamw(parameters: dict[str, nn.Parameter], capturable: bool = False) -> torch.optim.Optimizer:
     wanted = [p for p in parameters.values() if p.requires_grad]
-    return torch.optim.AdamW(wanted, lr=1e-6, weight_decay=1e-2, fused=True, capturable=capturable)
+    return torch.optim.AdamW(wanted, lr=_LR, weight_decay=1e-2, fused=True, capturable=capturable)
 
 
 def _ours(
@@ -159,7 +168,7 @@ def _ours(
         return logits
 
     step = training.TrainingStep(call, loss_fn, optimizer, masters=masters, max_norm=1.0)
-    step.set_lr(1e-6)
+    step.set_lr(_LR)
     held = 0
     if way.mode == "graph":
         torch.cuda.empty_cache()
