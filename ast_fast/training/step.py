@@ -125,8 +125,18 @@ class TrainingStep:
         finally:
             optimizer.found_inf = optimizer.grad_scale = None
         if self.masters is not None:
-            self.masters.scatter()
+            self._scatter(self.masters)
         return values
+
+    def _scatter(self, masters: MasterWeights) -> None:
+        try:
+            masters.scatter()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # the masters have been updated: the model must follow
+            empty_cache(self.weights[0].device)
+            masters.scatter()
 
     def _update_groups(self) -> None:
         """One group after the other, so that memory running out leaves no update half done."""

@@ -425,6 +425,15 @@ def test_memory_running_out_in_the_update_completes_the_step(
     assert same(rig.train(2, first=3), plain.train(2, first=3))
 
 
+def test_memory_running_out_while_masters_are_rounded_completes_the_step(monkeypatch):
+    rig, plain = Rig("bfloat16-master"), Rig("bfloat16-master")
+    with monkeypatch.context() as patch:
+        # the first copy widens the gradients, the second rounds the masters
+        patch.setattr(torch, "_foreach_copy_", failing(1, 1)(torch._foreach_copy_))
+        values = [run_step(rig.run, *rig.batch(0), batch_size=3)]
+    assert same(values, [plain.run(*plain.batch(0))]) and same(rig.state(), plain.state())
+
+
 def test_memory_running_out_twice_in_the_update_says_that_weights_may_have_changed(monkeypatch):
     rig = Rig()
     rig.train(2)
