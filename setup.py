@@ -39,6 +39,7 @@ KERNELS = (
     "attention_masked_forward",
     "flac",
     "gelu",
+    "int8_rows",
     "layer_norm",
     "log_mel",
     "log_mel_backward",

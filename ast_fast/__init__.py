@@ -26,6 +26,7 @@ _HOMES = {
     "check_equivalence": "equivalence",
     "create_model": "models.registry",
     "list_models": "models.registry",
+    "optimize_for_inference": "optimized",
     "predict": "inference",
     "tag": "inference",
     "use_backend": "backend",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .inference import predict, tag
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
+    from .optimized import optimize_for_inference
     from .resample import Resample
     from .streaming import StreamingLogMel, StreamingTagger
 
@@ -99,6 +101,7 @@ __all__ = [
     "list_models",
     "models",
     "ops",
+    "optimize_for_inference",
     "predict",
     "reference",
     "resample",

@@ -87,6 +87,7 @@ def evaluate(
     check: bool = True,
     json: Path | None = None,
     per_class: Path | None = None,
+    precision: Literal["exact", "bf16", "int8"] = "exact",
 ) -> int:
     """Evaluate a model on a manifest, a folder per class, or a folder of tar shards.
 
@@ -100,11 +101,12 @@ def evaluate(
         check: compare the first batch with the float64 reference.
         json: write all figures here.
         per_class: write one line a class here (CSV).
+        precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
     """
     from . import commands
 
     return commands.evaluate(
-        data, model, root, labels, multi_label, batch_size, check, json, per_class
+        data, model, root, labels, multi_label, batch_size, check, json, per_class, precision
     )
 
 
@@ -117,6 +119,7 @@ def tag(
     keep_truncated: bool = False,
     batch_size: int = 16,
     json: bool = False,
+    precision: Literal["exact", "bf16", "int8"] = "exact",
 ) -> int:
     """Print the most probable labels of files, and of all audio files in folders.
 
@@ -132,10 +135,13 @@ def tag(
         keep_truncated: use what there is of truncated files.
         batch_size: clips run at a time.
         json: print one JSON object a file instead of text.
+        precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
     """
     from . import commands
 
-    return commands.tag(paths, model, top_k, labels, activation, keep_truncated, batch_size, json)
+    return commands.tag(
+        *(paths, model, top_k, labels, activation, keep_truncated, batch_size, json, precision)
+    )
 
 
 def listen(

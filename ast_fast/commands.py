@@ -21,10 +21,11 @@ from .data import ClipSet, Collate, class_counts, write_shards
 from .data.manifest import safe_cell
 from .data.shard_writer import Encoding
 from .frontend import log_mel_features
-from .inference import Activation, Failure, class_names, load_model
+from .inference import Activation, Failure, class_names, load_for_inference
 from .inference import tag as tag_files
 from .labels import read_labels
 from .models.ast import ASTModel
+from .optimized import Precision
 from .train_command import dataset_of, read_data, say, say_figures
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
@@ -71,9 +72,10 @@ def evaluate(
     check: bool,
     json_path: Path | None,
     per_class: Path | None,
+    precision: Precision,
 ) -> int:
     """See `cli.evaluate`."""
-    network = load_model(model).to(_device())
+    network = load_for_inference(model, precision)
     table = read_labels(labels, network.config.label_dim) if labels else None
     names = class_names(network, table.names if table else None)
     if table is None and network.labels is None:
@@ -164,11 +166,12 @@ def tag(
     keep_truncated: bool,
     batch_size: int,
     as_json: bool,
+    precision: Precision,
 ) -> int:
     """See `cli.tag`."""
     if not paths:
         raise ValueError("no files were named: expected audio files or folders")
-    network = load_model(model).to(_device())
+    network = load_for_inference(model, precision)
     names = read_labels(labels, network.config.label_dim).names if labels else None
     audio = AudioConfig(truncated="keep" if keep_truncated else "error")
     report, tagged = AudioReport(), 0

@@ -19,6 +19,7 @@ from .audio import AudioError, AudioReport, Source, load, source_name
 from .config import AudioConfig, LogMelConfig
 from .data.dataset import max_samples
 from .data.manifest import audio_files
+from .optimized import Precision, optimize_for_inference, why_not
 from .reference.mel import mel_sizes
 
 Activation = Literal["auto", "softmax", "sigmoid"]
@@ -118,6 +119,24 @@ def load_model(model: Any) -> Any:
 
         model = ASTModel.from_pretrained(model)
     return model.eval()
+
+
+def load_for_inference(model: Any, precision: Precision = "exact") -> Any:
+    """What `load_model` gives, on the GPU if there is one, else with packed weights where they can be had.
+
+    Raises:
+        ValueError: another precision than "exact" is not to be had here; says why.
+    """
+    network = load_model(model)
+    if torch.cuda.is_available():
+        if precision != "exact":
+            raise ValueError(
+                f"precision={precision!r} is for CPUs: on a GPU only exact is to be had"
+            )
+        return network.to("cuda")
+    if precision == "exact" and why_not(precision) is not None:
+        return network
+    return optimize_for_inference(network, precision)
 
 
 def class_names(model: Any, labels: Sequence[str] | None) -> tuple[str, ...]:

@@ -238,6 +238,7 @@ class Trunk(nn.Module):
         dim, num_prefix = config.embed_dim, config.num_prefix_tokens
         self.num_prefix_tokens = num_prefix
         self.grad_checkpointing = False
+        self.runner: Any = None  # computes run_blocks in its place where it can (optimized.py)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
         if num_prefix == 2:
@@ -333,6 +334,10 @@ class Trunk(nn.Module):
             last_norm: applied after the last of them.
             keep: only the first tokens are asked for; more may come back.
         """
+        if self.runner is not None:
+            made: Tensor | None = self.runner(stream, blocks, last_norm, keep)
+            if made is not None:
+                return made
         plain = [type(block) is Block and block.is_plain for block in blocks]
         fuse_last = type(last_norm) is LayerNorm and not is_hooked(last_norm)
         normed = None  # norm of the stream, where the step before already computed it

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
-from .inference import Activation, load_model
+from .inference import Activation, load_for_inference
 from .labels import read_labels
 from .streaming import StreamingTagger, StreamPrediction
 
@@ -33,7 +32,7 @@ def listen(
 ) -> int:
     """See `cli.listen`."""
     source = _standard_input(rate_hz)
-    network = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_for_inference(model)
     tagger = StreamingTagger(
         network,
         window_s=window_s,

@@ -30,6 +30,7 @@ _PRECISIONS: dict[str, budgets.Precision] = {
     "bf16-amp": "bfloat16",
     "bf16-master": "bfloat16",
     "int16": "float32",
+    "int8": "int8",
 }
 
 

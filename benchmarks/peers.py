@@ -53,7 +53,12 @@ PEERS = {
     "soundfile+torchaudio": "decoding and torchaudio's fbank, a clip at a time",
     "kaldi-native-fbank": "kaldi-native-fbank, a clip at a time",
     "onnxruntime": "the plain PyTorch AST exported to ONNX",
+    "onnxruntime-int8": "the same with dynamically quantised products",
     "openvino": "the plain PyTorch AST converted to OpenVINO",
+    "openvino-bf16": "the same in bfloat16",
+    "openvino-int8": "the same with products quantised by NNCF",
+    "torch-int8": "the plain PyTorch AST with dynamically quantised linear layers",
+    "unpacked": "ours without `optimize_for_inference`",
 }
 
 
@@ -101,8 +106,6 @@ def compiled_parts(network: torch.nn.Module) -> torch.nn.Module:
 
 SDPA_BACKENDS = {
     "sdpa-cudnn": "CUDNN_ATTENTION",
-    "sdpa-cudnn-deterministic": "its cuDNN backend, asked for deterministic gradients",
-    "one pass": "ours with deterministic=False",
     "sdpa-flash": "FLASH_ATTENTION",
     "sdpa-efficient": "EFFICIENT_ATTENTION",
     "sdpa-math": "MATH",

@@ -63,6 +63,24 @@ struct ColumnSumArgs {
   int32_t threads;
 };
 
+// In this order: x is fetched (and rescaled, biased), added to the residual, normalised, activated, stored.
+struct Int8RowsArgs {
+  const void* x;          // [rows, cols]
+  const float* x_scale;   // [rows] or null: x is a product of quantised rows, still to be multiplied by their scales
+  const float* bias;      // [cols], with x_scale
+  const void* residual;   // [rows, cols] or null
+  void* total;            // [rows, cols] of the residual's dtype: x + residual
+  const float* weight;    // [cols] or null: LayerNorm's
+  const float* shift;     // [cols]: its bias
+  void* out;              // [rows, cols] bytes if q_scale, else of residual_type
+  float* q_scale;         // [rows] or null: the output is quantised, (out - zero) * q_scale being the value
+  int64_t rows, cols, x_stride, residual_stride;
+  double eps;
+  int32_t gelu, zero;     // zero in 1 to 254
+  DType x_type, residual_type;
+  int32_t threads;
+};
+
 struct PatchArgs {
   const void* x;          // [clips, frames, bins], bins contiguous
   void* columns;          // [clips, prefix + f * t, pt * pf]; the prefix rows are zeroed
@@ -174,6 +192,7 @@ struct FlacArgs {
   X(gelu_forward, GeluArgs)                        \
   X(gelu_backward, GeluArgs)                       \
   X(column_sum, ColumnSumArgs)                     \
+  X(int8_rows, Int8RowsArgs)                       \
   X(patch_gather, PatchArgs)                       \
   X(patch_scatter, PatchArgs)                      \
   X(patch_project, PatchProjectArgs)               \

@@ -160,6 +160,18 @@ void gelu_backward(uintptr_t dg, int64_t dg_stride, uintptr_t h, int64_t h_strid
   call(kernels->gelu_backward, a);
 }
 
+void int8_rows(uintptr_t x, int x_type, int64_t x_stride, uintptr_t x_scale, uintptr_t bias, uintptr_t residual,
+               int64_t residual_stride, uintptr_t total, int residual_type, uintptr_t weight, uintptr_t shift, double eps,
+               bool gelu, uintptr_t out, uintptr_t q_scale, int zero, int64_t rows, int64_t cols, int threads) {
+  Int8RowsArgs a{};
+  a.x = at(x), a.x_scale = at<float>(x_scale), a.bias = at<float>(bias), a.residual = at(residual), a.total = at(total);
+  a.weight = at<float>(weight), a.shift = at<float>(shift), a.out = at(out), a.q_scale = at<float>(q_scale);
+  a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride, a.eps = eps;
+  a.gelu = gelu, a.zero = zero, a.x_type = type(x_type), a.residual_type = type(residual_type);
+  a.threads = team(threads);
+  call(kernels->int8_rows, a);
+}
+
 void column_sum(uintptr_t x, int64_t stride, uintptr_t partial, int64_t chunks, uintptr_t sums, int dtype,
                 int64_t rows, int64_t cols, int threads) {
   ColumnSumArgs a{};
@@ -315,6 +327,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_backward", &layer_norm_backward);
   m.def("gelu_forward", &gelu_forward);
   m.def("gelu_backward", &gelu_backward);
+  m.def("int8_rows", &int8_rows);
   m.def("column_sum", &column_sum);
   m.def("patch_gather", &patch_gather);
   m.def("patch_scatter", &patch_scatter);

@@ -29,7 +29,7 @@ Kind = Literal[
     "whole gradient",
     "waveform gradient",
 ]
-Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8"]
 
 TORCH_FACTOR = 2.0
 
@@ -101,6 +101,7 @@ FLOORS: dict[Kind, dict[Precision, Floor]] = {
         "tf32": Floor(5e-3, 1e-3),
         "float16": Floor(5e-3, 2e-3),
         "bfloat16": Floor(2.5e-2, 1e-2),
+        "int8": Floor(1.5e-1, 4e-2),
     },
     # all parameters as one vector; `worst` is one minus the cosine
     "whole gradient": {
@@ -189,12 +190,14 @@ def log_mel_budget(
 
 def table() -> str:
     """The floors as a Markdown table, for NUMERICS.md."""
-    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16")
+    precisions: tuple[Precision, ...] = ("float32", "tf32", "float16", "bfloat16", "int8")
     lines = [
         "| what | " + " | ".join(precisions) + " |",
         "|---|" + "---|" * len(precisions),
     ]
     for kind, row in FLOORS.items():
-        cells = (f"{row[p].worst:.1e} / {row[p].rel_l2:.1e}" for p in precisions)
+        cells = (
+            f"{row[p].worst:.1e} / {row[p].rel_l2:.1e}" if p in row else "-" for p in precisions
+        )
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

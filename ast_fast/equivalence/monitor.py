@@ -21,6 +21,7 @@ from . import whole
 from .budgets import Budget, Precision, budget, precision_of
 from .measures import Errors, measure, measure_all
 from .run_ops import tf32
+from .run_packed import BUDGETS
 
 _log = logging.getLogger("ast_fast.equivalence")
 
@@ -176,7 +177,7 @@ class EquivalenceMonitor:
         started: float,
     ) -> MonitorRow:
         model, autocast = self._model, self._current_autocast(inputs.device)
-        precision = _precision(model, inputs.device, autocast)
+        precision = _precision(model, inputs.device, autocast, gradients)
         oracle_dtype = getattr(torch, self.config.dtype)
         with tf32(False):
             oracle, upstream = whole.run_oracle(
@@ -184,15 +185,12 @@ class EquivalenceMonitor:
             )
         fast = whole.run_fast(self._call, inputs, lengths, loss_fn, upstream, autocast)
         logits, gradient = _errors(fast, oracle)
-        allowed = budget("logits", precision), budget("whole gradient", precision)
+        allowed = _allowed(precision, gradients, None, None)
         torch_ran = not (allowed[0].admits(logits) and allowed[1].admits(gradient))
         if torch_ran:
             plain = whole.run_plain(model, inputs, lengths, loss_fn, upstream, autocast)
             plain_logits, plain_gradient = _errors(plain, oracle)
-            allowed = (
-                budget("logits", precision, plain_logits),
-                budget("whole gradient", precision, plain_gradient),
-            )
+            allowed = _allowed(precision, gradients, plain_logits, plain_gradient)
         loss_error = loss_budget = None
         if loss_fn is not None and fast.loss is not None and oracle.loss is not None:
             loss_error = abs(fast.loss - oracle.loss)
@@ -244,14 +242,28 @@ class EquivalenceMonitor:
 
 
 def _precision(
-    model: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None
+    model: Any, device: torch.device, autocast_dtype: torch.dtype | None, gradients: bool
 ) -> Precision:
+    runner = model.v.runner
+    if runner is not None and runner.precision != "exact" and not gradients and not autocast_dtype:
+        return BUDGETS[runner.precision]
     dtype = next(model.parameters()).dtype
     narrow = autocast_dtype if autocast_dtype is not None and dtype != torch.float64 else dtype
     # a float64 model is held to the float32 budget: the looser of the two that both sides can meet
     narrow = torch.float32 if narrow == torch.float64 else narrow
     loose = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return precision_of(narrow, tf32=loose)
+
+
+def _allowed(
+    precision: Precision, gradients: bool, logits: Errors | None, gradient: Errors | None
+) -> tuple[Budget, Budget]:
+    # bytes are for inference: there is no budget of a gradient, and none to be judged
+    none = Budget(0.0, 0.0)
+    return (
+        budget("logits", precision, logits),
+        budget("whole gradient", precision, gradient) if gradients else none,
+    )
 
 
 def _errors(outcome: whole.Outcome, oracle: whole.Outcome) -> tuple[Errors, Errors]:

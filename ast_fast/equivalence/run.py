@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..optimized import Precision
 from .cases import op_cases
 from .report import Report, Row, current_commit, device_name
 from .run_log_mel import log_mel_cases, run_log_mel_case, run_log_mel_gradient
 from .run_models import build, model_configs, model_rows
 from .run_ops import run_op_case
+from .run_packed import packed_precisions, packed_rows
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,7 +120,16 @@ def _jobs(
             jobs.append((name, partial(run_op_case, case, *options)))
         for name, config in model_configs(full):
             jobs.append((f"{name} {dtype}", partial(_config_rows, name, config, *options)))
+    if model is None and device.type == "cpu" and backend in ("auto", "cpp"):
+        for precision in packed_precisions():
+            for name, config in model_configs(full):
+                job = partial(_packed_rows, name, config, precision)
+                jobs.append((f"{name} packed {precision}", job))
     return jobs
+
+
+def _packed_rows(name: str, config: ModelConfig, precision: Precision) -> list[Row]:
+    return packed_rows(name, build(config), precision)
 
 
 def _config_rows(

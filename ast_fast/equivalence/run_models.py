@@ -45,6 +45,13 @@ def build(config: ModelConfig) -> nn.Module:
     return model
 
 
+def random_inputs(model: nn.Module) -> Tensor:
+    """Two clips of features [B, S, F] that are the same every time."""
+    config = whole.unwrap(model).config
+    generator = torch.Generator().manual_seed(SEED)
+    return 0.5 * torch.randn((CLIPS, config.input_tdim, config.input_fdim), generator=generator)
+
+
 def model_rows(
     name: str,
     model: nn.Module,
@@ -68,10 +75,9 @@ def model_rows(
     precision = precision_of(dtype, allow_tf32)
     model = whole.unwrap(model)
     fast_model = copy.deepcopy(model).to(device, torch.float32)
+    fast_model.v.runner = None  # packed weights have rows and budgets of their own
     if inputs is None:
-        generator = torch.Generator().manual_seed(SEED)
-        size = (CLIPS, model.config.input_tdim, model.config.input_fdim)
-        inputs = 0.5 * torch.randn(size, generator=generator)
+        inputs = random_inputs(model)
     inputs = inputs.to(device, torch.float32)
     shape = "x".join(map(str, inputs.shape))
     ran, note = _ran(device, dtype, backend)

@@ -20,6 +20,7 @@ from ..models import (
     with_transformers,
 )
 from ..peers import compiled, compiled_parts, feature_extractor, need, torchaudio_fbank
+from ..runtimes import RUNTIMES
 from .frontend import RATE, waves
 
 Build = Callable[[str, int, int, State], nn.Module]
@@ -101,47 +102,38 @@ def _candidate(
 
 
 def _exported(name: str, settings: Settings, size: str, frames: int) -> Candidate:
-    """The plain model in a runtime of its own; float32, same number of threads."""
-    start = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name]
+    """The plain model in a runtime of its own; same number of threads."""
+    start = RUNTIMES[name]
 
     def runner(depth: int, inputs: list[Inputs]) -> Run:
         if settings.cuda:
             raise Skipped("measured on the CPU only")
-        state = weights(size, frames, depth)
-        network = plain(size, frames, depth, state).eval()
-        infer = start(network, inputs[0]["x"])
+        network = plain(size, frames, depth, weights(size, frames, depth)).eval()
+        infer = start(network, inputs[0]["x"].float())
         return lambda index: (infer(inputs[index % len(inputs)]["x"]),)
 
     return Candidate(
         name,
         lambda inputs: runner(depth_of(settings), inputs),
+        yardstick=name == "torch-int8",
         prepare_gate=lambda given: runner(gate_depth(settings), [given]),
     )
 
 
-def _onnxruntime(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    runtime = need("onnxruntime")
-    need("onnxscript")
-    program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(
-        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    entry = session.get_inputs()[0].name
-    return lambda given: torch.from_numpy(session.run(None, {entry: given.numpy()})[0])
+def packed(settings: Settings, dtype: str) -> Build:
+    """Ours as it is meant to be run: with packed weights on a CPU."""
 
+    def build(size: str, frames: int, depth: int, state: State) -> nn.Module:
+        model = on(ours(size, frames, depth, state), settings, dtype)
+        if settings.cuda or settings.backend != "cpp":
+            return model
+        optimize = need("ast_fast.optimized").optimize_for_inference
+        try:
+            return optimize(model, "int8" if dtype == "int8" else "exact")
+        except ValueError as error:
+            raise Skipped(str(error)) from error
 
-def _openvino(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    library = need("openvino")
-    converted = library.convert_model(network, example_input=x)
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = library.Core().compile_model(converted, "CPU", settings)
-    return lambda given: torch.from_numpy(request([given.numpy()])[0])
+    return build
 
 
 def _spectrograms(
@@ -150,7 +142,7 @@ def _spectrograms(
     def make(seed: int) -> Inputs:
         draw = generator(seed, settings.device)
         x = torch.randn(clips, frames, 128, device=settings.device, generator=draw) * 0.5
-        return {"x": x.to(DTYPES[dtype])}
+        return {"x": x.to(DTYPES.get(dtype, torch.float32))}
 
     return make
 
@@ -159,7 +151,8 @@ def _oracle(size: str, frames: int, settings: Settings, dtype: str):  # type: ig
     def compute(inputs: Inputs) -> tuple[Tensor]:
         depth = gate_depth(settings)
         # the weights as this dtype rounds them: what is measured is arithmetic, not storage
-        state = {k: v.to(DTYPES[dtype]) for k, v in weights(size, frames, depth).items()}
+        rounded = DTYPES.get(dtype, torch.float32)
+        state = {k: v.to(rounded) for k, v in weights(size, frames, depth).items()}
         network = oracle(size, frames, depth, state).to(settings.device)
         with torch.no_grad():
             return (network(inputs["x"][:1].double()),)
@@ -169,10 +162,16 @@ def _oracle(size: str, frames: int, settings: Settings, dtype: str):  # type: ig
 
 def cases(settings: Settings) -> Iterator[Case]:
     """Features to logits over sizes and lengths, then waveforms to logits at the full length."""
-    for dtype in (d for d in settings.dtypes if d in DTYPES):
+    dtypes = [dtype for dtype in settings.dtypes if dtype in DTYPES]
+    if "bf16" in dtypes and not settings.cuda and settings.backend == "cpp":
+        dtypes.append("int8")
+    for dtype in dtypes:
         for size, frames, clips, everyone in shapes(settings):
+            if dtype == "int8":
+                yield _bytes(settings, size, frames, clips, everyone)
+                continue
             yield _features(settings, size, frames, clips, dtype, everyone)
-        if not settings.tiny:
+        if not settings.tiny and dtype in DTYPES:
             size = "base" if settings.cuda else "tiny"
             for clips in [32, 1] if settings.cuda else [1]:
                 yield _waveforms(settings, size, clips, dtype)
@@ -188,6 +187,8 @@ def _features(
         make("torch", plain, timed=everyone or settings.cuda),
         make("transformers", with_transformers("sdpa")),
     ]
+    if not settings.cuda:
+        peers.append(make("unpacked", ours))
     if everyone:
         peers += [
             make("transformers-eager", with_transformers("eager")),
@@ -198,8 +199,9 @@ def _features(
             make("transformers-compile", with_transformers("sdpa"), compile_=True),
             make("torch-compile", plain, compile_=True),
         ]
-    if everyone and dtype == "f32":
-        peers += [_exported(name, settings, size, frames) for name in ("onnxruntime", "openvino")]
+    runtimes = {"f32": ("onnxruntime", "openvino"), "bf16": ("openvino-bf16",)}
+    if everyone or (size, clips) == ("base", 1):
+        peers += [_exported(name, settings, size, frames) for name in runtimes.get(dtype, ())]
     return Case(
         suite="inference",
         name=f"{size}_features",
@@ -209,11 +211,33 @@ def _features(
         outputs=("logits",),
         make_inputs=_spectrograms(settings, frames, clips, dtype),
         oracle=_oracle(size, frames, settings, dtype),
-        candidates=(make(settings.ours, ours), *peers),
+        candidates=(make(settings.ours, packed(settings, dtype)), *peers),
         kinds=("logits",),
         clips=clips,
         flops=clips * forward_flops(size, frames, depth_of(settings)),
         graph=clips == 1,
+    )
+
+
+def _bytes(settings: Settings, size: str, frames: int, clips: int, everyone: bool) -> Case:
+    """Products of bytes on a CPU, beside what else is faster than float32 there."""
+    names = ["torch-int8"]
+    if everyone or (size, clips) == ("base", 1):
+        names += ["openvino-bf16", "openvino-int8", "onnxruntime-int8"]
+    own = _candidate(settings.ours, packed(settings, "int8"), settings, size, frames, "int8")
+    return Case(
+        suite="inference",
+        name=f"{size}_features",
+        mode="forward",
+        shape={"B": clips, "S": frames},
+        dtype="int8",
+        outputs=("logits",),
+        make_inputs=_spectrograms(settings, frames, clips, "int8"),
+        oracle=_oracle(size, frames, settings, "int8"),
+        candidates=(own, *(_exported(name, settings, size, frames) for name in names)),
+        kinds=("logits",),
+        clips=clips,
+        flops=clips * forward_flops(size, frames, depth_of(settings)),
     )
 
 
@@ -274,7 +298,7 @@ def _waveforms(settings: Settings, size: str, clips: int, dtype: str) -> Case:
         make_inputs=waves(clips, 10.0, settings.device, torch.float32),
         oracle=oracle_of,
         candidates=(
-            entry(settings.ours, ours, lambda: lambda wave: wave),
+            entry(settings.ours, packed(settings, dtype), lambda: lambda wave: wave),
             entry("torch", plain, torch_features),
             entry("transformers", with_transformers("sdpa"), feature_extractor),
         ),

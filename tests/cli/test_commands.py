@@ -13,8 +13,9 @@ import pytest
 import soundfile as sf
 import torch
 
-from ast_fast import ASTModel, cli, create_model
+from ast_fast import ASTModel, cli, create_model, inference, optimized
 from ast_fast.config import LogMelConfig
+from ast_fast.optimized import why_not
 
 SETTINGS = (
     'model = "ast_mini_p16_s10"',
@@ -131,6 +132,41 @@ def test_tag_prints_names_and_reports_bad_files(place, capsys):
     assert "skipped" in said.err and "broken.wav" in said.err and "no such file" in said.err
     assert run("tag", files[0], "--model", place / "run" / "model", "--top-k", "1") == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
+def test_evaluation_and_tagging_in_other_precisions(place, capsys, tmp_path, precision):
+    if why_not(precision) is not None:
+        pytest.skip(why_not(precision))
+    figures = {}
+    for name in ("exact", precision):
+        file = tmp_path / f"{name}.json"
+        arguments = ("--data", place / "data", "--model", place / "run" / "model")
+        assert run("eval", *arguments, "--json", file, "--precision", name) == 0
+        figures[name] = json.loads(file.read_text())
+    check = figures[precision]["check"]
+    columns = {"exact": "float32", "bf16": "bfloat16", "int8": "int8"}
+    assert check["ok"] and check["precision"] == columns[precision]
+    # it is that precision which ran: not as good as float32, and not as bad as nonsense
+    if precision != "exact":
+        assert 1e-5 < check["logits"][1] < 4e-2
+    losses = [entry["figures"]["loss"] for entry in figures.values()]
+    assert losses[0] == pytest.approx(losses[-1], rel=5e-2)
+    clip = place / "data" / "low" / "00.wav"
+    capsys.readouterr()
+    assert run("tag", clip, "--model", place / "run" / "model", "--precision", precision) == 0
+    assert "low" in capsys.readouterr().out
+
+
+def test_a_precision_that_is_not_to_be_had_is_refused_by_name(place, capsys, monkeypatch):
+    monkeypatch.setattr(inference, "why_not", lambda precision: "this CPU has no VNNI")
+    monkeypatch.setattr(optimized, "why_not", lambda precision: "this CPU has no VNNI")
+    clip, model = place / "data" / "low" / "00.wav", place / "run" / "model"
+    if not torch.cuda.is_available():
+        assert run("tag", clip, "--model", model, "--precision", "int8") == 2
+        said = capsys.readouterr().err
+        assert "precision='int8' is not to be had: this CPU has no VNNI" in said
+        assert run("tag", clip, "--model", model) == 0  # the model as it is
 
 
 def test_tag_takes_folders_json_and_other_labels(place, capsys, tmp_path):

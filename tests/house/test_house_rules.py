@@ -31,7 +31,7 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("ops", "data", "activations", "graphs"),
-    ("layers", "augment", "frontend", "resample", "hub"),
+    ("layers", "optimized", "augment", "frontend", "resample", "hub"),
     ("models",),
     ("equivalence",),
     ("testing",),

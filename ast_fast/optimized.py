@@ -1,0 +1,344 @@
+"""Inference on a CPU with weights packed once: `optimize_for_inference`.
+
+The blocks of a trunk then run as one chain of oneDNN products and our kernels, on rows of tokens [R, C], with nothing
+of PyTorch's dispatcher in between. Three precisions: the model's own, bfloat16, and bytes (VNNI) with a scale for
+each token and for each output of a layer, chosen as the tokens come. Attention, LayerNorm and the residual stream are
+never in bytes.
+
+Whatever the chain does not cover (gradients, hooks, replaced parts, autocast, compilers) takes the usual way, and
+says so once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backend
+from .layers import Block, LayerNorm, Trunk, is_hooked
+from .ops._common import watched
+
+Precision = Literal["exact", "bf16", "int8"]
+_log = logging.getLogger("ast_fast")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize_for_inference(model: Model, precision: Precision = "exact") -> Model:
+    """Make a model on a CPU faster where no gradients are recorded; changes it in place and returns it.
+
+    Weights are packed for oneDNN on first use, and again whenever they changed; they stay where they are too, so
+    that saving, loading and training go on as before. Packed weights take as much memory again as the model's (half
+    of it for bf16, a quarter for int8, of float32). Not copied or pickled with the model.
+
+    Args:
+        model: an `ASTModel`, or any module that holds trunks of AST; switched to eval.
+        precision: "exact" computes in the model's dtype and keeps its error budget. "bf16" rounds weights and
+            activations of the blocks' products to bfloat16 and keeps bfloat16's budget; the residual stream stays
+            in the model's dtype. "int8" rounds them to bytes: 2 to 3 % off in the logits (NUMERICS.md).
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the precision is unknown, nothing can be optimised, or this machine cannot do it; says why.
+
+    >>> from ast_fast import create_model, optimize_for_inference
+    >>> model = optimize_for_inference(create_model("ast_mini_p16_s10"))
+    """
+    if precision not in ("exact", "bf16", "int8"):
+        raise ValueError(f"precision={precision!r}: expected exact, bf16 or int8")
+    trunks = [module for module in model.modules() if isinstance(module, Trunk)]
+    if not trunks:
+        raise ValueError(f"{type(model).__name__} holds no trunk of AST: expected an ASTModel")
+    devices = {parameter.device.type for trunk in trunks for parameter in trunk.parameters()}
+    if devices != {"cpu"}:
+        raise ValueError(
+            f"the model is on {', '.join(sorted(devices))}: packed weights are for CPUs; move it with "
+            ".to('cpu')"
+        )
+    why = why_not(precision)
+    if why is not None:
+        raise ValueError(f"precision={precision!r} is not to be had: {why}")
+    for trunk in trunks:
+        trunk.runner = PackedRunner(precision)
+    return model.eval()
+
+
+def why_not(precision: Precision) -> str | None:
+    """Why `optimize_for_inference` cannot give this precision on this machine, or None."""
+    why = backend.why_not("cpp", "cpu", torch.float32)
+    if why is not None:
+        return why
+    from .cpp import packed
+
+    why = packed.unsupported()
+    if why is None and precision == "bf16":
+        why = packed.bfloat16_unsupported()
+    if why is None and precision == "int8":
+        why = packed.int8_unsupported()
+    return why
+
+
+class PackedRunner:
+    """Runs the blocks of a trunk with packed weights.
+
+    Args:
+        precision: see `optimize_for_inference`.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self._packs: dict[int, tuple[Block, _Pack]] = {}
+        self._said: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # oneDNN's layouts can be neither copied nor pickled: a copy packs its own weights
+        return PackedRunner, (self.precision,)
+
+    def __call__(
+        self, stream: Tensor, blocks: list[Any], last_norm: nn.Module, keep: int | None
+    ) -> Tensor | None:
+        """What `Trunk.run_blocks` is to return, or None: take the usual way."""
+        if torch.compiler.is_compiling():
+            return None
+        why = self._cannot_run(stream, blocks, last_norm)
+        if why is not None:
+            if why not in self._said:
+                self._said.add(why)
+                _log.warning(
+                    "packed weights (precision=%s) are not used: %s; running the usual way",
+                    self.precision,
+                    why,
+                )
+            return None
+        clips, _, width = stream.shape
+        narrow = torch.bfloat16 if self.precision != "exact" else stream.dtype
+        # what passes between their steps is a matter of theirs
+        arithmetic: Any = _Bytes(stream.dtype) if self.precision == "int8" else _Floats(narrow)
+        packs = [self._pack(block, narrow) for block in blocks]
+        rows = stream.reshape(-1, width)
+        normed = arithmetic.enter(rows, packs[0].norm1)
+        for index, pack in enumerate(packs):
+            last = index + 1 == len(packs)
+            update = arithmetic.attention(pack, normed, clips, keep if last else None)
+            if last and keep is not None:
+                rows = rows.view(clips, -1, width)[:, :keep].reshape(-1, width)
+            normed, rows = arithmetic.join(update, rows, pack.norm2)
+            update = arithmetic.feed_forward(pack, normed)
+            if last:
+                made: Tensor = arithmetic.leave(update, rows, _norm(last_norm))
+                return made.view(clips, -1, width)
+            normed, rows = arithmetic.join(update, rows, packs[index + 1].norm1)
+        return None
+
+    def _cannot_run(self, stream: Tensor, blocks: list[Any], last_norm: nn.Module) -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients are recorded (use torch.inference_mode())"
+        if stream.device.type != "cpu" or stream.dtype not in (torch.float32, torch.bfloat16):
+            return f"tokens are {stream.dtype} on {stream.device}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if backend.requested() not in ("auto", "cpp"):
+            return f"the backend {backend.requested()} was asked for"
+        if watched(stream):
+            return "operators are watched, traced or compiled"
+        if type(last_norm) is not LayerNorm or is_hooked(last_norm):
+            return "the norm after the blocks is hooked or was replaced"
+        if not blocks or not stream.numel():
+            return "there is nothing to compute"
+        for block in blocks:
+            if type(block) is not Block or not block.can_keep_first or not _is_plain(block):
+                return "a block is hooked or was replaced"
+            if block.attn.head_dim not in (32, 64, 96, 128):
+                return f"heads are {block.attn.head_dim} wide"
+        return None
+
+    def _pack(self, block: Block, narrow: torch.dtype) -> _Pack:
+        state = _state_of(block)
+        _, pack = self._packs.get(id(block), (None, None))
+        if pack is None or pack.state != state or pack.narrow != narrow:
+            pack = _Pack(block, narrow, self.precision == "int8", state)
+            self._packs[id(block)] = block, pack  # the block lives as long as its id counts
+        return pack
+
+
+def _is_plain(block: Block) -> bool:
+    attn, mlp = block.attn, block.mlp
+    linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+    return type(mlp.act) is nn.GELU and all(type(linear) is nn.Linear for linear in linears)
+
+
+def _state_of(block: Block) -> list[int]:
+    """Changes whenever a parameter is written to or replaced."""
+    attn, mlp = block.attn, block.mlp
+    state = []
+    # asked on every call: `block.parameters()` would take longer than some products
+    for module in (block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                state.append(parameter.data_ptr())
+                state.append(0 if parameter.is_inference() else parameter._version)
+    return state
+
+
+Norm = tuple[Tensor, Tensor, float]
+
+
+def _norm(module: Any) -> Norm:
+    weight, bias = module.weight.detach(), module.bias.detach()
+    return weight.float().contiguous(), bias.float().contiguous(), module.eps
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Shape:
+    heads: int
+    head_dim: int
+    scale: float
+
+
+class _Pack:
+    """One block's weights as the products want them."""
+
+    def __init__(self, block: Block, narrow: torch.dtype, int8: bool, state: list[int]) -> None:
+        self.state, self.narrow, self._int8 = state, narrow, int8
+        self.norm1, self.norm2 = _norm(block.norm1), _norm(block.norm2)
+        attn = block.attn
+        self.shape = _Shape(attn.num_heads, attn.head_dim, attn.scale)
+        self._fused = attn.qkv
+        self.proj = self._linear(attn.proj.weight, attn.proj.bias)
+        self.fc1 = self._linear(block.mlp.fc1.weight, block.mlp.fc1.bias)
+        self.fc2 = self._linear(block.mlp.fc2.weight, block.mlp.fc2.bias)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Any:
+        from .cpp import packed
+
+        if self._int8:
+            return packed.Int8Linear(weight, bias)
+        return packed.PackedLinear(weight.detach().to(self.narrow), bias)
+
+    def _part(self, start: int, stop: int) -> Any:
+        width = self._fused.in_features
+        rows = slice(start * width, stop * width)
+        bias = self._fused.bias
+        return self._linear(self._fused.weight[rows], None if bias is None else bias[rows])
+
+    @functools.cached_property
+    def qkv(self) -> Any:
+        """Queries, keys and values."""
+        return self._part(0, 3)
+
+    @functools.cached_property
+    def q(self) -> Any:
+        """Queries alone, for a last block that only the prefix leaves."""
+        return self._part(0, 1)
+
+    @functools.cached_property
+    def kv(self) -> Any:
+        """Keys and values alone."""
+        return self._part(1, 3)
+
+
+def _attend(shape: _Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from .cpp import attention
+
+    o, _ = attention.forward(q, k, v, shape.scale, None)
+    return o.view(-1, shape.heads * shape.head_dim)
+
+
+class _Floats:
+    """Products in one floating-point dtype; the stream may be in another."""
+
+    def __init__(self, narrow: torch.dtype) -> None:
+        self._narrow = narrow
+
+    def enter(self, rows: Tensor, norm: Norm) -> Tensor:
+        from .cpp import layer_norm
+
+        return layer_norm.forward(rows, *norm, self._narrow)[0]
+
+    def attention(self, pack: _Pack, normed: Tensor, clips: int, keep: int | None) -> Tensor:
+        shape = pack.shape
+        heads = (shape.heads, shape.head_dim)
+        if keep is None:
+            q, k, v = pack.qkv(normed).view(clips, -1, 3, *heads).unbind(2)
+        else:
+            first = normed.view(clips, -1, normed.shape[1])[:, :keep]
+            q = pack.q(first.reshape(-1, normed.shape[1])).view(clips, -1, *heads)
+            k, v = pack.kv(normed).view(clips, -1, 2, *heads).unbind(2)
+        return pack.proj(_attend(shape, q, k, v))
+
+    def feed_forward(self, pack: _Pack, normed: Tensor) -> Tensor:
+        return pack.fc2(pack.fc1(normed, gelu=True))
+
+    def join(self, update: Tensor, rows: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        from .cpp import add_layer_norm
+
+        return add_layer_norm.forward(update, rows, *norm, self._narrow)[:2]
+
+    def leave(self, update: Tensor, rows: Tensor, norm: Norm) -> Tensor:
+        from .cpp import add_layer_norm
+
+        return add_layer_norm.forward(update, rows, *norm, rows.dtype)[0]
+
+
+Bytes = tuple[Tensor, Tensor]  # levels [R, C] and the scale of each row [R]
+Unscaled = tuple[Tensor, Tensor, Tensor]  # a product [R, K], the scale of each row, the bias
+
+
+class _Bytes:
+    """Products of bytes; attention in bfloat16 where this CPU multiplies it, else in the stream's dtype."""
+
+    def __init__(self, stream: torch.dtype) -> None:
+        from .cpp import packed
+
+        self._packed = packed
+        fast = packed.bfloat16_unsupported() is None
+        self._narrow = torch.bfloat16 if fast else stream
+
+    def enter(self, rows: Tensor, norm: Norm) -> Bytes:
+        return self._packed.int8_rows(rows, norm=norm)[:2]
+
+    def _values(self, linear: Any, normed: Bytes) -> Tensor:
+        levels, scale = normed
+        made = linear(levels, self._packed.ZERO)
+        return self._packed.int8_rows(made, scale, linear.bias, restore_to=self._narrow)[0]
+
+    def attention(self, pack: _Pack, normed: Bytes, clips: int, keep: int | None) -> Unscaled:
+        shape = pack.shape
+        heads = (shape.heads, shape.head_dim)
+        if keep is None:
+            q, k, v = self._values(pack.qkv, normed).view(clips, -1, 3, *heads).unbind(2)
+        else:
+            levels, scale = normed
+            width = levels.shape[1]
+            first = levels.view(clips, -1, width)[:, :keep].reshape(-1, width)
+            first_scale = scale.view(clips, -1)[:, :keep].reshape(-1)
+            q = self._values(pack.q, (first, first_scale)).view(clips, -1, *heads)
+            k, v = self._values(pack.kv, normed).view(clips, -1, 2, *heads).unbind(2)
+        levels, scale, _ = self._packed.int8_rows(_attend(shape, q, k, v))
+        return pack.proj(levels, self._packed.ZERO), scale, pack.proj.bias
+
+    def feed_forward(self, pack: _Pack, normed: Bytes) -> Unscaled:
+        packed = self._packed
+        levels, scale = normed
+        made = pack.fc1(levels, packed.ZERO)
+        levels, scale, _ = packed.int8_rows(
+            made, scale, pack.fc1.bias, gelu=True, zero=packed.GELU_ZERO
+        )
+        return pack.fc2(levels, packed.GELU_ZERO), scale, pack.fc2.bias
+
+    def join(self, update: Unscaled, rows: Tensor, norm: Norm) -> tuple[Bytes, Tensor]:
+        levels, scale, total = self._packed.int8_rows(*update, residual=rows, norm=norm)
+        assert total is not None
+        return (levels, scale), total
+
+    def leave(self, update: Unscaled, rows: Tensor, norm: Norm) -> Tensor:
+        made, _, _ = self._packed.int8_rows(
+            *update, residual=rows, norm=norm, restore_to=rows.dtype
+        )
+        return made
