@@ -376,8 +376,13 @@ class TrainConfig(Config):
     schedule: Literal["constant", "cosine"] = "cosine"
     grad_clip: float = 1.0  # largest gradient norm; 0 switches clipping off
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    # bfloat16: autocast over float32 weights; bfloat16-master: bfloat16 weights with float32 masters
     # fp8: the blocks' matrix products in FP8, everything else as in bfloat16
-    precision: Literal["float32", "bfloat16", "fp8"] = "float32"
+    precision: Literal["float32", "bfloat16", "bfloat16-master", "fp8"] = "float32"
+    # how a step runs; graph: one CUDA graph of it; regional: torch.compile of each block
+    compile: Literal["off", "regional", "graph", "auto"] = "auto"
+    # less: LayerNorms computed again in backward; least: whole blocks
+    activation_memory: Literal["fast", "less", "least"] = "fast"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1  # processes, one a device
     seed: int = 0
@@ -407,7 +412,9 @@ class TrainConfig(Config):
         for name, allowed in (
             ("schedule", ("constant", "cosine")),
             ("loss", ("cross_entropy", "binary_cross_entropy")),
-            ("precision", ("float32", "bfloat16", "fp8")),
+            ("precision", ("float32", "bfloat16", "bfloat16-master", "fp8")),
+            ("compile", ("off", "regional", "graph", "auto")),
+            ("activation_memory", ("fast", "less", "least")),
             ("accelerator", ("auto", "cpu", "cuda")),
         ):
             value = getattr(self, name)

@@ -29,7 +29,7 @@ from .report import HtmlReport
 from .saliency import attention_rollout, spread_patches
 from .throughput import compare_throughput
 from .training import Trainer
-from .training.evaluate import Evaluation
+from .training.evaluation import Evaluation
 from .training.logs import read_log
 
 TARGET_ACCURACY = 0.975  # mean of three seeds on unseen syllables

@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import layers_fp8, ops
+from .activations import recomputed_norm
 from .config import ModelConfig
 from .positions import trunc_normal_
 
@@ -179,6 +180,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.recompute_norms = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]: the residual stream before and after the block."""
@@ -196,12 +198,13 @@ class Block(nn.Module):
             normed: `norm1(x)`, which the caller got when it last touched the stream.
             keep: compute the first tokens only, if no other is used further on.
         """
-        if keep is None:
-            update = self.attn(normed)
-        else:
-            update, x = self.attn.first(normed, keep), x[:, :keep]
+        less = self.recompute_norms
+        with recomputed_norm(normed, x, self.norm1, less):
+            update = self.attn(normed) if keep is None else self.attn.first(normed, keep)
+        x = x if keep is None else x[:, :keep]
         normed, x = self.norm2.after_add(update, x)
-        return self.mlp(normed), x
+        with recomputed_norm(normed, x, self.norm2, less):
+            return self.mlp(normed), x
 
     @property
     def is_plain(self) -> bool:

@@ -154,6 +154,8 @@ class PackedRunner:
         for block in blocks:
             if type(block) is not Block or not block.can_keep_first or not _is_plain(block):
                 return "a block is hooked or was replaced"
+            if block.attn.fp8 or block.mlp.fp8:
+                return "a block computes in FP8"
             if block.attn.head_dim not in (32, 64, 96, 128):
                 return f"heads are {block.attn.head_dim} wide"
         return None

@@ -28,6 +28,7 @@ _PRECISIONS: dict[str, budgets.Precision] = {
     "f16": "float16",
     "bf16": "bfloat16",
     "bf16-amp": "bfloat16",
+    "bf16-master": "bfloat16",
     "int16": "float32",
     "int8": "int8",
 }

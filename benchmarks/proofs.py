@@ -1,4 +1,4 @@
-"""What only a device can prove of the attention ops: no races, the same bits, graphs, streams, memory, large tensors.
+"""What only a device can prove of attention and whole steps: no races, the same bits, graphs, streams, memory, large tensors.
 
 Each proof runs one claim and raises if it does not hold; `python -m benchmarks.gpu --suite proofs` runs them all, each in a
 process of its own. `python -m benchmarks.proofs NAME` runs one here (the sanitizers call it that way).
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import step_proofs
 from .case import DTYPES, Skipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,6 +259,22 @@ def out_of_memory(device: str, dtype: torch.dtype) -> None:
         raise Broken(f"{left} bytes more are held after 100 steps")
 
 
+def step_graph(device: str, dtype: torch.dtype) -> None:
+    """A recorded training step is the unrecorded one to the bit."""
+    step_proofs.step_graph(device, dtype, _same)
+
+
+def forward_graph(device: str, dtype: torch.dtype) -> None:
+    """Recorded inference gives the model's bits."""
+    step_proofs.forward_graph(device, dtype, _same)
+
+
+def step_memory(device: str, dtype: torch.dtype) -> None:
+    """A step too large for memory is a clean error."""
+    _need_cuda(device)
+    step_proofs.step_memory(device, dtype, _same)
+
+
 def _need_cuda(device: str) -> None:
     if device != "cuda":
         raise Skipped("needs a GPU")
@@ -278,8 +295,11 @@ PROOFS: dict[str, Callable[[str, torch.dtype], None]] = {
     "recompiled": recompiled,
     "streams": streams,
     "graph": graph,
+    "step graph": step_graph,
+    "forward graph": forward_graph,
     "large": large,
     "out of memory": out_of_memory,
+    "step memory": step_memory,
 }
 
 

@@ -177,7 +177,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def peak_mib(call: Call, device: str) -> float | None:
-    """Memory one call needs above what was held before it, at its peak."""
+    """Memory one call needs above what was held before it, at its peak.
+
+    A call that keeps its memory between calls, such as a recorded one, says so in `memory_mib`.
+    """
+    kept: float | None = getattr(call, "memory_mib", None)
+    if kept is not None:
+        return kept
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

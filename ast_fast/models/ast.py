@@ -7,6 +7,7 @@ keyword-only. Dimensions: B clips, N samples, S frames, F mel bins, T tokens, H 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .. import hub
 from ..config import LogMelConfig, ModelConfig, PositionRule
 from ..frontend import log_mel_features
-from ..layers import LayerNorm, Trunk, patch_conv
+from ..layers import Block, LayerNorm, Trunk, patch_conv
 from ..layers_fp8 import ModelPrecision, set_precision
 from ..positions import trunc_normal_
 from . import pretrained
@@ -187,6 +188,21 @@ class ASTModel(nn.Module):
         blocks: list[Any] = list(self.v.blocks)
         return "fp8" if any(block.attn.fp8 or block.mlp.fp8 for block in blocks) else "exact"
 
+    def set_activation_memory(self, mode: str = "fast") -> None:
+        """What backward keeps of the forward pass, against what it computes again.
+
+        Args:
+            mode: "fast" keeps everything (12 tensors [T, C] a block and clip); "less" computes the outputs
+                of the LayerNorms again (10); "least" keeps each block's input alone, as
+                `set_grad_checkpointing` does (1). Results are the same.
+        """
+        if mode not in ("fast", "less", "least"):
+            raise ValueError(f"mode={mode!r}: expected fast, less or least")
+        self.v.grad_checkpointing = mode == "least"
+        for block in self.v.blocks:
+            if isinstance(block, Block):
+                block.recompute_norms = mode == "less"
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, label_dim] of spectrograms [B, S, F]."""
         self._check_input(x)
@@ -284,10 +300,17 @@ class ASTModel(nn.Module):
         """
         return pretrained.load_model(cls, source, overrides)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write weights and settings to a directory, so that a crash leaves the old ones loadable."""
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
+    ) -> Path:
+        """Write weights and settings to a directory, so that a crash leaves the old ones loadable.
+
+        Args:
+            directory: made if absent.
+            state_dict: weights to write in place of the model's own, such as wider ones.
+        """
         settings = {"model": self.config.to_dict(), "frontend": self.frontend_config.to_dict()}
-        return hub.write_pretrained(directory, self.state_dict(), settings)
+        return hub.write_pretrained(directory, state_dict or self.state_dict(), settings)
 
 
 def _check_frontend(frontend: LogMelConfig | None, config: ModelConfig) -> LogMelConfig:

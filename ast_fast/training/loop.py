@@ -7,15 +7,12 @@ resumed run repeats an uninterrupted one bit by bit.
 
 from __future__ import annotations
 
-import logging
+import functools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -34,28 +31,22 @@ from ..frontend import log_mel_features
 from ..hub import CheckpointError, read_weights
 from .augment import augment_features, augment_waveforms, clip_seeds, mixup
 from .checkpoints import CheckpointStore
-from .evaluate import Evaluation, evaluate
+from .errors import NonFiniteLossError, TrainingError, TrainingInterrupted
+from .evaluation import Evaluation, evaluate
 from .logs import Progress, RunLog
+from .master import MasterWeights
+from .modes import chosen_mode, prepared_step
 from .schedules import rate_factor
+from .step import TrainingStep, run_step
+from .stopping import stop_signals
 
-_log = logging.getLogger("ast_fast.training")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
-
-
-class NonFiniteLossError(TrainingError):
-    """Loss or gradient is NaN or infinite. The weights are those before the step."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved."""
-
-    def __init__(self, run_dir: Path, step: int) -> None:
-        super().__init__(f"interrupted after step {step}; the state is saved in {run_dir}")
-        self.run_dir = run_dir
-        self.step = step
+# settings that a resumed run may change: they say how it runs
+_FREE = frozenset(
+    {
+        *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "monitor"),
+        *("compile", "activation_memory"),
+    }
+)
 
 
 def _with_problem_type(model: Any, multi_label: bool) -> Any:
@@ -64,6 +55,14 @@ def _with_problem_type(model: Any, multi_label: bool) -> Any:
         kind = "multi" if multi_label else "single"
         model.config = model.config.replace(problem_type=f"{kind}_label_classification")
     return model
+
+
+def _loss(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss of logits [B, C], for as many targets as there are."""
+    rows = targets[: len(logits)]
+    if not len(rows):  # another process has clips in this step: take part with nothing
+        return logits.sum() * 0.0
+    return function(logits, rows.to(logits.dtype) if rows.is_floating_point() else rows)
 
 
 class Trainer:
@@ -124,16 +123,17 @@ class Trainer:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
         )
-        self._parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        optimizer = torch.optim.AdamW(
-            self._parameter_groups(), lr=config.lr, betas=config.betas, fused=True
+        # bound to its function rather than to the trainer, which would then be part of a cycle
+        self._loss = functools.partial(
+            _loss,
+            nn.functional.binary_cross_entropy_with_logits
+            if self.multi_label
+            else nn.functional.cross_entropy,
         )
-        # wrapped for precision and processes; the plain model is self.model, with the same weights
-        self._wrapped, self._optimizer = self.fabric.setup(model, optimizer)
+        self._mode = chosen_mode(config, self.fabric.device)
+        if config.activation_memory != "fast":
+            self.model.set_activation_memory(config.activation_memory)
+        self._step_function = self._make_step(model)
         self._monitor = None
         if config.monitor.check_every and self.fabric.is_global_zero:
             from ..equivalence import EquivalenceMonitor
@@ -160,15 +160,49 @@ class Trainer:
                 f"{self.run_dir} holds a run already: resume it, delete it or choose another folder"
             )
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay acts on matrices only, not on biases, norms and tokens."""
-        decayed = [p for p in self._parameters.values() if p.dim() == 2 or p.dim() == 4]
-        plain = [p for p in self._parameters.values() if p.dim() != 2 and p.dim() != 4]
-        groups = [
-            {"params": decayed, "weight_decay": self.config.weight_decay},
+    def _make_step(self, model: nn.Module) -> Any:
+        """Optimiser, masters if they are asked for, the wrapped model, and the step of them all."""
+        config, fabric = self.config, self.fabric
+        # before the optimiser: masters lie where the weights do
+        model.to(fabric.device)
+        self._masters: MasterWeights | None = None
+        if config.precision == "bfloat16-master":
+            self._masters = MasterWeights(model, self._make_optimizer)
+            self._parameters, self._optimizer = self._masters.trainable, self._masters.optimizer
+        else:
+            self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            self._optimizer = self._make_optimizer(self._parameters)
+        # wrapped for precision and processes; the plain model is self.model, with the same weights
+        self._wrapped = fabric.setup_module(model)
+        if self._masters is not None and fabric.world_size > 1:
+            self._masters.broadcast()
+        step = TrainingStep(
+            self._wrapped,
+            self._loss,
+            self._optimizer,
+            masters=self._masters,
+            max_norm=config.grad_clip,
+            backward=fabric.backward,
+            reduce=fabric.all_reduce if fabric.world_size > 1 else None,
+        )
+        return prepared_step(step, self._mode, model)
+
+    def _make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW. Weight decay acts on matrices only, not on biases, norms and tokens."""
+        config = self.config
+        decayed = [p for p in parameters.values() if p.dim() == 2 or p.dim() == 4]
+        plain = [p for p in parameters.values() if p.dim() != 2 and p.dim() != 4]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=config.betas,
+            fused=True,
+            capturable=self._mode == "graph",
+        )
 
     def fit(self) -> Evaluation | None:
         """Train to the end, from wherever the run stands.
@@ -187,7 +221,7 @@ class Trainer:
         self._evaluation: Evaluation | None = None
         feeder = self._feeder()
         try:
-            with _stop_signals(self._request_stop):
+            with stop_signals(self._request_stop):
                 while self._sampler.epoch < self.config.epochs:
                     self._run_epoch(feeder, log, bar)
         finally:
@@ -288,32 +322,21 @@ class Trainer:
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
         config, batch = self.config, fed.batch
         features, targets = fed.features
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.lr * rate_factor(
-                self.step, self.total_steps, config.warmup_steps, config.schedule
-            )
-        loss_fn = self._loss_function(targets)
+        rate = config.lr * rate_factor(
+            self.step, self.total_steps, config.warmup_steps, config.schedule
+        )
         if self._monitor is not None and self._monitor.due(self.step) and len(batch):
-            row = self._monitor.step(features, loss_fn, step=self.step)
+            row = self._monitor.step(
+                features, lambda logits: self._loss(logits, targets), step=self.step
+            )
             if log is not None:
                 log.write("check", **row.to_dict())
-        self._optimizer.zero_grad()
-        logits = self._wrapped(features)
-        loss = loss_fn(logits.float())
-        self.fabric.backward(loss)
-        limit = config.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
-        # one wait for the device a step, before the weights change
-        values = torch.stack([loss.detach(), norm.detach()])
-        if self.fabric.world_size > 1:
-            # the mean is NaN everywhere if it is NaN anywhere
-            values = self.fabric.all_reduce(values)
-        loss_value, norm_value = values.tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise self._bad_batch(batch, features, targets, loss_value, norm_value)
-        self._optimizer.step()
-        rate = self._optimizer.param_groups[0]["lr"]
-        return {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
+        self._step_function.set_lr(rate)
+        # the one wait for the device in a step; a step that is not finite has changed no weight
+        loss, norm = run_step(self._step_function, features, targets, config.batch_size).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._bad_batch(batch, features, targets, loss, norm)
+        return {"loss": loss, "grad_norm": norm, "lr": rate}
 
     @torch.no_grad()
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -334,23 +357,8 @@ class Trainer:
             wave, targets = mixup(wave, batch.lengths, targets, settings.mixup, classes, seeds)
         front = self.model.frontend_config
         features = log_mel_features(wave, front, batch.lengths)
-        return augment_features(features, settings, front, placed), targets
-
-    def _loss_function(self, targets: Tensor) -> Callable[[Tensor], Tensor]:
-        """Loss of logits [B, C] for these targets."""
-        function: Callable[[Tensor, Tensor], Tensor] = (
-            nn.functional.binary_cross_entropy_with_logits
-            if self.multi_label
-            else nn.functional.cross_entropy
-        )
-
-        def loss(logits: Tensor) -> Tensor:
-            rows = targets[: len(logits)]
-            if not len(rows):  # another process has clips in this step: take part with nothing
-                return logits.sum() * 0.0
-            return function(logits, rows.to(logits.dtype) if rows.is_floating_point() else rows)
-
-        return loss
+        features = augment_features(features, settings, front, placed)
+        return features.to(next(self.model.parameters()).dtype), targets
 
     def _bad_batch(
         self, batch: Batch, features: Tensor, targets: Tensor, loss: float, norm: float
@@ -366,7 +374,7 @@ class Trainer:
         }
         file = folder / f"step-{self.step:08d}.safetensors"
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
-        self._optimizer.zero_grad()
+        self._step_function.zero_grad()
         return NonFiniteLossError(
             f"step {self.step}: the loss is {loss:g} and the gradient norm {norm:g}; the weights are "
             f"unchanged and the batch is in {file}; look at its clips, lower lr={self.config.lr:g}, "
@@ -400,9 +408,15 @@ class Trainer:
                 "sampler": self._sampler.state_dict(),
                 "train": self.config.to_dict(),
             }
-            self._store.save(self.step, self.model.save_pretrained, tensors, state, best)
+            self._store.save(self.step, self._write_model, tensors, state, best)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
+
+    def _write_model(self, folder: Path) -> None:
+        if self._masters is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=self._masters.model_state_dict())
 
     def _resume(self) -> None:
         checkpoint = self._store.load()
@@ -410,15 +424,17 @@ class Trainer:
             return
         saved, mine = checkpoint.state["train"], _as_json(self.config.to_dict())
         changed = sorted(name for name in mine if saved.get(name) != mine[name])
-        free = {"log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "monitor"}
-        if set(changed) - free:
+        if set(changed) - _FREE:
             raise CheckpointError(
                 f"{checkpoint.folder}: was trained with other settings: "
-                + ", ".join(f"{name}={saved.get(name)!r}" for name in changed if name not in free)
+                + ", ".join(f"{name}={saved.get(name)!r}" for name in changed if name not in _FREE)
                 + "; resume with the same, or choose another run folder"
             )
         weights, _ = read_weights(checkpoint.folder / "model")
-        self.model.load_state_dict(weights, strict=True)
+        if self._masters is None:
+            self.model.load_state_dict(weights, strict=True)
+        else:
+            self._masters.load_model_state_dict(weights)
         for name, parameter in self._parameters.items():
             found = {
                 key.split(".", 2)[1]: value
@@ -442,28 +458,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-class _stop_signals:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
-
-    def __init__(self, request: Callable[[], None]) -> None:
-        self._request = request
-        self._previous: dict[int, Any] = {}
-        self._asked = False
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-        _log.warning("stopping after this step and saving the state; Ctrl-C again stops at once")
-        self._request()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

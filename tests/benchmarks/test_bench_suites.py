@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from benchmarks import harness, models, peers, record, run, suites
+from benchmarks import harness, models, peers, record, run, steps, suites, timing
 from benchmarks.case import Settings
+from benchmarks.suites import training
 
 NO_PEERS = ("torch", "torch-unfold", "sdpa*", "loop")
 
@@ -23,6 +26,35 @@ def test_every_case_of_a_suite_passes_its_gate(name):
         for row in rows.values():
             assert row.status == "ok", f"{case.title}: {row.provider}: {row.reason}"
     assert seen >= 2
+
+
+def test_every_way_to_train_agrees_with_the_oracle_and_learns(monkeypatch):
+    for package in ("transformers", "torchaudio"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(steps, "_LR", 1e-3)
+    settings = Settings(tiny=True, dtypes=("bf16",), backend=run.default_backend("cpu"))
+    # compiled ways take a minute, and graphs a GPU
+    ways = ("one pass", "transformers", "transformers-amp", "original")
+    for case in (
+        training._way_case(settings, "tiny", 36, 2, "waveform_step", ways),
+        training._mode_case(settings, "tiny", 36, 2),
+    ):
+        left_out = ("graph", "regional")
+        kept = [candidate for candidate in case.candidates if candidate.name not in left_out]
+        rows, runs, _ = harness.check(dataclasses.replace(case, candidates=tuple(kept)), settings)
+        for row in rows.values():
+            assert row.status == "ok", f"{case.title}: {row.provider}: {row.reason}"
+        for name, step in runs.items():
+            losses = [float(step(0)[0]) for _ in range(3)]
+            assert losses[0] > losses[1] > losses[2], f"{name}: the weights are not updated"
+
+
+def test_what_a_recorded_step_keeps_counts_as_its_memory():
+    def step(_):
+        return ()
+
+    step.memory_mib = 17.5
+    assert timing.peak_mib(step, "cpu") == 17.5
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -30,7 +30,7 @@ GROUND = (
 )
 FLOORS = (
     GROUND,
-    ("ops", "data"),
+    ("ops", "data", "activations", "graphs"),
     ("layers", "layers_fp8", "optimized", "augment", "frontend", "resample", "hub"),
     ("models",),
     ("equivalence",),

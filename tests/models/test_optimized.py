@@ -188,6 +188,12 @@ def _reference(model, x):
         return model(x)
 
 
+def _fp8(model, x):
+    runner = model.v.runner
+    model.set_precision("fp8").v.runner = runner  # setting it takes the packed weights away
+    return model(x)
+
+
 def _wide(model, x):
     return model.double()(x.double())
 
@@ -201,6 +207,7 @@ def _wide(model, x):
         (_autocast, "autocast"),
         (_reference, "reference"),
         (_wide, "float64"),
+        (_fp8, "FP8"),
     ],
 )
 def test_what_the_chain_does_not_cover_runs_the_usual_way_and_says_so_once(run, reason, caplog):

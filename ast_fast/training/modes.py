@@ -1,0 +1,211 @@
+"""How a training step runs: as it is, recorded as one CUDA graph, or with its blocks compiled.
+
+`GraphedStep` records a `TrainingStep` and replays it. `compile_blocks` compiles the identical blocks of a
+model once. `prepared_step` does what `TrainConfig.compile` asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..graphs import CudaGraphs, GraphMaker, Recording, addresses, signature, watched_module
+from .errors import TrainingError
+from .step import TrainingStep, empty_cache, is_out_of_memory
+
+_log = logging.getLogger("ast_fast.training")
+
+
+class GraphedStep:
+    """A training step recorded once and replayed; to the bit what the step itself computes.
+
+    The first steps of a shape run as they are, on the stream that will record: they are steps like any
+    other, and see to it that every kernel is compiled. Then the step is recorded and from there on
+    replayed. Batches of other shapes (the short last one of an epoch), and all batches while a module of
+    the model carries hooks, run unrecorded, which is said once. Weights that moved are recorded anew.
+
+    Args:
+        step: must not depend on anything but its two tensors and what lies at fixed addresses.
+        graphs: who records; `graphs.CudaGraphs` on a GPU.
+        model: whose weights and hooks to watch.
+        warm_ups: steps of one shape in a row before it is recorded.
+    """
+
+    def __init__(
+        self, step: TrainingStep, graphs: GraphMaker, model: nn.Module, warm_ups: int = 3
+    ) -> None:
+        self.step = step
+        self._graphs, self._model, self._warm_ups = graphs, model, warm_ups
+        self._recording: Recording | None = None
+        self._key: tuple[Any, ...] | None = None
+        self._places: tuple[Any, ...] = ()
+        self._seen = 0
+        self._failed = False
+        self._said: set[str] = set()
+
+    def __call__(self, features: Tensor, targets: Tensor) -> Tensor:
+        """As `TrainingStep`; the result is a copy that later steps leave alone."""
+        if self._failed:
+            return self.step(features, targets)
+        hooked = watched_module(self._model) or _hooked_parameter(self._model)
+        if hooked is not None:
+            return self._unrecorded("hooks", f"{hooked} carries hooks", features, targets)
+        key = signature(features, targets)
+        if self._recording is not None and self._places != self._now():
+            _log.info("the weights moved: the training step is recorded anew")
+            self.reset()
+        if self._recording is None:
+            if key != self._key:
+                self._key, self._seen = key, 0
+            if self._seen < self._warm_ups:
+                self._seen += 1
+                result: Tensor = self._graphs.warm_up(lambda: self.step(features, targets))
+                return result
+            if not self._record(features, targets):
+                return self.step(features, targets)
+        elif key != self._key:
+            shape = f"a batch of shape {tuple(features.shape)} is not the recorded one"
+            return self._unrecorded("shape", shape, features, targets)
+        assert self._recording is not None
+        values: Tensor = self._recording(features, targets)
+        return values.clone()
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate from the next step on."""
+        self.step.set_lr(lr)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.step.zero_grad()
+
+    def reset(self) -> None:
+        """Forget the recording and free its memory; the next steps record again."""
+        self._recording, self._key, self._seen = None, None, 0
+        self.step.zero_grad()
+
+    def _record(self, features: Tensor, targets: Tensor) -> bool:
+        self.step.zero_grad()
+        draws = torch.get_rng_state()
+        try:
+            self._recording = Recording(self._graphs, self.step, (features, targets))
+            if not torch.equal(draws, torch.get_rng_state()):
+                torch.set_rng_state(draws)
+                self._recording = None
+                raise TrainingError(
+                    "the step draws random numbers on the host, which a replay would repeat"
+                )
+        except Exception as error:
+            # nothing ran while it was recorded: the weights are as they were
+            self.step.zero_grad()
+            if is_out_of_memory(error):
+                raise
+            self._failed = True
+            _log.warning(
+                "the training step could not be recorded as a CUDA graph and runs unrecorded: %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return False
+        self._places = self._now()
+        return True
+
+    def _now(self) -> tuple[Any, ...]:
+        """Everything whose change a replay would not see."""
+        optimizer = self.step.optimizer
+        tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        for weight in self.step.weights:
+            tensors.append(weight)
+            tensors += [v for v in optimizer.state[weight].values() if isinstance(v, Tensor)]
+        tensors += [g["lr"] for g in optimizer.param_groups if isinstance(g["lr"], Tensor)]
+        wanted = tuple(p.requires_grad for p in self._model.parameters())
+        return addresses(tensors), wanted, self._model.training
+
+    def _unrecorded(self, kind: str, reason: str, features: Tensor, targets: Tensor) -> Tensor:
+        if kind not in self._said:
+            self._said.add(kind)
+            _log.warning("training step not replayed from its CUDA graph: %s; said once", reason)
+        try:
+            return self.step(features, targets)
+        except Exception as error:
+            if self._recording is None or not is_out_of_memory(error):
+                raise
+        # the recording keeps the memory of a whole step to itself
+        _log.warning("memory ran out beside the recorded step: it is dropped, to be recorded again")
+        self.reset()
+        empty_cache(features.device)
+        return self.step(features, targets)
+
+
+def _hooked_parameter(model: nn.Module) -> str | None:
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return name
+    return None
+
+
+class _CompiledInTraining:
+    """A method compiled where autograd records, as it is elsewhere: evaluation has other shapes."""
+
+    def __init__(self, method: Callable[..., Any], backend: Any) -> None:
+        self._plain = method
+        self._compiled = torch.compile(method, fullgraph=True, backend=backend)
+        functools.update_wrapper(self, method)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self._compiled if torch.is_grad_enabled() else self._plain)(*arguments)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: Any = "inductor") -> int:
+    """Compile the fused halves of identical transformer blocks in place; returns how many.
+
+    Attributes, parameters and keys of the blocks stay. Blocks of other classes are left alone.
+
+    Args:
+        blocks: `model.v.blocks`.
+        backend: of torch.compile.
+    """
+    count = 0
+    for block in blocks:
+        halves = getattr(block, "halves", None)
+        if halves is not None and not isinstance(halves, _CompiledInTraining):
+            block.halves = _CompiledInTraining(halves, backend)  # type: ignore[assignment]
+            count += 1
+    return count
+
+
+def chosen_mode(config: TrainConfig, device: torch.device) -> str:
+    """`off`, `regional` or `graph` for what a configuration asks on a device.
+
+    Raises:
+        TrainingError: a CUDA graph where there can be none.
+    """
+    fits = device.type == "cuda" and config.devices == 1
+    if config.compile == "auto":
+        return "graph" if fits else "off"
+    if config.compile == "graph" and not fits:
+        where = f"{config.devices} devices" if device.type == "cuda" else f"a {device.type} device"
+        raise TrainingError(
+            f"compile='graph' on {where}: expected one CUDA device; use auto, regional or off"
+        )
+    return config.compile
+
+
+def prepared_step(
+    step: TrainingStep, mode: str, model: nn.Module, graphs: GraphMaker | None = None
+) -> TrainingStep | GraphedStep:
+    """The step as `mode` runs it: as it is, with compiled blocks, or recorded."""
+    if mode == "regional":
+        trunk: Any = getattr(model, "v", None)
+        if trunk is None or not compile_blocks(trunk.blocks):
+            raise TrainingError(
+                f"compile='regional': {type(model).__name__} has no blocks of ours; use off or graph"
+            )
+    if mode == "graph":
+        return GraphedStep(step, graphs or CudaGraphs(), model)
+    return step
