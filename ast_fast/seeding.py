@@ -146,3 +146,19 @@ def beta_quantile(probability: Tensor, alpha: float) -> Tensor:
     at = grid[place - 1] + part * (grid[place] - grid[place - 1])
     smaller = 0.5 * (at if alpha > 1.0 else at.pow(1.0 / alpha))
     return torch.where(probability < 0.5, smaller, 1.0 - smaller)
+
+
+def stream_key(seed: int, stream: str) -> int:
+    """What `counted_bits` needs to know of a seed and of the name of a use."""
+    return _signed(_mixed_int(_mixed_int(seed + _GOLDEN) + zlib.crc32(stream.encode())))
+
+
+def counted_bits(key: int, counter: Tensor, count: int) -> Tensor:  # [count] int64
+    """Words of 64 random bits that belong to a number on the device, such as a step: [1] int64.
+
+    Nothing waits for the device, so that a graph may hold the draw and a replay, or a compiled
+    function, draw anew for the number it finds.
+    """
+    start = _mixed(_mixed(counter * _signed(_GOLDEN)) ^ key)
+    counters = torch.arange(1, count + 1, device=counter.device) * _signed(_GOLDEN)
+    return _mixed(start + counters)

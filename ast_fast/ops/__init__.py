@@ -3,6 +3,7 @@
 from ..attention_mask import AttentionMask
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
+from .attention_biased import attention_biased
 from .attention_masked import attention_masked
 from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionMask",
     "add_layer_norm",
     "attention",
+    "attention_biased",
     "attention_masked",
     "attention_qkv",
     "attention_varlen",

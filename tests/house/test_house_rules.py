@@ -31,7 +31,7 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("ops", "data"),
-    ("layers", "augment", "frontend", "resample", "hub"),
+    ("layers", "patchout", "token_merging", "augment", "frontend", "resample", "hub"),
     ("models",),
     ("equivalence",),
     ("testing",),
