@@ -130,7 +130,8 @@ class Attention(nn.Module):
         if key_bias is None:
             o = ops.attention_qkv(qkv, self.scale, deterministic=self.deterministic)
         else:
-            o = ops.attention_biased(*qkv.unbind(2), key_bias, self.scale)
+            q, k, v = qkv.unbind(2)
+            o = ops.attention_biased(q, k, v, key_bias, self.scale)
         return apply_linear(self.proj, o.flatten(2))
 
     def first(self, x: Tensor, keep: int, key_bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .seeding import counted_bits, stream_key
+from .seeding import counted_bits, draw_numbers, stream_key
 
 
 class Patchout(nn.Module):
@@ -36,6 +36,7 @@ class Patchout(nn.Module):
     """
 
     step: Tensor
+    numbers: Tensor
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class Patchout(nn.Module):
         }
         # not in checkpoints: a setting of the run, like the seed
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("numbers", draw_numbers(max(rows, columns, left)), persistent=False)
 
     def seek(self, step: int) -> None:
         """The next call draws as call number `step` of a run."""
@@ -80,7 +82,8 @@ class Patchout(nn.Module):
         """Rising numbers below `there`, `dropped` of them left out at random."""
         if not dropped:
             return torch.arange(there, device=self.step.device)
-        order = counted_bits(self._keys[name], self.step, there).argsort(stable=True)
+        bits = counted_bits(self._keys[name], self.step, self.numbers[:there])
+        order = bits.argsort(stable=True)
         return order[: there - dropped].sort().values
 
     def kept(self) -> Tensor:  # [K] int64

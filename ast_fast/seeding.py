@@ -153,12 +153,22 @@ def stream_key(seed: int, stream: str) -> int:
     return _signed(_mixed_int(_mixed_int(seed + _GOLDEN) + zlib.crc32(stream.encode())))
 
 
-def counted_bits(key: int, counter: Tensor, count: int) -> Tensor:  # [count] int64
-    """Words of 64 random bits that belong to a number on the device, such as a step: [1] int64.
+def draw_numbers(count: int) -> Tensor:  # [count] int64
+    """The table that `counted_bits` draws by; made once, because a compiler that folds these products
+    into its loops meets a signed overflow there.
+    """
+    return torch.arange(1, count + 1) * _signed(_GOLDEN)
+
+
+def counted_bits(key: int, counter: Tensor, numbers: Tensor) -> Tensor:  # as numbers, int64
+    """Words of 64 random bits that belong to a number on the device, such as a step.
 
     Nothing waits for the device, so that a graph may hold the draw and a replay, or a compiled
     function, draw anew for the number it finds.
+
+    Args:
+        key: from `stream_key`.
+        counter: [1] int64.
+        numbers: the first ones of `draw_numbers`, on the counter's device.
     """
-    start = _mixed(_mixed(counter * _signed(_GOLDEN)) ^ key)
-    counters = torch.arange(1, count + 1, device=counter.device) * _signed(_GOLDEN)
-    return _mixed(start + counters)
+    return _mixed(_mixed(_mixed(counter * _signed(_GOLDEN)) ^ key) + numbers)

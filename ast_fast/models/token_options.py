@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import token_merging
 from ..patchout import Patchout
+from ..reference.tokens import MergePlan
 from ..token_merging import MergedTokens
 
 
@@ -78,9 +79,7 @@ class TokenOptions(nn.Module):
         config, schedule = self.config, self.v.merging or (0,) * self.config.depth
         return token_merging.token_counts(schedule, config.num_tokens, config.num_prefix_tokens)
 
-    def merged_tokens(
-        self, x: Tensor, plans: dict[int, token_merging.MergePlan] | None = None
-    ) -> MergedTokens:
+    def merged_tokens(self, x: Tensor, plans: dict[int, MergePlan] | None = None) -> MergedTokens:
         """Merged tokens of spectrograms [B, S, F], their sizes, and where each patch has gone.
 
         Args:

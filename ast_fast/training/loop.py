@@ -32,7 +32,14 @@ from ..data.shard_sampler import sampler_for
 from ..data.transfer import Fed
 from ..frontend import log_mel_features
 from ..hub import CheckpointError, read_weights
-from .augment import augment_features, augment_waveforms, clip_seeds, mixup
+from .augment import (
+    augment_features,
+    augment_waveforms,
+    clip_seeds,
+    mixup,
+    seek_patchout,
+    set_patchout,
+)
 from .checkpoints import CheckpointStore
 from .evaluate import Evaluation, evaluate
 from .logs import Progress, RunLog
@@ -112,6 +119,7 @@ class Trainer:
             self.fabric.launch()
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
         self.model: Any = _with_problem_type(model, self.multi_label)
+        set_patchout(model, config.augment, config.seed)
         self._sampler = sampler_for(
             train_set,
             config.batch_size,
@@ -286,6 +294,7 @@ class Trainer:
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
         config, batch = self.config, fed.batch
         features, targets = fed.features
+        seek_patchout(self.model, self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * rate_factor(
                 self.step, self.total_steps, config.warmup_steps, config.schedule
