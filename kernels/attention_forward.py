@@ -102,10 +102,7 @@ def _fold_keys(
     )  # fmt: skip
     if bias is not None:
         keys = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            extra = tl.load(bias + keys, mask=keys < n_k, other=0.0)
-        else:
-            extra = tl.load(bias + keys)
+        extra = tl.load(bias + keys, mask=keys < n_k) if MASKED else tl.load(bias + keys)
         # from here on scores are in units of log2
         s = s * qk_scale + (extra * LOG2E)[None, :]
         qk_scale = 1.0

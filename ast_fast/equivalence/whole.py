@@ -83,6 +83,9 @@ class FewerTokens(NamedTuple):
     plans: dict[int, MergePlan] | None = None
 
 
+ALL_TOKENS = FewerTokens()
+
+
 def fewer_tokens(
     model: ASTModel,
     inputs: Tensor,
@@ -94,7 +97,7 @@ def fewer_tokens(
     if model.training:
         return FewerTokens(kept=None if model.patchout is None else model.patchout.kept())
     if model.v.merging is None:
-        return FewerTokens()
+        return ALL_TOKENS
     device = next(model.parameters()).device
     if inputs.dim() != 3:
         inputs = log_mel_features(inputs, model.frontend_config, lengths).to(
@@ -156,7 +159,7 @@ def run_oracle(
     loss_fn: LossFunction | None,
     dtype: torch.dtype,
     gradients: bool,
-    fewer: FewerTokens = FewerTokens(),
+    fewer: FewerTokens = ALL_TOKENS,
 ) -> tuple[Outcome, Tensor | None]:
     """The reference model with the same weights, and the gradient at the logits that all sides get."""
     device = next(model.parameters()).device
@@ -209,7 +212,7 @@ def run_plain(
     loss_fn: LossFunction | None,
     upstream: Tensor | None,
     autocast_dtype: torch.dtype | None,
-    fewer: FewerTokens = FewerTokens(),
+    fewer: FewerTokens = ALL_TOKENS,
 ) -> Outcome:
     """Plain PyTorch with the model's own weights, dtype and autocast.
 
