@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, generator
-from ..models import LABELS, SIZES, gradients, num_tokens, oracle, ours, weights
+from ..models import LABELS, SIZES, gradients, num_tokens, ours, weights
 from ..peers import need
 from .inference import depth_of, gate_depth, on
 
@@ -48,11 +48,9 @@ def _model(settings: Settings, size: str, frames: int, depth: int, dtype: str) -
 
 
 def _twin(settings: Settings, size: str, frames: int, dtype: str) -> Any:
-    depth = gate_depth(settings)
     # the weights as this dtype rounds them: what is measured is arithmetic, not storage
-    state = weights(size, frames, depth).items()
-    rounded = {name: tensor.to(DTYPES.get(dtype, torch.float32)) for name, tensor in state}
-    return oracle(size, frames, depth, rounded).to(settings.device)
+    model = _model(settings, size, frames, gate_depth(settings), dtype)
+    return need("ast_fast.reference").ASTModel.from_model(model)
 
 
 def _plain(settings: Settings, model: Any, inputs: Inputs, dtype: str, **tokens: Any) -> Tensor:
