@@ -92,7 +92,8 @@ def config_case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expect=_expected(arithmetic, config, arch),
-        twin=_is_twin(dtype, width, arch),
+        # of the form with a bias, the models' width stands for the others
+        twin=(biased and width != 64) or _is_twin(dtype, width, arch),
     )
 
 
