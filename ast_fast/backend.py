@@ -24,6 +24,7 @@ OPS = (
     "log_mel",
     "patch_embed",
     "attention",
+    "attention_biased",
     "attention_masked",
     "attention_varlen",
     "layer_norm",

@@ -340,9 +340,16 @@ class AugmentConfig(Config):
     roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
     gain_db: float = 0.0  # louder or softer by up to so many decibels
     snr_db: tuple[float, float] | None = None  # white noise, so many decibels below the clip
+    patchout_time: int = 0  # columns of the patch grid left out of each step (PaSST: 40 of 99)
+    patchout_frequency: int = 0  # rows left out (PaSST: 4 of 12)
+    patchout_patches: int = 0  # single patches left out of the rest
 
     def __post_init__(self) -> None:
         check(self.gain_db >= 0, f"gain_db={self.gain_db:g}: expected 0 (off) or more")
+        for name in ("patchout_time", "patchout_frequency", "patchout_patches"):
+            check(
+                getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected 0 (off) or more"
+            )
         check(
             self.snr_db is None or (len(self.snr_db) == 2 and self.snr_db[0] <= self.snr_db[1]),
             f"snr_db={self.snr_db}: expected the lowest and the highest ratio in decibels, or None",

@@ -16,9 +16,10 @@ import torch.nn.modules.module as torch_module
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from . import layers_fp8, ops
+from . import layers_fp8, ops, token_merging
 from .activations import recomputed_norm
 from .config import ModelConfig
+from .patchout import Patchout
 from .positions import trunc_normal_
 
 
@@ -126,10 +127,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        o = ops.attention_qkv(self.split(x), self.scale, deterministic=self.deterministic)
+        return self.mixed(self.split(x))
+
+    def mixed(self, qkv: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """Attention and projection of [B, T, 3, H, D]; `key_bias` [B, T] is added to the scores."""
+        if key_bias is None:
+            o = ops.attention_qkv(qkv, self.scale, deterministic=self.deterministic)
+        else:
+            q, k, v = qkv.unbind(2)
+            o = ops.attention_biased(q, k, v, key_bias, self.scale)
         return apply_linear(self.proj, o.flatten(2), self.fp8)
 
-    def first(self, x: Tensor, keep: int) -> Tensor:
+    def first(self, x: Tensor, keep: int, key_bias: Tensor | None = None) -> Tensor:
         """What `forward` gives for the first `keep` tokens: [B, T, C] to [B, keep, C].
 
         Only they ask; all tokens answer.
@@ -139,8 +148,11 @@ class Attention(nn.Module):
         linear = ops.linear_fp8 if self.fp8 else ops.linear
         q = linear(x[:, :keep], weight[:dim], bias[:dim]).unflatten(2, heads)
         k, v = linear(x, weight[dim:], bias[dim:]).unflatten(2, (2, *heads)).unbind(2)
-        o = ops.attention(q, k, v, self.scale, deterministic=self.deterministic)
-        assert isinstance(o, Tensor)
+        if key_bias is None:
+            o = ops.attention(q, k, v, self.scale, deterministic=self.deterministic)
+            assert isinstance(o, Tensor)
+        else:
+            o = ops.attention_biased(q, k, v, key_bias, self.scale)
         return apply_linear(self.proj, o.flatten(2), self.fp8)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -217,6 +229,11 @@ class Block(nn.Module):
         )
 
     @property
+    def can_merge(self) -> bool:
+        """Whether token merging may run the block's parts in its place."""
+        return self.is_plain and type(self.attn) is Attention and not is_hooked(self.attn)
+
+    @property
     def can_keep_first(self) -> bool:
         """Whether nobody looks at tokens that the block's output does not need."""
         attn, mlp = self.attn, self.mlp
@@ -246,6 +263,8 @@ class Trunk(nn.Module):
         self.num_prefix_tokens = num_prefix
         self.grad_checkpointing = False
         self.runner: Any = None  # computes run_blocks in its place where it can (optimized.py)
+        self.patchout: Patchout | None = None  # in training
+        self.merging: tuple[int, ...] | None = None  # in evaluation: tokens to merge a block
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, dim))
         if num_prefix == 2:
@@ -321,6 +340,14 @@ class Trunk(nn.Module):
                 theirs, about a fourteenth of the whole model's work.
         """
         stream = self.embed(x)
+        if self.patchout is not None and self.training and prefix_only:
+            stream = self.patchout(stream)
+        if self.merging is not None and not self.training:
+            if self.runner is not None:
+                self.runner.stand_aside("tokens are merged")
+            keep = self.num_prefix_tokens if prefix_only else None
+            merged = token_merging.run(self, stream, self.merging, keep)
+            return merged.tokens[:, :keep] if prefix_only else merged.unmerged()
         if self.grad_checkpointing and torch.is_grad_enabled():
             for block in self.blocks:
                 stream = torch.utils.checkpoint.checkpoint(block, stream, use_reentrant=False)

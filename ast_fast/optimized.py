@@ -108,13 +108,7 @@ class PackedRunner:
             return None
         why = self._cannot_run(stream, blocks, last_norm)
         if why is not None:
-            if why not in self._said:
-                self._said.add(why)
-                _log.warning(
-                    "packed weights (precision=%s) are not used: %s; running the usual way",
-                    self.precision,
-                    why,
-                )
+            self.stand_aside(why)
             return None
         clips, _, width = stream.shape
         narrow = torch.bfloat16 if self.precision != "exact" else stream.dtype
@@ -135,6 +129,16 @@ class PackedRunner:
                 return made.view(clips, -1, width)
             normed, rows = arithmetic.join(update, rows, packs[index + 1].norm1)
         return None
+
+    def stand_aside(self, why: str) -> None:
+        """Say, once, why packed weights are not used."""
+        if why not in self._said and not torch.compiler.is_compiling():
+            self._said.add(why)
+            _log.warning(
+                "packed weights (precision=%s) are not used: %s; running the usual way",
+                self.precision,
+                why,
+            )
 
     def _cannot_run(self, stream: Tensor, blocks: list[Any], last_norm: nn.Module) -> str | None:
         if torch.is_grad_enabled():

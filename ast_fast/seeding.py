@@ -146,3 +146,29 @@ def beta_quantile(probability: Tensor, alpha: float) -> Tensor:
     at = grid[place - 1] + part * (grid[place] - grid[place - 1])
     smaller = 0.5 * (at if alpha > 1.0 else at.pow(1.0 / alpha))
     return torch.where(probability < 0.5, smaller, 1.0 - smaller)
+
+
+def stream_key(seed: int, stream: str) -> int:
+    """What `counted_bits` needs to know of a seed and of the name of a use."""
+    return _signed(_mixed_int(_mixed_int(seed + _GOLDEN) + zlib.crc32(stream.encode())))
+
+
+def draw_numbers(count: int) -> Tensor:  # [count] int64
+    """The table that `counted_bits` draws by; made once, because a compiler that folds these products
+    into its loops meets a signed overflow there.
+    """
+    return torch.arange(1, count + 1) * _signed(_GOLDEN)
+
+
+def counted_bits(key: int, counter: Tensor, numbers: Tensor) -> Tensor:  # as numbers, int64
+    """Words of 64 random bits that belong to a number on the device, such as a step.
+
+    Nothing waits for the device, so that a graph may hold the draw and a replay, or a compiled
+    function, draw anew for the number it finds.
+
+    Args:
+        key: from `stream_key`.
+        counter: [1] int64.
+        numbers: the first ones of `draw_numbers`, on the counter's device.
+    """
+    return _mixed(_mixed(_mixed(counter * _signed(_GOLDEN)) ^ key) + numbers)

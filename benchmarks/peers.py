@@ -35,6 +35,7 @@ PEERS = {
     "sdpa-padded": "packed clips padded to the longest, with a mask",
     "varlen": "torch.nn.attention.varlen.varlen_attn",
     "loop": "one call a clip",
+    "all-tokens": "ours without patchout or token merging",
     "transformers": "transformers' AST with SDPA; for the front end its feature extractor",
     "transformers-eager": "transformers' AST with eager attention",
     "transformers-compile": "transformers' AST with SDPA under torch.compile",

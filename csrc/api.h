@@ -125,9 +125,10 @@ struct AttentionArgs {
   const void* d_o;
   void *dq, *dk, *dv;
   const AttentionClip* clips;
+  const float* key_bias;         // forward only: null, or added to the scores of each clip's keys (natural log units)
   int64_t q_row, k_row, v_row, o_row, do_row, dq_row, dk_row, dv_row;          // strides between rows
   int64_t q_head, k_head, v_head, o_head, do_head, dq_head, dk_head, dv_head;  // strides between heads
-  int64_t lse_head;
+  int64_t lse_head, key_bias_clip;
   int64_t num_clips, heads, width, max_tq, max_tk;
   float scale;
   DType type;

@@ -25,9 +25,16 @@ struct Memory {
 
 AST_INLINE int64_t padded_keys(int64_t tk) { return round_up(tk, NR); }
 
+// scores count in units of 1 / scale
+AST_INLINE void add_bias(float* scores, const float* bias, int64_t count, float unit) {
+  int64_t key = 0;
+  for (; key + W <= count; key += W) store(scores + key, load(scores + key) + load(bias + key) * unit);
+  for (; key < count; ++key) scores[key] += bias[key] * unit;
+}
+
 template <class Unit, class T>
-void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t head, int64_t first, int64_t rows,
-                     const Memory& mem) {
+void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, const float* bias, int64_t head, int64_t first,
+                     int64_t rows, const Memory& mem) {
   typedef typename Unit::Word Word;
   constexpr int WEIGHT_STRIDE = Unit::DEPTH == 1 ? SCORE_STRIDE : KEYS / 2 + 16;
   const int64_t width = a.width, words = width / Unit::DEPTH, tk = clip.tk;
@@ -45,6 +52,7 @@ void tile_of_queries(const AttentionArgs& a, const AttentionClip& clip, int64_t 
                                  StridedRows<float>{mem.scores + key, SCORE_STRIDE}, false);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = mem.scores + r * SCORE_STRIDE;
+      if (bias) add_bias(scores, bias + start, count, 1.0f / a.scale);
       for (int64_t key = count; key < whole; ++key) scores[key] = -__builtin_inff();
       vf most[2] = {load(scores), load(scores + W)};
       for (int64_t i = NR; i < whole; i += NR) {
@@ -97,6 +105,7 @@ void share_of_work(const AttentionArgs& a, const Memory& mem, Share share) {
   typedef typename Unit::Word Word;
   for (int64_t b = 0; b < a.num_clips; ++b) {
     const AttentionClip& clip = a.clips[b];
+    const float* bias = a.key_bias ? a.key_bias + b * a.key_bias_clip : nullptr;
     for (int64_t head = 0; head < a.heads; ++head) {
       bool packed = false;
       for (int64_t chunk = 0; chunk < clip.tq; chunk += CHUNK) {
@@ -114,7 +123,7 @@ void share_of_work(const AttentionArgs& a, const Memory& mem, Share share) {
           packed = true;
         }
         for (int64_t first = chunk; first < end; first += MR)
-          tile_of_queries<Unit, T>(a, clip, head, first, smaller(MR, end - first), mem);
+          tile_of_queries<Unit, T>(a, clip, bias, head, first, smaller(MR, end - first), mem);
       }
     }
   }

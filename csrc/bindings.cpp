@@ -225,9 +225,10 @@ void patch_weight_gradient(uintptr_t x, int64_t stride_clip, int64_t stride_fram
 
 void attention_forward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintptr_t lse, int64_t lse_head,
                        int64_t num_clips, int64_t tq, int64_t tk, int64_t heads, int64_t width, uintptr_t lengths,
-                       uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads) {
-  const Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
-                        team(threads));
+                       uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads, uintptr_t key_bias) {
+  Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
+                  team(threads));
+  problem.args.key_bias = at<float>(key_bias), problem.args.key_bias_clip = tk;
   call(kernels->attention_forward, problem.args);
 }
 

@@ -51,7 +51,7 @@ def forward(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output o [B, Tq, H, D] and natural log-sum-exp lse [B, H, Tpad] fp32, +inf in its padding."""
-    problem = _problem(q, k, key_lengths)
+    problem = dense_problem(q, k, key_lengths)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = (q.shape[0], q.shape[2], problem.lse_end)
     lse = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -83,7 +83,7 @@ def backward(
     With `deterministic` two passes give the same bits on every run. Without, GPUs whose table has an entry
     for it take one pass, which adds dq up in an fp32 copy of it (attention_one_pass.py).
     """
-    problem = _problem(q, k, key_lengths)
+    problem = dense_problem(q, k, key_lengths)
     if not problem.clips or not problem.heads:
         return
     attention_launch.backward(
@@ -92,7 +92,8 @@ def backward(
     )  # fmt: skip
 
 
-def _problem(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Problem:
+def dense_problem(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Problem:
+    """How the rows of dense q and k belong to clips."""
     clips, queries, heads, width = q.shape
     keys = k.shape[1]
     return Problem(

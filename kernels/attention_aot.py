@@ -18,7 +18,8 @@ from .attention_problem import OP, Config, constexprs, table_configs
 # the small kernels around the one-pass backward
 ROW_KERNELS = {"delta": attention_delta_kernel, "round": attention_round_kernel}
 
-_FP32 = ("lse_ptr", "delta_ptr", "dq_sum")
+_FP32 = ("lse_ptr", "delta_ptr", "dq_sum", "key_bias")
+_UNALIGNED = ("key_bias",)
 _INDICES = ("q_starts", "k_starts", "k_lengths", "tile_list")
 
 
@@ -30,7 +31,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         for arithmetic, widths in _tuned.configs(OP, arch).get(kernel, {}).items():
             for width in widths:
                 for config in table_configs(arch, kernel, arithmetic, int(width)):
-                    for dtype in _dtypes(arithmetic, arch):
+                    for dtype in dtypes(arithmetic, arch):
                         cases.append(
                             config_case(kernel, dtype, arithmetic, int(width), config, arch)
                         )
@@ -41,7 +42,8 @@ def aot_cases(arch: int) -> list[AotCase]:
     return cases
 
 
-def _dtypes(arithmetic: str, arch: int) -> tuple[str, ...]:
+def dtypes(arithmetic: str, arch: int) -> tuple[str, ...]:
+    """Types that a kind of arithmetic is compiled for."""
     if arithmetic != "16bit":
         return ("fp32",)
     return ("fp16", "bf16") if arch >= 80 else ("fp16",)
@@ -62,19 +64,27 @@ def _tile_list_case() -> AotCase:
 
 
 def config_case(
-    kernel: str, dtype: str, arithmetic: str, width: int, config: Config, arch: int
+    kernel: str,
+    dtype: str,
+    arithmetic: str,
+    width: int,
+    config: Config,
+    arch: int,
+    biased: bool = False,
 ) -> AotCase:
     """One configuration of one kernel, whether the table holds it or not."""
     one_pass = kernel == "one_pass"
     fn = attention_one_pass_kernel if one_pass else KERNELS[kernel]
     constants = (one_pass_constexprs if one_pass else constexprs)(config, width, arithmetic)
+    if kernel == "forward" and not biased:
+        constants["key_bias"] = None
     rows = config.block_n if kernel in ("forward", "dq") else config.block_m
     box = f"tensordesc<{dtype}[1, {rows}, 1, {constants['BLOCK_D']}]>"
     signature = _signature(fn.arg_names, constants, dtype, box if config.tma else f"*{dtype}")
     if config.reduce:
         signature["dq_sum"] = f"tensordesc<fp32[{config.block_m}, {constants['BLOCK_D']}]>"
     return AotCase(
-        name=f"{kernel}-{arithmetic if dtype == 'fp32' else dtype}-d{width}-{config.name}",
+        name=f"{'biased-' if biased else ''}{kernel}-{arithmetic if dtype == 'fp32' else dtype}-d{width}-{config.name}",
         fn=fn,
         signature=signature,
         constexprs=constants,
@@ -82,7 +92,8 @@ def config_case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expect=_expected(arithmetic, config, arch),
-        twin=_is_twin(dtype, width, arch),
+        # of the form with a bias, the models' width stands for the others
+        twin=(biased and width != 64) or _is_twin(dtype, width, arch),
     )
 
 
@@ -136,7 +147,7 @@ def _divisible(signature: dict[str, str]) -> tuple[str, ...]:
     return tuple(
         name
         for name, spelled in signature.items()
-        if name.startswith("stride_") or (spelled[0] == "*" and name not in _INDICES)
+        if name.startswith("stride_") or (spelled[0] == "*" and name not in _INDICES + _UNALIGNED)
     )
 
 

@@ -52,6 +52,7 @@ def _fold_keys(
     peak,  # [BLOCK_M] fp32, running maximum in log2 units
     total,  # [BLOCK_M] fp32, running sum
     qk_scale,
+    bias,  # None, or the clip's [n_k] fp32
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,6 +100,12 @@ def _fold_keys(
         q, k, q_base, stride_qt, start_m, n_q, k_base, stride_kt, start, n_k,
         BLOCK_M, BLOCK_N, D, CHUNK, True, MASKED, PRECISION,
     )  # fmt: skip
+    if bias is not None:
+        keys = start + tl.arange(0, BLOCK_N)
+        extra = tl.load(bias + keys, mask=keys < n_k) if MASKED else tl.load(bias + keys)
+        # from here on scores are in units of log2
+        s = s * qk_scale + (extra * LOG2E)[None, :]
+        qk_scale = 1.0
     if MASKED:
         s = tl.where((start + tl.arange(0, BLOCK_N) < n_k)[None, :], s, float("-inf"))
     highest = tl.maximum(peak, tl.max(s, 1) * qk_scale)
@@ -122,7 +129,7 @@ def _fold_keys(
         "clips",
         "pad_end",
     ],
-    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list"],
+    do_not_specialize_on_alignment=["q_starts", "k_starts", "k_lengths", "tile_list", "key_bias"],
 )
 def attention_forward_kernel(
     q_ptr,
@@ -134,6 +141,7 @@ def attention_forward_kernel(
     k_starts,
     k_lengths,  # [B] int32, read when has_lengths
     tile_list,  # [entries, 2] int32, read when packed
+    key_bias,  # None, or [B, Tk] fp32 that is added to the scores of a dense clip's keys
     stride_qb: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -190,19 +198,22 @@ def attention_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     qk_scale = scale * LOG2E
+    bias = key_bias
+    if key_bias is not None:
+        bias = key_bias + clip.to(tl.int64) * k_length
     whole = (n_k // BLOCK_N) * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         acc, peak, total = _fold_keys(
             q, q_base, stride_qt, start_m, n_q,
             k_source, k_base, stride_kt, v_source, v_base, stride_vt, box, k_first, head, start, n_k,
-            acc, peak, total, qk_scale,
+            acc, peak, total, qk_scale, bias,
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, False,
         )  # fmt: skip
     if whole < n_k:
         acc, peak, total = _fold_keys(
             q, q_base, stride_qt, start_m, n_q,
             k_source, k_base, stride_kt, v_source, v_base, stride_vt, box, k_first, head, whole, n_k,
-            acc, peak, total, qk_scale,
+            acc, peak, total, qk_scale, bias,
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, True,
         )  # fmt: skip
 

@@ -72,8 +72,13 @@ def forward(
     scale: float,
     allow_tf32: bool,
     config: Config | None = None,
+    key_bias: Tensor | None = None,
 ) -> None:
-    """Write o and lse; `config` replaces the choice from the table."""
+    """Write o and lse; `config` replaces the choice from the table.
+
+    `key_bias`, [B, Tk] float32 and contiguous, is added to the scores of dense clips: without it the
+    kernel has no such argument.
+    """
     q, scale = rising(q, scale)
     q, k, v = aligned(q), aligned(k), aligned(v)
     capability = _tuned.capability(q.device)
@@ -96,6 +101,7 @@ def forward(
             lse,
             *clip_arguments(problem, lse),
             grid.tile_list,
+            key_bias,
             *strides(q),
             *strides(k),
             *strides(v),

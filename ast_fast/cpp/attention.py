@@ -52,8 +52,9 @@ def forward(
     scale: float,
     key_lengths: Tensor | None,  # [B]
     allow_tf32: bool = False,
+    key_bias: Tensor | None = None,  # [B, Tk] float32
 ) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
-    """Return o and the natural log-sum-exp, its padding +inf."""
+    """Return o and the natural log-sum-exp, its padding +inf; `key_bias` is added to the scores."""
     clips, tq, heads, width = q.shape
     columns = -(-tq // LSE_BLOCK) * LSE_BLOCK
     o = torch.empty((clips, tq, heads, width), dtype=q.dtype)
@@ -62,6 +63,7 @@ def forward(
     if o.numel():
         q, scale, _ = positive(q, scale)
         q, k, v, lengths = dense(q), dense(k), dense(v), _lengths(key_lengths)
+        key_bias = None if key_bias is None else key_bias.contiguous()
         _C.attention_forward(
             view(q),
             view(k),
@@ -80,6 +82,7 @@ def forward(
             scale,
             CODES[q.dtype],
             threads(),
+            0 if key_bias is None else key_bias.data_ptr(),
         )
     return o, lse
 

@@ -66,6 +66,7 @@ def forward(
             scale,
             CODES[q.dtype],
             threads(),
+            0,
         )
     return o, lse
 

@@ -37,6 +37,7 @@ class OpCase:
         oracle: the reference op.
         kinds: budget of each output by name, and of each gradient by "d" + input name.
         precision: of the budgets, where it is not that of the dtype.
+        inference: an op without a gradient of its own: only its outputs are compared.
     """
 
     op: str
@@ -47,6 +48,7 @@ class OpCase:
     oracle: Function
     kinds: Mapping[str, Kind]
     precision: Precision | None = None
+    inference: bool = False
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -238,6 +240,33 @@ def attention(
     )
 
 
+def attention_biased(clips: int, tokens: int, heads: int, head_dim: int = 64) -> OpCase:
+    """Attention to tokens that stand for up to fifty others, without gradients."""
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        shape = (clips, tokens, heads, head_dim)
+        tensors = {name: normal(generator, *shape) for name in ("q", "k", "v")}
+        sizes = torch.randint(1, 50, (clips, tokens), generator=generator)
+        # numbers that every dtype holds: the bias itself is never rounded to 16 bits
+        return tensors | {"bias": (sizes.double().log() * 16).round() / 16}
+
+    scale = head_dim**-0.5
+    return OpCase(
+        op="attention_biased",
+        shape=f"{clips}x{tokens}x{heads}x{head_dim}",
+        inputs=inputs,
+        ours=torch.no_grad()(
+            lambda t: {"o": ops.attention_biased(t["q"], t["k"], t["v"], t["bias"])}
+        ),
+        plain=lambda t: {"o": plain.attention(t["q"], t["k"], t["v"], key_bias=t["bias"])},
+        oracle=lambda t: {
+            "o": reference.ops.attention(t["q"], t["k"], t["v"], scale, None, t["bias"])[0]
+        },
+        kinds={"o": "attention"},
+        inference=True,
+    )
+
+
 def attention_qkv(clips: int, tokens: int, heads: int, head_dim: int = 64) -> OpCase:
     """Attention on the output of a fused projection, with scores up to about 10."""
 
@@ -346,6 +375,7 @@ def op_cases(full: bool) -> Iterator[OpCase]:
     yield patch_embed(2, 96, 192, (32, 32), (32, 32))
     for head_dim in (32, 64, 96, 128):
         yield attention(2, 257 if full else 129, 2, head_dim)
+        yield attention_biased(2, 257 if full else 129, 2, head_dim)
     heads = 12 if full else 2
     yield attention(3, 602 if full else 146, heads, lengths=[602, 331, 1] if full else [146, 77, 1])
     yield attention_varlen([1214, 602, 146, 1] if full else [146, 74, 1], heads)

@@ -179,16 +179,17 @@ class EquivalenceMonitor:
         model, autocast = self._model, self._current_autocast(inputs.device)
         precision = _precision(model, inputs.device, autocast, gradients)
         oracle_dtype = getattr(torch, self.config.dtype)
+        fewer = whole.fewer_tokens(model, inputs, lengths, autocast, gradients)
         with tf32(False):
             oracle, upstream = whole.run_oracle(
-                model, inputs, lengths, loss_fn, oracle_dtype, gradients
+                model, inputs, lengths, loss_fn, oracle_dtype, gradients, fewer
             )
         fast = whole.run_fast(self._call, inputs, lengths, loss_fn, upstream, autocast)
         logits, gradient = _errors(fast, oracle)
         allowed = _allowed(precision, gradients, None, None)
         torch_ran = not (allowed[0].admits(logits) and allowed[1].admits(gradient))
         if torch_ran:
-            plain = whole.run_plain(model, inputs, lengths, loss_fn, upstream, autocast)
+            plain = whole.run_plain(model, inputs, lengths, loss_fn, upstream, autocast, fewer)
             plain_logits, plain_gradient = _errors(plain, oracle)
             allowed = _allowed(precision, gradients, plain_logits, plain_gradient)
         loss_error = loss_budget = None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._optional import optional_import
+from ..reference.tokens import MergePlan, merge
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -50,9 +51,10 @@ def attention(
     k: Tensor,  # [B, Tk, H, D]
     v: Tensor,  # [B, Tk, H, D]
     key_lengths: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:  # [B, Tq, H, D]
-    """Scaled dot product attention; a boolean mask where clips differ in length."""
-    mask = None
+    """Scaled dot product attention; a mask where clips differ in length or keys have a bias."""
+    mask = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
     if key_lengths is not None:
         valid = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
         mask = valid[:, None, None, :]
@@ -104,6 +106,8 @@ def ast_logits(
     eps: float = 1e-6,
     head_eps: float = 1e-5,
     linear: Linear = F.linear,
+    kept: Tensor | None = None,
+    plans: Mapping[int, MergePlan] | None = None,
 ) -> Tensor:  # [B, label_dim]
     """Logits of an AST from its state dict (the original's keys).
 
@@ -115,6 +119,8 @@ def ast_logits(
         eps: of the LayerNorms in the body.
         head_eps: of the head's LayerNorm.
         linear: computes the blocks' linear layers.
+        kept: [K] patches to run on, all by default.
+        plans: which tokens the blocks merge, by the block's number; none by default.
     """
     names = [name for name in ("v.cls_token", "v.dist_token") if name in weights]
     prefix = torch.cat([weights[name] for name in names], dim=1)[0]
@@ -126,14 +132,21 @@ def ast_logits(
         prefix,
         *strides,
     )
+    if kept is not None:
+        tokens = torch.cat((tokens[:, : len(names)], tokens[:, len(names) :][:, kept]), dim=1)
+    sizes: Tensor | None = None
     depth = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("v.blocks."))
     for index in range(depth):
         block = f"v.blocks.{index}."
         normal = _norm(tokens, weights, block + "norm1", eps)
         qkv = _linear(normal, weights, block + "attn.qkv", linear)
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-        mixed = attention(q, k, v).flatten(2)
+        bias = None if sizes is None else sizes.log()
+        mixed = attention(q, k, v, key_bias=bias).flatten(2)
         tokens = tokens + _linear(mixed, weights, block + "attn.proj", linear)
+        if plans is not None and index in plans:
+            sizes = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes
+            tokens, sizes = merge(tokens, sizes, plans[index], len(names))
         normal = _norm(tokens, weights, block + "norm2", eps)
         hidden = F.gelu(_linear(normal, weights, block + "mlp.fc1", linear))
         tokens = tokens + _linear(hidden, weights, block + "mlp.fc2", linear)

@@ -82,20 +82,25 @@ def model_rows(
     shape = "x".join(map(str, inputs.shape))
     ran, note = _ran(device, dtype, backend)
     autocast = None if dtype == torch.float32 else dtype
+    with tf32(allow_tf32):
+        fewer = _fewer(fast_model, inputs, autocast, ran, True)
     with tf32(False):
-        oracle, upstream = whole.run_oracle(fast_model, inputs, None, None, torch.float64, True)
+        oracle, upstream = whole.run_oracle(
+            fast_model, inputs, None, None, torch.float64, True, fewer
+        )
     with tf32(allow_tf32):
         fast, ran, note = _run_fast(fast_model, inputs, upstream, autocast, ran, note)
-        simple = whole.run_plain(fast_model, inputs, None, None, upstream, autocast)
+        simple = whole.run_plain(fast_model, inputs, None, None, upstream, autocast, fewer)
     label = precision if autocast is None or precision == "fp8" else f"autocast {precision}"
     rows = _rows(name, shape, label, precision, ran, fast, simple, oracle, note)
     if autocast is None or precision == "fp8":
         return rows
     # pure 16-bit inference, parameters included
     narrow, x = fast_model.to(dtype), inputs.to(dtype)
-    oracle, _ = whole.run_oracle(narrow, x, None, None, torch.float64, False)
+    fewer = _fewer(narrow, x, None, ran, False)
+    oracle, _ = whole.run_oracle(narrow, x, None, None, torch.float64, False, fewer)
     fast, ran, note = _run_fast(narrow, x, None, None, ran, note)
-    simple = whole.run_plain(narrow, x, None, None, None, None)
+    simple = whole.run_plain(narrow, x, None, None, None, None, fewer)
     return rows + _rows(name, shape, precision, precision, ran, fast, simple, oracle, note)
 
 
@@ -107,6 +112,19 @@ def _ran(device: torch.device, dtype: torch.dtype, backend: str) -> tuple[str, s
     if reason is None:
         return native, ""
     return "reference", f"models ran in plain PyTorch: {reason}"
+
+
+def _fewer(
+    model: nn.Module, inputs: Tensor, autocast: torch.dtype | None, backend: str, gradients: bool
+) -> whole.FewerTokens:
+    """What the fast pass leaves out or merges, on the backends that it will run on."""
+    inner = whole.unwrap(model)
+    try:
+        with backends.use_backend(backend):
+            return whole.fewer_tokens(inner, inputs, None, autocast, gradients)
+    except backends.BackendUnavailableError:
+        with backends.use_backend("auto"):
+            return whole.fewer_tokens(inner, inputs, None, autocast, gradients)
 
 
 def _run_fast(

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import backend, reference
 from ..frontend import log_mel_features
+from ..reference.tokens import MergePlan
 from . import plain, plain_fp8
 
 if TYPE_CHECKING:
@@ -74,6 +75,57 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+class FewerTokens(NamedTuple):
+    """What a model leaves out or merges in one call, for those that must compute the same.
+
+    Attributes:
+        kept: patches that patchout keeps, in train mode.
+        plans: which tokens are merged, in eval mode. They are the fast model's own: where two pairs are
+            equally similar but for rounding, another precision would merge another pair, and a
+            difference of logits would say nothing about arithmetic.
+    """
+
+    kept: Tensor | None = None
+    plans: dict[int, MergePlan] | None = None
+
+
+ALL_TOKENS = FewerTokens()
+
+
+def fewer_tokens(
+    model: ASTModel,
+    inputs: Tensor,
+    lengths: Tensor | None,
+    autocast_dtype: torch.dtype | None,
+    gradients: bool,
+) -> FewerTokens:
+    """What the next call of the fast model leaves out or merges."""
+    if model.training:
+        return FewerTokens(kept=None if model.patchout is None else model.patchout.kept())
+    if model.v.merging is None:
+        return ALL_TOKENS
+    device = next(model.parameters()).device
+    if inputs.dim() != 3:
+        inputs = log_mel_features(inputs, model.frontend_config, lengths).to(
+            model.v.pos_embed.dtype
+        )
+    # with gradients attention takes another path, whose rounding may tip a match
+    with torch.set_grad_enabled(gradients), autocasting(device, autocast_dtype):
+        return FewerTokens(plans=model.merged_tokens(inputs).plans)
+
+
+@contextlib.contextmanager
+def kept_patchout(model: ASTModel) -> Iterator[None]:
+    """The next draw of patchout as before, whatever happens inside."""
+    patchout = model.patchout
+    step = None if patchout is None else patchout.step.clone()
+    try:
+        yield
+    finally:
+        if patchout is not None and step is not None:
+            patchout.step.copy_(step)
+
+
 def oracle_features(
     model: ASTModel, inputs: Tensor, lengths: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -113,6 +165,7 @@ def run_oracle(
     loss_fn: LossFunction | None,
     dtype: torch.dtype,
     gradients: bool,
+    fewer: FewerTokens = ALL_TOKENS,
 ) -> tuple[Outcome, Tensor | None]:
     """The reference model with the same weights, and the gradient at the logits that all sides get."""
     device = next(model.parameters()).device
@@ -121,6 +174,8 @@ def run_oracle(
             device
         ):  # its own initialisation draws, before weights are copied in
             twin = reference.ASTModel.from_model(model, dtype)
+        twin.kept_patches, twin.merge_plans = fewer.kept, fewer.plans
+        twin.merging = model.v.merging if fewer.plans is not None else None
         wanted = set(trainable(model)) if gradients else set()
         parameters = {n: p.requires_grad_(n in wanted) for n, p in twin.named_parameters()}
         logits = twin(oracle_features(model, inputs, lengths, dtype))
@@ -151,7 +206,7 @@ def run_fast(
     model = unwrap(call)
     device = next(model.parameters()).device
     with torch.set_grad_enabled(upstream is not None):
-        with autocasting(device, autocast_dtype):
+        with autocasting(device, autocast_dtype), kept_patchout(model):
             logits = call(inputs) if inputs.dim() == 3 else model.forward_waveform(inputs, lengths)
         return _outcome(logits, loss_fn, trainable(model), upstream)
 
@@ -163,6 +218,7 @@ def run_plain(
     loss_fn: LossFunction | None,
     upstream: Tensor | None,
     autocast_dtype: torch.dtype | None,
+    fewer: FewerTokens = ALL_TOKENS,
 ) -> Outcome:
     """Plain PyTorch with the model's own weights, dtype and autocast.
 
@@ -184,5 +240,7 @@ def run_plain(
                 eps=config.eps,
                 head_eps=config.head_eps,
                 linear=plain_fp8.linear if runs_fp8(model) else F.linear,
+                kept=fewer.kept,
+                plans=fewer.plans,
             )
         return _outcome(logits, loss_fn, trainable(model), upstream)

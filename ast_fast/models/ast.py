@@ -22,9 +22,10 @@ from ..layers_fp8 import ModelPrecision, set_precision
 from ..positions import trunc_normal_
 from . import pretrained
 from .registry import register_model
+from .token_options import TokenOptions
 
 
-class ASTModel(nn.Module):
+class ASTModel(TokenOptions):
     """Audio Spectrogram Transformer: `[B, S, F]` normalised log-mel to logits `[B, label_dim]`.
 
     The positional arguments are the original's, with its defaults. Unlike the original, forward

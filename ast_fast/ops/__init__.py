@@ -3,6 +3,7 @@
 from ..attention_mask import AttentionMask
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
+from .attention_biased import attention_biased
 from .attention_masked import attention_masked
 from .attention_varlen import attention_varlen
 from .layer_norm import layer_norm
@@ -19,6 +20,7 @@ __all__ = [
     "add_norm_linear_fp8",
     "add_norm_mlp_fp8",
     "attention",
+    "attention_biased",
     "attention_masked",
     "attention_qkv",
     "attention_varlen",

@@ -7,12 +7,14 @@ Dimensions: B clips, S frames, F mel bins, T tokens, H heads, D head width, C wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, tokens
+from .tokens import MergePlan
 
 
 class _Norm(nn.Module):
@@ -33,14 +35,21 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         b, tokens, dim = x.shape
         width = dim // self.num_heads
         q, k, v = (
             part.reshape(b, tokens, self.num_heads, width) for part in self.qkv(x).split(dim, -1)
         )
-        o = ops.attention(q, k, v, width**-0.5)[0]
+        bias = None if sizes is None else sizes.log()
+        o = ops.attention(q, k, v, width**-0.5, None, bias)[0]
         return self.proj(o.reshape(b, tokens, dim))
+
+    def mean_keys(self, x: Tensor) -> Tensor:
+        """Keys of normalised tokens, averaged over heads [B, T, D]."""
+        b, tokens, dim = x.shape
+        keys = self.qkv(x)[:, :, dim : 2 * dim]
+        return keys.reshape(b, tokens, self.num_heads, -1).mean(2)
 
 
 class _Mlp(nn.Module):
@@ -64,6 +73,17 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def merging(
+        self, x: Tensor, sizes: Tensor, r: int, num_prefix: int, plan: MergePlan | None
+    ) -> tuple[Tensor, Tensor]:
+        """The block with r tokens merged between attention and MLP."""
+        normed = self.norm1(x)
+        x = x + self.attn(normed, sizes)
+        if r:
+            plan = plan or tokens.match(self.attn.mean_keys(normed), r, num_prefix)
+            x, sizes = tokens.merge(x, sizes, plan, num_prefix)
+        return x + self.mlp(self.norm2(x)), sizes
 
 
 class _PatchEmbed(nn.Module):
@@ -119,7 +139,17 @@ class ASTModel(nn.Module):
         eps: of the LayerNorms in blocks and of the final one.
         head_eps: of the LayerNorm in the head.
         dead_heads: carry the unused image heads of original checkpoints.
+
+    Attributes:
+        kept_patches: [K] patches that `forward` runs on, if not on all: patchout with a draw that is
+            given.
+        merging: tokens to merge in each block, if any.
+        merge_plans: merge by these, block by block, instead of matching.
     """
+
+    kept_patches: Tensor | None = None
+    merging: Sequence[int] | None = None
+    merge_plans: Mapping[int, MergePlan] | None = None
 
     def __init__(
         self,
@@ -175,7 +205,7 @@ class ASTModel(nn.Module):
         return twin.train(model.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens after the final norm [B, T, C]."""
+        """Tokens after the final norm [B, T, C]: those kept, merged ones as they are."""
         v = self.v
         prefix = v.cls_token[0]
         if self.num_prefix_tokens == 2:
@@ -183,8 +213,18 @@ class ASTModel(nn.Module):
         proj = v.patch_embed.proj
         assert proj.bias is not None
         x = ops.patch_embed(x, proj.weight, proj.bias, v.pos_embed[0], prefix, *self.stride)
-        for block in v.blocks:
-            x = block(x)
+        if self.kept_patches is not None:
+            p = self.num_prefix_tokens
+            x = torch.cat((x[:, :p], x[:, p:][:, self.kept_patches]), dim=1)
+        sizes = x.new_ones(x.shape[:2])
+        blocks: list[Any] = list(v.blocks)
+        for index, block in enumerate(blocks):
+            if self.merging is None:
+                x = block(x)
+                continue
+            plan = None if self.merge_plans is None else self.merge_plans.get(index)
+            r = min(self.merging[index], (x.shape[1] - self.num_prefix_tokens) // 2)
+            x, sizes = block.merging(x, sizes, r, self.num_prefix_tokens, plan)
         return v.norm(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -100,19 +100,20 @@ def attention(
     v: Tensor,  # [B, Tk, H, D]
     scale: float,
     key_lengths: Tensor | None = None,  # [B]
+    key_bias: Tensor | None = None,  # [B, Tk]
 ) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
     """Softmax attention with an optional number of valid keys per clip; returns o and log-sum-exp.
 
     Keys beyond `key_lengths` are ignored even where they hold NaN; a clip without keys gives 0.
-    The log-sum-exp is natural, float32 or wider, padded to a multiple of 128 rows with +inf.
+    `key_bias` is added to the scores of each clip's keys. The log-sum-exp is natural, float32 or wider, padded to a multiple of 128 rows with +inf.
     """
     if key_lengths is None:
-        return _attention(q, k, v, scale, None)
+        return _attention(q, k, v, scale, None, key_bias)
     index = torch.arange(k.shape[1], device=k.device)
     valid = index < key_lengths.to(k.device)[:, None]  # [B, Tk]
     k = torch.where(valid[:, :, None, None], k, torch.zeros_like(k))
     v = torch.where(valid[:, :, None, None], v, torch.zeros_like(v))
-    return _attention(q, k, v, scale, ~valid[:, None, None, :])
+    return _attention(q, k, v, scale, ~valid[:, None, None, :], key_bias)
 
 
 def attention_masked(
@@ -140,10 +141,13 @@ def _attention(
     v: Tensor,
     scale: float,
     hidden: Tensor | None,  # broadcasts to [B, H, Tq, Tk]
+    key_bias: Tensor | None = None,  # [B, Tk]
 ) -> tuple[Tensor, Tensor]:
     stats = _statistics_dtype(q.dtype)
     # 16-bit scores would cost a tenth of a percent of every probability: no fused attention has them
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(stats), k.to(stats)) * scale
+    if key_bias is not None:
+        scores = scores + key_bias.to(stats)[:, None, None, :]
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     lse = (

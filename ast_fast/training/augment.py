@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,24 @@ def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSee
     """
     earlier = (indices[:, None] == indices).tril(-1).sum(1)
     return ClipSeeds(seed, step, indices + num_clips * earlier)
+
+
+def set_patchout(model: Any, settings: AugmentConfig, seed: int) -> None:
+    """Switch on the patchout that is asked for; a model's own stays if none is.
+
+    Raises:
+        ValueError: it leaves no patch.
+    """
+    dropped = (settings.patchout_time, settings.patchout_frequency, settings.patchout_patches)
+    if any(dropped):
+        model.set_patchout(*dropped, seed=seed)
+
+
+def seek_patchout(model: Any, step: int) -> None:
+    """Make the draw that follows that of a step, so that a resumed run repeats it."""
+    patchout = getattr(model, "patchout", None)
+    if patchout is not None:
+        patchout.seek(step)
 
 
 def augment_waveforms(

@@ -29,7 +29,14 @@ from ..data.shard_sampler import sampler_for
 from ..data.transfer import Fed
 from ..frontend import log_mel_features
 from ..hub import CheckpointError, read_weights
-from .augment import augment_features, augment_waveforms, clip_seeds, mixup
+from .augment import (
+    augment_features,
+    augment_waveforms,
+    clip_seeds,
+    mixup,
+    seek_patchout,
+    set_patchout,
+)
 from .checkpoints import CheckpointStore
 from .errors import NonFiniteLossError, TrainingError, TrainingInterrupted
 from .evaluation import Evaluation, evaluate
@@ -113,6 +120,7 @@ class Trainer:
         self.model: Any = _with_problem_type(model, self.multi_label)
         if config.precision == "fp8":
             self.model.set_precision("fp8")
+        set_patchout(model, config.augment, config.seed)
         self._sampler = sampler_for(
             train_set,
             config.batch_size,
@@ -322,6 +330,7 @@ class Trainer:
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
         config, batch = self.config, fed.batch
         features, targets = fed.features
+        seek_patchout(self.model, self.step)
         rate = config.lr * rate_factor(
             self.step, self.total_steps, config.warmup_steps, config.schedule
         )

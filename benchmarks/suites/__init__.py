@@ -17,6 +17,7 @@ SUITES = (
     "path",
     "patch_embed",
     "decisions",
+    "tokens",
 )
 
 

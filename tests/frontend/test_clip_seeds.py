@@ -224,3 +224,21 @@ def test_no_clips_and_wrong_clips():
         random_gain(torch.zeros(3, 5), generator=seeds([1, 2]))
     with pytest.raises(ValueError, match=r"clips has shape \(2,\) and torch.float32"):
         ClipSeeds(0, 0, torch.zeros(2))
+
+
+def test_counted_bits_are_those_of_the_published_mixing_in_integers():
+    from ast_fast.seeding import counted_bits, draw_numbers, stream_key
+
+    word, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mixed(value):
+        value &= word
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & word
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & word
+        return value ^ (value >> 31)
+
+    key, step = stream_key(7, "rows"), 12
+    bits = counted_bits(key, torch.tensor([step]), draw_numbers(4))
+    start = mixed(mixed(step * golden) ^ (key & word))
+    assert [b & word for b in bits.tolist()] == [mixed(start + i * golden) for i in range(1, 5)]
+    assert stream_key(7, "rows") != stream_key(8, "rows") != stream_key(8, "columns")

@@ -31,7 +31,17 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("ops", "data", "activations", "graphs"),
-    ("layers", "layers_fp8", "optimized", "augment", "frontend", "resample", "hub"),
+    (
+        "layers",
+        "layers_fp8",
+        "patchout",
+        "token_merging",
+        "optimized",
+        "augment",
+        "frontend",
+        "resample",
+        "hub",
+    ),
     ("models",),
     ("equivalence",),
     ("testing",),

@@ -194,6 +194,11 @@ def _fp8(model, x):
     return model(x)
 
 
+def _merging(model, x):
+    model.set_token_merging(2)
+    return model(x)
+
+
 def _wide(model, x):
     return model.double()(x.double())
 
@@ -208,6 +213,7 @@ def _wide(model, x):
         (_reference, "reference"),
         (_wide, "float64"),
         (_fp8, "FP8"),
+        (_merging, "merged"),
     ],
 )
 def test_what_the_chain_does_not_cover_runs_the_usual_way_and_says_so_once(run, reason, caplog):
