@@ -21,7 +21,11 @@ from .timing import Limits
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    made.add_argument("--suite", default="all", help=f"all, or some of {', '.join(suites.SUITES)}")
+    made.add_argument(
+        "--suite",
+        default="all",
+        help=f"all, or some of {', '.join((*suites.SUITES, *suites.EXTRA))}",
+    )
     made.add_argument("--peers", help=f"all, none, or some of {', '.join(peers.PEERS)}")
     made.add_argument("--json", type=Path, metavar="FILE", help="one file for all suites")
     made.add_argument("--out", type=Path, default=record.RESULTS, help="folder of result files")
@@ -146,6 +150,8 @@ def execute(chosen: Sequence[str], settings: Settings, options: argparse.Namespa
                 combined.write(options.json)
             elif not settings.quick:
                 file.write(path)
+    if len(combined.rows) > 1:
+        print(f"\n{table.summary(combined.rows)}")
     return 0 if good else 1
 
 

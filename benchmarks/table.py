@@ -22,6 +22,26 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join(shown)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """One line a case and peer: what, our time, and how many times faster ours is."""
+    lines = []
+    ours: Row | None = None
+    for row in rows:
+        shape = " ".join(f"{key}={value}" for key, value in row.shape.items())
+        what = f"{row.case} {shape} {row.dtype}" + (" (graph)" if row.clock == "graph" else "")
+        if row.provider.startswith("ast_fast"):
+            ours = row
+        elif ours is not None and ours.ms is not None and row.ratio is not None:
+            ratio = f"{row.ratio['p50']:.2f}x ({row.ratio['p20']:.2f}-{row.ratio['p80']:.2f})"
+            lines.append((what, duration(ours.ms["p50"]), row.provider, ratio))
+    head = ("what", "ours", "than", "ours is faster by")
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(4)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *lines]
+    )
+
+
 def duration(ms: float) -> str:
     """Three digits and a unit."""
     if ms >= 1000:

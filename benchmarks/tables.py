@@ -46,6 +46,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-frontend-baseline": ("cpu", ("frontend",), _FRONT_ENDS),
     "cpu-path": ("cpu", ("path",), ("soundfile", "soundfile+torchaudio", "torchaudio")),
     "cpu-models": ("cpu", ("inference", "training"), _MODELS),
+    "cpu-headline": (
+        "cpu",
+        ("headline",),
+        (*_MODELS, "transformers-amp", "torch", "all-tokens"),
+    ),
     "cpu-attention": (
         "cpu",
         ("attention",),
@@ -59,6 +64,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         "cuda",
         ("attention",),
         ("sdpa", "sdpa-flash", "sdpa-padded", "varlen", "unmasked", "flex"),
+    ),
+    "gpu-headline": (
+        "cuda",
+        ("headline",),
+        (*_MODELS, "transformers-amp", "torch", "all-tokens", "graph", "fp8", "original"),
     ),
     "gpu-models": ("cuda", ("inference", "training"), ("transformers", "torch", "torch-compile")),
     "gpu-frontend": ("cuda", ("frontend",), ("torch", "torchaudio")),

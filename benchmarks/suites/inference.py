@@ -19,9 +19,8 @@ from ..models import (
     with_timm,
     with_transformers,
 )
-from ..peers import compiled, compiled_parts, feature_extractor, need, torchaudio_fbank
+from ..peers import compiled, compiled_parts, need
 from ..runtimes import RUNTIMES
-from .frontend import RATE, waves
 
 Build = Callable[[str, int, int, State], nn.Module]
 
@@ -147,7 +146,7 @@ def _spectrograms(
     return make
 
 
-def _oracle(size: str, frames: int, settings: Settings, dtype: str):  # type: ignore[no-untyped-def]
+def oracle_of(size: str, frames: int, settings: Settings, dtype: str):  # type: ignore[no-untyped-def]
     def compute(inputs: Inputs) -> tuple[Tensor]:
         depth = gate_depth(settings)
         # the weights as this dtype rounds them: what is measured is arithmetic, not storage
@@ -172,9 +171,10 @@ def cases(settings: Settings) -> Iterator[Case]:
                 continue
             yield _features(settings, size, frames, clips, dtype, everyone)
         if not settings.tiny and dtype in DTYPES:
-            size = "base" if settings.cuda else "tiny"
-            for clips in [32, 1] if settings.cuda else [1]:
-                yield _waveforms(settings, size, clips, dtype)
+            # imported late: it builds on this file
+            from . import waveforms
+
+            yield from waveforms.cases(settings, dtype)
 
 
 def _features(
@@ -210,7 +210,7 @@ def _features(
         dtype=dtype,
         outputs=("logits",),
         make_inputs=_spectrograms(settings, frames, clips, dtype),
-        oracle=_oracle(size, frames, settings, dtype),
+        oracle=oracle_of(size, frames, settings, dtype),
         candidates=(make(settings.ours, packed(settings, dtype)), *peers),
         kinds=("logits",),
         clips=clips,
@@ -233,75 +233,8 @@ def _bytes(settings: Settings, size: str, frames: int, clips: int, everyone: boo
         dtype="int8",
         outputs=("logits",),
         make_inputs=_spectrograms(settings, frames, clips, "int8"),
-        oracle=_oracle(size, frames, settings, "int8"),
+        oracle=oracle_of(size, frames, settings, "int8"),
         candidates=(own, *(_exported(name, settings, size, frames) for name in names)),
-        kinds=("logits",),
-        clips=clips,
-        flops=clips * forward_flops(size, frames, depth_of(settings)),
-    )
-
-
-def _waveforms(settings: Settings, size: str, clips: int, dtype: str) -> Case:
-    """10 s of sound at 16 kHz, padded to 1024 frames."""
-    frames = 1024
-    cast = DTYPES[dtype]
-
-    def entry(
-        name: str, build: Build, features: Callable[[], Callable[[Tensor], Tensor]]
-    ) -> Candidate:
-        def runner(depth: int, inputs: list[Inputs]) -> Run:
-            network = on(build(size, frames, depth, weights(size, frames, depth)), settings, dtype)
-            network.eval()
-            extract = features()
-
-            def run(index: int) -> tuple[Tensor]:
-                with torch.no_grad():
-                    wave = inputs[index % len(inputs)]["wave"]
-                    if name == settings.ours:
-                        return (network.forward_waveform(wave),)
-                    return (network(extract(wave).to(cast)),)
-
-            return run
-
-        return Candidate(
-            name,
-            lambda inputs: runner(depth_of(settings), inputs),
-            yardstick=name == "torch",
-            prepare_gate=lambda given: runner(gate_depth(settings), [given]),
-        )
-
-    def torch_features() -> Callable[[Tensor], Tensor]:
-        fbank = torchaudio_fbank()
-        mean, std = need("ast_fast.config").NORMALISATION["audioset"]
-
-        def run(wave: Tensor) -> Tensor:
-            raw = fbank(wave)
-            padded = torch.nn.functional.pad(raw, (0, 0, 0, frames - raw.shape[1]))
-            return (padded - mean) / (2 * std)
-
-        return run
-
-    def oracle_of(inputs: Inputs) -> tuple[Tensor]:
-        mel = need("ast_fast.reference.mel").mel_tables()
-        mean, std = need("ast_fast.config").NORMALISATION["audioset"]
-        wave = inputs["wave"][:1].cpu().double()
-        x = need("ast_fast.reference.ops").log_mel(wave, None, mel, frames, mean, std)
-        return _oracle(size, frames, settings, dtype)({"x": x.to(settings.device)})
-
-    return Case(
-        suite="inference",
-        name=f"{size}_waveform",
-        mode="forward",
-        shape={"B": clips, "N": 10 * RATE},
-        dtype=dtype,
-        outputs=("logits",),
-        make_inputs=waves(clips, 10.0, settings.device, torch.float32),
-        oracle=oracle_of,
-        candidates=(
-            entry(settings.ours, packed(settings, dtype), lambda: lambda wave: wave),
-            entry("torch", plain, torch_features),
-            entry("transformers", with_transformers("sdpa"), feature_extractor),
-        ),
         kinds=("logits",),
         clips=clips,
         flops=clips * forward_flops(size, frames, depth_of(settings)),

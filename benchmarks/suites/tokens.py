@@ -22,6 +22,7 @@ from .inference import depth_of, gate_depth, on
 
 PATCHOUT = (40, 4)  # PaSST's setting for AudioSet: time columns, frequency rows
 MERGED = (8, 16, 32)  # tokens a block
+MERGED_SHORT = (2, 4, 8)  # where there are few
 
 
 def flops(size: str, counts: Sequence[tuple[int, int]], patches: int) -> float:
@@ -256,7 +257,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         for size, frames, clips in steps:
             yield _step(settings, size, frames, clips, training)
         for size, frames, clips in forwards:
-            for r in MERGED[:1] if settings.quick or settings.tiny else MERGED:
+            several = MERGED if frames > 512 else MERGED_SHORT
+            for r in several[:1] if settings.quick or settings.tiny else several:
                 yield _forward(settings, size, frames, clips, dtype, r)
 
 
