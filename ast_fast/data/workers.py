@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import mmap
 import os
 import pickle
@@ -68,6 +69,7 @@ class Slot:
     number: int
     handle: int
     num_bytes: int = 0  # that its pages take
+    used: int | None = None  # of those, what is wanted still; None while a worker writes
 
 
 @dataclasses.dataclass(slots=True)
@@ -277,6 +279,7 @@ class ProcessWorkers:
 
     def _give(self, worker: _Worker, task: _Task) -> None:
         worker.tasks.append(task)
+        task.slot.used = None
         fresh = task.slot.number not in worker.slots
         worker.slots.add(task.slot.number)
         # a worker that is dead already is noticed, and replaced, when its pipe is read
@@ -289,7 +292,7 @@ class ProcessWorkers:
         task = worker.tasks.popleft()
         assert task.number == number, "workers answer in order"
         entries, used, error = pickle.loads(reply)
-        task.slot.num_bytes = max(task.slot.num_bytes, used)
+        task.slot.num_bytes, task.slot.used = max(task.slot.num_bytes, used), used
         self._trim()
         self.peak_bytes = max(self.peak_bytes, self._stored_bytes())
         if number in self._dropped:
@@ -313,18 +316,23 @@ class ProcessWorkers:
         return sum(slot.num_bytes for slot in self._slots)
 
     def _recycle(self, slot: Slot) -> None:
+        slot.used = 0
         self._free.append(slot)
         self._trim()
 
     def _trim(self) -> None:
-        """Empty files that are free: each keeps the pages of the largest task it ever served."""
+        """Give pages back that nobody wants: a file keeps those of the largest task it ever served."""
         excess = self._stored_bytes() - self._max_bytes
-        for slot in self._free:  # the last one is the next to be used
+        # the free file given back last is the next to be used; those that hold clips keep these
+        held = (slot for slot in self._slots if slot.used)
+        for slot in itertools.chain(self._free, held):
             if excess <= 0:
                 return
-            os.ftruncate(slot.handle, 0)
-            excess -= slot.num_bytes
-            slot.num_bytes = 0
+            kept = slot.used or 0
+            if kept < slot.num_bytes:
+                os.ftruncate(slot.handle, kept)
+                excess -= slot.num_bytes - kept
+                slot.num_bytes = kept
 
 
 def _unpacked(entry: Any, handle: int) -> Waveform | Skip:

@@ -108,6 +108,9 @@ def op_calls(backend, dtype):
             registry.attention_masked_backward,
             (do.detach(), *saved, o, lse, *options),
         )
+        bias = rand(*saved[1].shape[:2], dtype=torch.float32).detach()
+        args = (*saved, bias, 0.2, False, backend)
+        yield f"attention_biased {variant}", registry.attention_biased, args
     for variant, prefix in enumerate((0, 1, 2)):
         x, w = rand(2, 36, 16, dtype=dtype), rand(8, 1, 16, 16, seed=1, dtype=dtype)
         pos, tokens = rand(prefix + 3, 8, seed=2, dtype=dtype), rand(prefix, 8, seed=3, dtype=dtype)
