@@ -60,6 +60,9 @@ PEERS = {
     "openvino-bf16": "the same in bfloat16",
     "openvino-int8": "the same with products quantised by NNCF",
     "torch-int8": "the plain PyTorch AST with dynamically quantised linear layers",
+    "rows": "ours from a weight that is not packed",
+    "residual by oneDNN": "a packed product to which oneDNN adds a residual",
+    "bytes": "the product of bytes alone",
     "unpacked": "ours without `optimize_for_inference`",
 }
 

@@ -51,13 +51,15 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("headline",),
         (*_MODELS, "transformers-amp", "torch", "all-tokens"),
     ),
+    "cpu-components": ("cpu", ("components",), ()),
+    "gpu-components": ("cuda", ("components",), ()),
     "cpu-attention": (
         "cpu",
         ("attention",),
         ("sdpa", "sdpa-padded", "loop", "unmasked", "sdpa-mask", "flex"),
     ),
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
-    "cpu-decisions": ("cpu", ("decisions",), ("torch",)),
+    "cpu-decisions": ("cpu", ("decisions",), ("torch", "rows", "residual by oneDNN", "bytes")),
     "cpu-summary": ("cpu", _MEASURED, ()),
     "gpu-checks": ("cuda", ("checks", "tuned", "proofs"), ()),
     "gpu-attention": (
@@ -117,6 +119,8 @@ def table(name: str, contents: Sequence[Content]) -> str:
         return OWED if device == "cuda" else _NOT_HERE
     if name.endswith("summary"):
         return _summary(files)
+    if name.endswith("components"):
+        return _components(files[0])
     return "\n\n".join(_counts(file) if not peers else _ratios(file, peers) for file in files)
 
 
@@ -151,6 +155,31 @@ def _ratios(file: Content, peers: Sequence[str]) -> str:
             ours = row
         elif row["provider"] in peers and row["status"] in ("ok", "wrong"):
             lines.append(_line(ours, row))
+    return "\n".join(lines)
+
+
+def _components(file: Content) -> str:
+    """Where the time of each whole pass goes, largest part first, beside what the machine's ceilings predict."""
+    lines = [
+        _head(file),
+        "",
+        "| what | shape | dtype | part | time | of the whole | predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    passes: dict[tuple[str, ...], list[Content]] = {}
+    for row in file["rows"]:
+        if row["ms"] is not None:
+            shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+            passes.setdefault((row["case"], shape, row["dtype"]), []).append(row)
+    for (case, shape, dtype), rows in passes.items():
+        whole = next(row["ms"]["p50"] for row in rows if row["provider"] == "whole")
+        for row in sorted(rows, key=lambda row: -row["ms"]["p50"]):
+            part, spent = row["provider"], row["ms"]["p50"]
+            predicted = duration(spent * row["share"]) if row["share"] else ""
+            lines.append(
+                f"| {case} | {shape} | {dtype} | {part} | {duration(spent)} | {spent / whole:.0%} "
+                f"| {predicted} |"
+            )
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 The products are the four of a block, forward and both gradients, over batch sizes. On a GPU there is no
 rival, only the share of what a large square product reaches; on a CPU it is which of PyTorch's two
-libraries multiplies float32.
+libraries multiplies float32, and what packed weights buy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, forward_run, generator
 from ..peers import need
-from . import epilogues
+from . import epilogues, packed_products
 
 PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 TOKENS = 1214
@@ -151,3 +151,5 @@ def cases(settings: Settings) -> Iterator[Case]:
         for mode in ("forward", "backward"):
             yield _gelu(settings, mode, 32 if settings.cuda else 1, dtype)
     yield from epilogues.cases(settings)
+    if settings.backend == "cpp":
+        yield from packed_products.cases(settings)
