@@ -5,8 +5,8 @@ of PyTorch's dispatcher in between. Three precisions: the model's own, bfloat16,
 each token and for each output of a layer, chosen as the tokens come. Attention, LayerNorm and the residual stream are
 never in bytes.
 
-Whatever the chain does not cover (gradients, hooks, replaced parts, autocast, compilers) takes the usual way, and
-says so once.
+Whatever the chain does not cover (gradients, hooks, replaced parts, autocast) takes the usual way, and says so once;
+compilers see the usual way alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import backend
 from .layers import Block, LayerNorm, Trunk, is_hooked
@@ -31,9 +32,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def optimize_for_inference(model: Model, precision: Precision = "exact") -> Model:
     """Make a model on a CPU faster where no gradients are recorded; changes it in place and returns it.
 
-    Weights are packed for oneDNN on first use, and again whenever they changed; they stay where they are too, so
-    that saving, loading and training go on as before. Packed weights take as much memory again as the model's (half
-    of it for bf16, a quarter for int8, of float32). Not copied or pickled with the model.
+    Weights are packed for oneDNN on first use, and again after they changed: after any optimiser's step, and when
+    a parameter has another address, version, or other values in a few places spread over it. They stay where they
+    are too, so that saving, loading and training go on as before. Packed weights take as much memory again as the
+    model's (half of it for bf16, a quarter for int8, of float32). Not copied or pickled with the model.
+    `model.set_precision("exact")` takes them away.
 
     Args:
         model: an `ASTModel`, or any module that holds trunks of AST; switched to eval.
@@ -61,12 +64,31 @@ def optimize_for_inference(model: Model, precision: Precision = "exact") -> Mode
             f"the model is on {', '.join(sorted(devices))}: packed weights are for CPUs; move it with "
             ".to('cpu')"
         )
+    if any(block.attn.fp8 or block.mlp.fp8 for trunk in trunks for block in _own(trunk.blocks)):
+        raise ValueError("the model computes in FP8: call its set_precision('exact') first")
     why = why_not(precision)
     if why is not None:
         raise ValueError(f"precision={precision!r} is not to be had: {why}")
+    _count_steps()
     for trunk in trunks:
         trunk.runner = PackedRunner(precision)
     return model.eval()
+
+
+def _own(blocks: Any) -> list[Block]:
+    return [block for block in blocks if type(block) is Block]
+
+
+_steps = 0  # of any optimiser: fused ones change weights without raising their versions
+
+
+@functools.cache
+def _count_steps() -> None:
+    def count(*_: Any) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 def why_not(precision: Precision) -> str | None:
@@ -89,10 +111,13 @@ class PackedRunner:
 
     Args:
         precision: see `optimize_for_inference`.
+
+    Attributes:
+        ran: whether the last call used packed weights.
     """
 
     def __init__(self, precision: Precision) -> None:
-        self.precision = precision
+        self.precision, self.ran = precision, False
         self._packs: dict[int, tuple[Block, _Pack]] = {}
         self._said: set[str] = set()
 
@@ -108,8 +133,11 @@ class PackedRunner:
             return None
         why = self._cannot_run(stream, blocks, last_norm)
         if why is not None:
+            if stream.device.type != "cpu":
+                self._packs.clear()
             self.stand_aside(why)
             return None
+        self.ran = True
         clips, _, width = stream.shape
         narrow = torch.bfloat16 if self.precision != "exact" else stream.dtype
         # what passes between their steps is a matter of theirs
@@ -132,6 +160,7 @@ class PackedRunner:
 
     def stand_aside(self, why: str) -> None:
         """Say, once, why packed weights are not used."""
+        self.ran = False
         if why not in self._said and not torch.compiler.is_compiling():
             self._said.add(why)
             _log.warning(
@@ -145,6 +174,9 @@ class PackedRunner:
             return "gradients are recorded (use torch.inference_mode())"
         if stream.device.type != "cpu" or stream.dtype not in (torch.float32, torch.bfloat16):
             return f"tokens are {stream.dtype} on {stream.device}"
+        narrow = self.precision == "bf16" or stream.dtype == torch.bfloat16
+        if narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 on this CPU"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         if backend.requested() not in ("auto", "cpp"):
@@ -165,10 +197,13 @@ class PackedRunner:
         return None
 
     def _pack(self, block: Block, narrow: torch.dtype) -> _Pack:
-        state = _state_of(block)
+        parameters = _parameters_of(block)
+        state = _state_of(parameters)
         _, pack = self._packs.get(id(block), (None, None))
         if pack is None or pack.state != state or pack.narrow != narrow:
             pack = _Pack(block, narrow, self.precision == "int8", state)
+            # while they are kept, no other tensor can come to lie at their addresses
+            pack.made_from = [parameter.detach() for parameter in parameters]
             self._packs[id(block)] = block, pack  # the block lives as long as its id counts
         return pack
 
@@ -179,16 +214,21 @@ def _is_plain(block: Block) -> bool:
     return type(mlp.act) is nn.GELU and all(type(linear) is nn.Linear for linear in linears)
 
 
-def _state_of(block: Block) -> list[int]:
-    """Changes whenever a parameter is written to or replaced."""
+def _parameters_of(block: Block) -> list[Tensor]:
     attn, mlp = block.attn, block.mlp
-    state = []
     # asked on every call: `block.parameters()` would take longer than some products
-    for module in (block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                state.append(parameter.data_ptr())
-                state.append(0 if parameter.is_inference() else parameter._version)
+    modules = (block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+    return [p for module in modules for p in module._parameters.values() if p is not None]
+
+
+def _state_of(parameters: list[Tensor]) -> list[int]:
+    """Changes whenever a parameter is written to or replaced."""
+    from .cpp import packed
+
+    state = [_steps, packed.fingerprint(parameters)]
+    for parameter in parameters:
+        state.append(parameter.data_ptr())
+        state.append(0 if parameter.is_inference() else parameter._version)
     return state
 
 
@@ -196,8 +236,9 @@ Norm = tuple[Tensor, Tensor, float]
 
 
 def _norm(module: Any) -> Norm:
-    weight, bias = module.weight.detach(), module.bias.detach()
-    return weight.float().contiguous(), bias.float().contiguous(), module.eps
+    # copies: a view of float32 parameters would change before the packed weights do
+    weight, bias = (p.detach().to(torch.float32, copy=True) for p in (module.weight, module.bias))
+    return weight.contiguous(), bias.contiguous(), module.eps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -212,6 +253,7 @@ class _Pack:
 
     def __init__(self, block: Block, narrow: torch.dtype, int8: bool, state: list[int]) -> None:
         self.state, self.narrow, self._int8 = state, narrow, int8
+        self.made_from: list[Tensor] = []
         self.norm1, self.norm2 = _norm(block.norm1), _norm(block.norm2)
         attn = block.attn
         self.shape = _Shape(attn.num_heads, attn.head_dim, attn.scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.int8 import quantise_weight
-from ._common import CODES, threads
+from ._common import CODES, rows_of, threads, wide
 
 # what bytes stand for: (q - zero) * scale, with a scale for each row. GELU never falls below -0.17, so that nearly
 # all its range is above zero.
@@ -65,6 +65,15 @@ def int8_unsupported() -> str | None:
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this version of PyTorch has no products of bytes: {error}"
     return None if made.item() == 32128 else "products of bytes come out wrong here"
+
+
+def fingerprint(tensors: list[Tensor]) -> int:
+    """A number that changes with the values in sixteen places spread over each tensor.
+
+    Writes through `.data`, and all writes to inference tensors, leave no other trace.
+    """
+    found: int = _C.fingerprint([(t.data_ptr(), t.numel() * t.element_size()) for t in tensors])
+    return found
 
 
 class PackedLinear:
@@ -150,16 +159,31 @@ def int8_rows(
         zero: the byte that stands for 0.
         restore_to: give values in this dtype rather than bytes.
 
+    Raises:
+        ValueError: the arguments do not fit together.
+
     Returns:
         Bytes [R, C] and their scales [R] (or the values, and an empty tensor), and the sum if there
         is a residual.
     """
+    if (x_scale is None) != (bias is None):
+        raise ValueError("x_scale and bias: expected both or neither")
+    if not 1 <= zero <= 254:
+        raise ValueError(f"zero={zero}: expected 1 to 254")
+    if residual is not None and restore_to not in (None, residual.dtype):
+        raise ValueError(f"restore_to={restore_to}: expected the residual's {residual.dtype}")
     rows, cols = x.shape
+    x = rows_of(x)
+    residual = None if residual is None else rows_of(residual)
+    x_scale, bias = (None if t is None else wide(t) for t in (x_scale, bias))
     stream = residual.dtype if residual is not None else restore_to or torch.float32
     total = None if residual is None else torch.empty((rows, cols), dtype=stream)
     out = torch.empty((rows, cols), dtype=restore_to or torch.uint8)
     scale = torch.empty(0 if restore_to else rows)
-    weight, shift, eps = norm or (None, None, 0.0)
+    weight = shift = None
+    eps = 0.0
+    if norm is not None:
+        weight, shift, eps = wide(norm[0]), wide(norm[1]), norm[2]
     if rows and cols:
         _C.int8_rows(
             x.data_ptr(),

@@ -177,14 +177,16 @@ class EquivalenceMonitor:
         started: float,
     ) -> MonitorRow:
         model, autocast = self._model, self._current_autocast(inputs.device)
-        precision = _precision(model, inputs.device, autocast, gradients)
         oracle_dtype = getattr(torch, self.config.dtype)
         fewer = whole.fewer_tokens(model, inputs, lengths, autocast, gradients)
         with tf32(False):
             oracle, upstream = whole.run_oracle(
                 model, inputs, lengths, loss_fn, oracle_dtype, gradients, fewer
             )
+        if model.v.runner is not None:
+            model.v.runner.ran = False
         fast = whole.run_fast(self._call, inputs, lengths, loss_fn, upstream, autocast)
+        precision = _precision(model, inputs.device, autocast)
         logits, gradient = _errors(fast, oracle)
         allowed = _allowed(precision, gradients, None, None)
         torch_ran = not (allowed[0].admits(logits) and allowed[1].admits(gradient))
@@ -242,11 +244,9 @@ class EquivalenceMonitor:
         return None
 
 
-def _precision(
-    model: Any, device: torch.device, autocast_dtype: torch.dtype | None, gradients: bool
-) -> Precision:
+def _precision(model: Any, device: torch.device, autocast_dtype: torch.dtype | None) -> Precision:
     runner = model.v.runner
-    if runner is not None and runner.precision != "exact" and not gradients and not autocast_dtype:
+    if runner is not None and runner.ran and runner.precision != "exact":
         return BUDGETS[runner.precision]
     if whole.runs_fp8(model):
         return "fp8"

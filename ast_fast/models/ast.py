@@ -174,13 +174,11 @@ class ASTModel(TokenOptions):
         """Compute the blocks' matrix products in FP8 ("fp8") or in the dtype of what they get ("exact").
 
         e4m3 forward, e5m2 for gradients, with budgets of their own (NUMERICS.md); emulated where the
-        device has no FP8. Weights and checkpoints stay as they are. Returns the model.
+        device has no FP8. Weights and checkpoints stay as they are. Takes away what
+        `optimize_for_inference` packed. Returns the model.
         """
         set_precision(self.v.blocks, precision)
-        if precision == "fp8":
-            self.v.runner = (
-                None  # weights packed by optimize_for_inference are of another precision
-            )
+        self.v.runner = None  # packed weights are of the precision before
         return self
 
     @property

@@ -113,6 +113,41 @@ def test_a_row_that_is_not_finite_gets_scale_nan_and_no_other_does(place, bad):
     assert twin.quantise_rows(x, 128)[1][2].isnan()
 
 
+def test_rows_of_any_layout_are_taken_as_what_they_hold():
+    x, residual = torch.randn(6, 40).t(), torch.randn(40, 12)[:, ::2]
+    norm = (torch.rand(12)[::2], torch.rand(12)[::2], 1e-6)
+    made = packed.int8_rows(x, residual=residual, norm=norm)
+    plain = packed.int8_rows(
+        x.contiguous(),
+        residual=residual.contiguous(),
+        norm=(norm[0].contiguous(), norm[1].contiguous(), 1e-6),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(made, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x_scale": torch.ones(2)}, "x_scale and bias"),
+        ({"bias": torch.ones(4)}, "x_scale and bias"),
+        ({"zero": 0}, "zero=0"),
+        ({"zero": 255}, "zero=255"),
+        ({"residual": torch.ones(2, 4), "restore_to": BF16}, "restore_to"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        packed.int8_rows(torch.ones(2, 4), **given)
+
+
+def test_a_fingerprint_sees_a_write_that_leaves_no_trace():
+    tensors = [torch.randn(1000), torch.randn(3), torch.randn(0)]
+    before = packed.fingerprint(tensors)
+    assert packed.fingerprint(tensors) == before
+    tensors[0].data.mul_(1.01)
+    assert packed.fingerprint(tensors) != before
+
+
 def test_zeros_denormals_and_huge_values_keep_finite_scales():
     x = torch.zeros(4, 40)
     x[1], x[2], x[3] = 1e-42, 3e38, -3e38

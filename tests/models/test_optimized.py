@@ -127,7 +127,9 @@ def test_a_clip_is_the_same_whatever_stands_beside_it(precision):
 
 
 @needs_packing
-@pytest.mark.parametrize("change", ["in place", "load_state_dict", "replaced", "data"])
+@pytest.mark.parametrize(
+    "change", ["in place", "load_state_dict", "replaced", "data", "through data"]
+)
 def test_weights_that_change_are_packed_again(change):
     model, other = build(), build(depth=3)
     with torch.no_grad():
@@ -144,10 +146,56 @@ def test_weights_that_change_are_packed_again(change):
             model.load_state_dict(other.state_dict())
         elif change == "replaced":
             model.load_state_dict(other.state_dict(), assign=True)
+        elif change == "through data":
+            for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                mine.data.copy_(theirs.data)
         else:
             for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
                 mine.data = theirs.data.clone()
         assert measure(model(x), other(x).double()).rel_l2 < 2e-6
+
+
+@needs_packing
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize("lr", [1e-2, 1e-7])
+def test_weights_are_packed_again_after_a_fused_optimiser_which_raises_no_version(make, lr):
+    model, x = build(), make_input(build())
+    optimize_for_inference(model)
+    optimizer = make(model.parameters(), lr=lr, fused=True)
+    with torch.no_grad():
+        model(x)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            made, packs = model(x), dict(model.v.runner._packs)
+            usual = copy.deepcopy(model)
+            usual.v.runner = None
+            assert measure(made, usual(x).double()).rel_l2 < 2e-6
+            model(x)  # nothing changed: nothing is packed again
+            assert all(model.v.runner._packs[key] is pack for key, pack in packs.items())
+
+
+@needs_packing
+def test_inference_tensors_that_change_are_packed_again():
+    with torch.inference_mode():
+        model, other = build(), build()
+        x = make_input(model)
+        optimize_for_inference(model)(x)
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        model.load_state_dict(other.state_dict())
+        assert measure(model(x), other(x).double()).rel_l2 < 2e-6
+
+
+@needs_packing
+def test_setting_a_precision_takes_packed_weights_away_and_fp8_is_not_packed():
+    model = optimize_for_inference(build())
+    assert model.set_precision("exact").v.runner is None
+    model.set_precision("fp8")
+    with pytest.raises(ValueError, match=r"computes in FP8.*set_precision\('exact'\)"):
+        optimize_for_inference(model)
 
 
 @needs_packing
