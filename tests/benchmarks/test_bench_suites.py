@@ -120,3 +120,25 @@ def test_peer_patterns():
     assert peers.names("sdpa*,timm") == ("sdpa*", "timm")
     settings = Settings(peers=("sdpa*",))
     assert settings.wants("sdpa-math") and settings.wants("sdpa") and not settings.wants("torch")
+
+
+def test_all_tokens_on_a_cpu_are_timed_with_packed_weights(monkeypatch):
+    optimized = pytest.importorskip("ast_fast.optimized")
+    if run.default_backend("cpu") != "cpp" or optimized.why_not("exact") is not None:
+        pytest.skip("this machine packs no weights")
+    settings = Settings(tiny=True, dtypes=("f32",), backend="cpp", peers=("all-tokens",))
+    case = next(c for c in suites.load("tokens", settings) if c.mode == "forward")
+    rows, runs, _ = harness.check(case, settings)
+    assert {row.status for row in rows.values()} == {"ok"}
+    made = []
+    call = optimized.PackedRunner.__call__
+
+    def watched(self, *args):
+        made.append(call(self, *args))
+        return made[-1]
+
+    monkeypatch.setattr(optimized.PackedRunner, "__call__", watched)
+    runs[settings.ours](0)
+    assert not made
+    runs["all-tokens"](0)
+    assert len(made) == 1 and made[0] is not None
