@@ -142,3 +142,24 @@ def test_all_tokens_on_a_cpu_are_timed_with_packed_weights(monkeypatch):
     assert not made
     runs["all-tokens"](0)
     assert len(made) == 1 and made[0] is not None
+
+
+def test_freezing_packs_the_weights_of_its_own_candidate_alone():
+    config = pytest.importorskip("torch._inductor.config")
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    first, second = (torch.nn.Sequential(torch.nn.Linear(64, 64)).eval() for _ in range(2))
+
+    with torch.no_grad():
+        plain, frozen = peers.compiled(first), peers.compiled_frozen(second)
+        for _ in range(2):
+            torch.testing.assert_close(plain(x), first(x))
+            torch.testing.assert_close(frozen(x), second(x))
+            assert not config.freezing
+        other = peers.compiled(second)
+        torch.testing.assert_close(other(x), second(x))
+        # a weight that changes is seen by all but the frozen one, which holds it as a constant
+        was = second(x)
+        second[0].weight.data = torch.zeros_like(second[0].weight)
+        assert float((other(x) - second(x)).abs().max()) == 0.0
+        torch.testing.assert_close(frozen(x), was)
