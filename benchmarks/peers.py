@@ -128,7 +128,9 @@ def compiled_frozen(network: torch.nn.Module, parts: bool = False) -> Callable[.
     if not hasattr(torch, "compile"):
         raise Skipped("this PyTorch has no torch.compile")
     config = need("torch._inductor.config")
-    compile_: Callable[..., Any] = compiled_parts if parts else partial(torch.compile, dynamic=False)
+    compile_: Callable[..., Any] = (
+        compiled_parts if parts else partial(torch.compile, dynamic=False)
+    )
     call = compile_(network, options=_FREEZING)
     calls = itertools.count()
 
