@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import harness, models, peers, record, run, steps, suites, timing
 from benchmarks.case import Settings
-from benchmarks.suites import training
+from benchmarks.suites import packed_products, training
 
 NO_PEERS = ("torch", "torch-unfold", "sdpa*", "loop")
 
@@ -163,3 +163,26 @@ def test_freezing_packs_the_weights_of_its_own_candidate_alone():
         second[0].weight.data = torch.zeros_like(second[0].weight)
         assert float((other(x) - second(x)).abs().max()) == 0.0
         torch.testing.assert_close(frozen(x), was)
+
+
+def test_the_product_of_bytes_multiplies_the_input_that_is_its_turn(monkeypatch):
+    module = pytest.importorskip("ast_fast.cpp.packed")
+    if run.default_backend("cpu") != "cpp" or module.int8_unsupported() is not None:
+        pytest.skip("this machine multiplies no bytes")
+    settings = Settings(tiny=True, dtypes=("bf16",), backend="cpp")
+    case = next(packed_products.cases(settings))
+    inputs = [case.make_inputs(seed) for seed in range(2)]
+    product = next(c for c in case.candidates if c.name == "bytes").prepare(inputs)
+    multiplied = []
+    call = module.Int8Linear.__call__
+
+    def watched(self, levels, zero):
+        multiplied.append(levels)
+        return call(self, levels, zero)
+
+    monkeypatch.setattr(module.Int8Linear, "__call__", watched)
+    for index, given in enumerate(inputs):
+        (made,) = product(index)
+        assert torch.equal(multiplied[index], module.int8_rows(given["x"])[0])
+        exact = torch.nn.functional.linear(given["x"], inputs[0]["w"], inputs[0]["b"])
+        assert float((made - exact).norm() / exact.norm()) < 0.05
