@@ -44,6 +44,9 @@ def can_fuse(block: Any) -> bool:
 def run(stream: Tensor, blocks: list[Any], keep: int | None) -> tuple[Tensor, Tensor]:
     """The last block's update, not yet added, and the stream it belongs to.
 
+    `set_activation_memory("less")` changes nothing here: backward keeps what a norm gives in FP8, as the
+    operand that the product read, and there is no wide output to compute again.
+
     Args:
         stream: [B, T, C].
         blocks: for which `can_fuse` holds, at least one.

@@ -144,7 +144,8 @@ def run(
         trunk: its blocks, norms and prefix.
         stream: tokens with positions.
         schedule: tokens to merge in each block; a block merges at most half of its patches.
-        keep: only the first tokens are asked for; sources and plans are then left empty.
+        keep: only the first tokens are asked for; `source` then stays what it is before any merge
+            (token i at i), and `plans` empty.
         plans: merge by these instead of matching.
 
     Raises:

@@ -24,7 +24,8 @@ Content = dict[str, Any]
 _MEASURED = ("frontend", "path", "attention", "patch_embed", "block", "inference", "training")
 _FRONT_ENDS = ("torchaudio", "kaldi-native-fbank", "transformers")
 _MODELS = (
-    *("transformers", "transformers-compile", "timm", "torch-int8", "unpacked"),
+    *("transformers", "transformers-compile", "transformers-compile-frozen", "timm"),
+    *("torch-int8", "unpacked"),
     *("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8"),
 )
 # of each suite, the peers in a summary

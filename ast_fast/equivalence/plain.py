@@ -54,7 +54,9 @@ def attention(
     key_bias: Tensor | None = None,
 ) -> Tensor:  # [B, Tq, H, D]
     """Scaled dot product attention; a mask where clips differ in length or keys have a bias."""
-    mask = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
+    mask = None if key_bias is None else key_bias[:, None, None, :]
+    if mask is not None and q.device.type != "cpu":
+        mask = mask.to(q.dtype)  # a GPU's fused kernels take no other
     if key_lengths is not None:
         valid = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
         mask = valid[:, None, None, :]
@@ -145,8 +147,12 @@ def ast_logits(
         mixed = attention(q, k, v, key_bias=bias).flatten(2)
         tokens = tokens + _linear(mixed, weights, block + "attn.proj", linear)
         if plans is not None and index in plans:
-            sizes = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes
-            tokens, sizes = merge(tokens, sizes, plans[index], len(names))
+            if sizes is None:
+                # 8 bits hold neither a size nor its logarithm
+                wide = torch.promote_types(tokens.dtype, torch.float32)
+                sizes = torch.ones(tokens.shape[:2], dtype=wide, device=tokens.device)
+            merged, sizes = merge(tokens, sizes, plans[index], len(names))
+            tokens = merged.to(tokens.dtype)
         normal = _norm(tokens, weights, block + "norm2", eps)
         hidden = F.gelu(_linear(normal, weights, block + "mlp.fc1", linear))
         tokens = tokens + _linear(hidden, weights, block + "mlp.fc2", linear)

@@ -62,7 +62,8 @@ class TokenOptions(nn.Module):
 
         In eval mode `forward`, `forward_waveform`, `forward_features` and `frame_logits` then merge; the
         last two get a copy of the merged token for each of its patches. `attention_maps` does
-        not merge. Gradients flow, but not on the fast path of attention.
+        not merge. Gradients flow, but not on the fast path of attention. Packed weights
+        (`optimize_for_inference`) are not used while it is on: on a CPU, weigh the two by time.
 
         Args:
             r: tokens to merge in every block but the last, or one number for each of these. A block

@@ -113,7 +113,8 @@ def _norm_outputs(x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
         nothing = x.new_empty(0, dtype=torch.float32)
         return x.new_empty(0), nothing, torch.empty_like(nothing)
     total, mean, rstd = rest
-    return total.view(x.shape), mean, rstd
+    # the sum of two column-major tensors is column-major
+    return total.contiguous().view(x.shape), mean, rstd
 
 
 def _fake_norm(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +259,7 @@ def fp8_norm_backward_op(
         mean,
         rstd,
     )
-    return dsum.view(total.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dsum.contiguous().view(total.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 @fp8_norm_backward_op.register_fake

@@ -19,7 +19,7 @@ from ..models import (
     with_timm,
     with_transformers,
 )
-from ..peers import compiled, compiled_parts, need
+from ..peers import compiled, compiled_frozen, compiled_parts, need
 from ..runtimes import RUNTIMES
 
 Build = Callable[[str, int, int, State], nn.Module]
@@ -73,6 +73,7 @@ def _candidate(
     dtype: str,
     *,
     compile_: bool = False,
+    frozen: bool = False,
     timed: bool = True,
 ) -> Candidate:
     def model(depth: int) -> nn.Module:
@@ -84,6 +85,8 @@ def _candidate(
         # a check need not compile a whole network of another batch size
         finish = compiled_parts if gate else compiled
         call = finish(network) if compile_ else network
+        if frozen:
+            call = compiled_frozen(network, parts=gate)
 
         def run(index: int) -> tuple[Tensor]:
             with torch.no_grad():
@@ -199,6 +202,9 @@ def _features(
             make("transformers-compile", with_transformers("sdpa"), compile_=True),
             make("torch-compile", plain, compile_=True),
         ]
+        if not settings.cuda:
+            sdpa = with_transformers("sdpa")
+            peers.append(make("transformers-compile-frozen", sdpa, frozen=True))
     runtimes = {"f32": ("onnxruntime", "openvino"), "bf16": ("openvino-bf16",)}
     if everyone or (size, clips) == ("base", 1):
         peers += [_exported(name, settings, size, frames) for name in runtimes.get(dtype, ())]

@@ -51,22 +51,25 @@ def _residual(inputs: Inputs) -> Callable[[Tensor], Tensor]:
     return lambda x: call(x, other, packed, inputs["b"], "add")
 
 
-def _bytes(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """The product of bytes alone: rows are quantised beforehand and brought back to scale after."""
+def _bytes(inputs: list[Inputs]) -> Run:
+    """The product of bytes alone: rows are quantised beforehand, and scaled back beforehand too."""
     module = need("ast_fast.cpp.packed")
     why = module.int8_unsupported()
     if why is not None:
         raise Skipped(why)
-    layer = module.Int8Linear(inputs["w"].float(), inputs["b"])
-    levels, scale, _ = module.int8_rows(inputs["x"])
-    made = layer(levels, module.ZERO)
-    right = made.float() * scale[:, None] + layer.bias
+    # the first input's weight for all, as of the other candidates
+    layer = module.Int8Linear(inputs[0]["w"].float(), inputs[0]["b"])
+    given = []
+    for each in inputs:
+        levels, scale, _ = module.int8_rows(each["x"])
+        right = layer(levels, module.ZERO).float() * scale[:, None] + layer.bias
+        given.append({"levels": levels, "right": right})
 
-    def call(x: Tensor) -> Tensor:
+    def call(levels: Tensor, right: Tensor) -> tuple[Tensor]:
         layer(levels, module.ZERO)
-        return right
+        return (right,)
 
-    return call
+    return forward_run(call, given)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -97,7 +100,7 @@ def _case(settings: Settings, name: str, dtype: str, rows: int, inner: int, oute
     ]
     if dtype == "bf16":
         # against a budget of bfloat16 a byte is coarse: as a peer it may be ten times that
-        peers.append(_candidate("bytes", _bytes))
+        peers.append(Candidate("bytes", _bytes))
     return Case(
         suite="decisions",
         name=f"packed_{name}",

@@ -1,6 +1,7 @@
 """Fewer tokens: a training step with patchout and a forward with token merging, beside all tokens.
 
-Both sides of a ratio are ours. What is checked, for each of them, is the result with fewer tokens and the
+Both sides of a ratio are ours; on a CPU the forward of all tokens has packed weights, as it is meant to be run, and
+the one that merges has not, because merging does not use them. What is checked, for each of them, is the result with fewer tokens and the
 one with all, against float64 on the same tokens: the patches that the draw keeps, and the merges that our
 forward chose. Operations are those of the fewer tokens, for every row of a case: what is compared is time.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, generator
 from ..models import LABELS, SIZES, gradients, num_tokens, ours, weights
 from ..peers import need
-from .inference import depth_of, gate_depth, on
+from .inference import depth_of, gate_depth, on, packed
 
 PATCHOUT = (40, 4)  # PaSST's setting for AudioSet: time columns, frequency rows
 MERGED = (8, 16, 32)  # tokens a block
@@ -186,10 +187,17 @@ def _forward(settings: Settings, size: str, frames: int, clips: int, dtype: str,
         with torch.no_grad():
             return model, model.merged_tokens(inputs["x"]).plans
 
+    def all_tokens(depth: int) -> nn.Module:
+        build = packed(settings, dtype)
+        return build(size, frames, depth, weights(size, frames, depth)).eval()
+
     def prepare(name: str, fewer: bool) -> Candidate:
         def timed(inputs: list[Inputs]) -> Run:
-            model = _model(settings, size, frames, depth_of(settings), dtype).eval()
-            model.set_token_merging(r if fewer else 0)
+            if fewer:
+                model = _model(settings, size, frames, depth_of(settings), dtype).eval()
+                model.set_token_merging(r)
+            else:
+                model = all_tokens(depth_of(settings))
 
             def run(index: int) -> tuple[Tensor]:
                 with torch.no_grad():
@@ -199,6 +207,7 @@ def _forward(settings: Settings, size: str, frames: int, clips: int, dtype: str,
 
         def gate(inputs: Inputs) -> Run:
             model, plans = merges(inputs)
+            every = all_tokens(gate_depth(settings)) if name == "all-tokens" else model
 
             def run(_: int) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
@@ -208,7 +217,7 @@ def _forward(settings: Settings, size: str, frames: int, clips: int, dtype: str,
                     model.set_token_merging(r)
                     fewer = model(inputs["x"])
                     model.set_token_merging(0)
-                    return fewer, model(inputs["x"])
+                    return fewer, every(inputs["x"])
 
             return run
 

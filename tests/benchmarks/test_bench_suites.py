@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import harness, models, peers, record, run, steps, suites, timing
 from benchmarks.case import Settings
-from benchmarks.suites import training
+from benchmarks.suites import packed_products, training
 
 NO_PEERS = ("torch", "torch-unfold", "sdpa*", "loop")
 
@@ -120,3 +120,69 @@ def test_peer_patterns():
     assert peers.names("sdpa*,timm") == ("sdpa*", "timm")
     settings = Settings(peers=("sdpa*",))
     assert settings.wants("sdpa-math") and settings.wants("sdpa") and not settings.wants("torch")
+
+
+def test_all_tokens_on_a_cpu_are_timed_with_packed_weights(monkeypatch):
+    optimized = pytest.importorskip("ast_fast.optimized")
+    if run.default_backend("cpu") != "cpp" or optimized.why_not("exact") is not None:
+        pytest.skip("this machine packs no weights")
+    settings = Settings(tiny=True, dtypes=("f32",), backend="cpp", peers=("all-tokens",))
+    case = next(c for c in suites.load("tokens", settings) if c.mode == "forward")
+    rows, runs, _ = harness.check(case, settings)
+    assert {row.status for row in rows.values()} == {"ok"}
+    made = []
+    call = optimized.PackedRunner.__call__
+
+    def watched(self, *args):
+        made.append(call(self, *args))
+        return made[-1]
+
+    monkeypatch.setattr(optimized.PackedRunner, "__call__", watched)
+    runs[settings.ours](0)
+    assert not made
+    runs["all-tokens"](0)
+    assert len(made) == 1 and made[0] is not None
+
+
+def test_freezing_packs_the_weights_of_its_own_candidate_alone():
+    config = pytest.importorskip("torch._inductor.config")
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    first, second = (torch.nn.Sequential(torch.nn.Linear(64, 64)).eval() for _ in range(2))
+
+    with torch.no_grad():
+        plain, frozen = peers.compiled(first), peers.compiled_frozen(second)
+        for _ in range(2):
+            torch.testing.assert_close(plain(x), first(x))
+            torch.testing.assert_close(frozen(x), second(x))
+            assert not config.freezing
+        other = peers.compiled(second)
+        torch.testing.assert_close(other(x), second(x))
+        # a weight that changes is seen by all but the frozen one, which holds it as a constant
+        was = second(x)
+        second[0].weight.data = torch.zeros_like(second[0].weight)
+        assert float((other(x) - second(x)).abs().max()) == 0.0
+        torch.testing.assert_close(frozen(x), was)
+
+
+def test_the_product_of_bytes_multiplies_the_input_that_is_its_turn(monkeypatch):
+    module = pytest.importorskip("ast_fast.cpp.packed")
+    if run.default_backend("cpu") != "cpp" or module.int8_unsupported() is not None:
+        pytest.skip("this machine multiplies no bytes")
+    settings = Settings(tiny=True, dtypes=("bf16",), backend="cpp")
+    case = next(packed_products.cases(settings))
+    inputs = [case.make_inputs(seed) for seed in range(2)]
+    product = next(c for c in case.candidates if c.name == "bytes").prepare(inputs)
+    multiplied = []
+    call = module.Int8Linear.__call__
+
+    def watched(self, levels, zero):
+        multiplied.append(levels)
+        return call(self, levels, zero)
+
+    monkeypatch.setattr(module.Int8Linear, "__call__", watched)
+    for index, given in enumerate(inputs):
+        (made,) = product(index)
+        assert torch.equal(multiplied[index], module.int8_rows(given["x"])[0])
+        exact = torch.nn.functional.linear(given["x"], inputs[0]["w"], inputs[0]["b"])
+        assert float((made - exact).norm() / exact.norm()) < 0.05

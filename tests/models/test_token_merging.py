@@ -7,7 +7,7 @@ import torch
 
 import ast_fast
 from ast_fast import reference, token_merging
-from ast_fast.equivalence import EquivalenceMonitor, check_equivalence
+from ast_fast.equivalence import EquivalenceMonitor, check_equivalence, plain
 from ast_fast.equivalence.budgets import budget
 from ast_fast.equivalence.measures import measure
 from ast_fast.reference import tokens as plain_tokens
@@ -262,6 +262,39 @@ def test_bfloat16_stays_within_its_budget_on_its_own_merges(narrow):
         model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
     with torch.no_grad():
         assert EquivalenceMonitor(model, autocast_dtype=autocast).step(x).ok
+
+
+def test_the_yardstick_rounds_neither_sizes_nor_their_logarithms(monkeypatch):
+    bias = torch.tensor([[257.0, 1.0, 93.0, 1.0]]).log()
+    q, k = torch.zeros(1, 1, 1, 32).bfloat16(), torch.zeros(1, 4, 1, 32).bfloat16()
+    v = torch.tensor([0.0, 0.0, 1.0, 0.0])[None, :, None, None].expand(1, 4, 1, 32).bfloat16()
+    o = plain.attention(q, k, v, key_bias=bias)
+    # bfloat16's own rounding is 0.4 %, that of the logarithms would be 1.2 %
+    torch.testing.assert_close(
+        o.double(), torch.full_like(o, 93 / 352, dtype=torch.float64), rtol=5e-3, atol=0
+    )
+
+    model = build().to(torch.bfloat16)
+    model.set_token_merging(4)
+    x, sizes = spectrogram(model).bfloat16(), []
+    merge = plain.merge
+
+    def watched(tokens, counts, *args):
+        sizes.append((tokens.dtype, counts.dtype))
+        return merge(tokens, counts, *args)
+
+    monkeypatch.setattr(plain, "merge", watched)
+    config = model.config
+    with torch.no_grad():
+        logits = plain.ast_logits(
+            model.state_dict(),
+            x,
+            num_heads=config.num_heads,
+            strides=(config.fstride, config.tstride),
+            plans=model.merged_tokens(x).plans,
+        )
+    assert logits.dtype == torch.bfloat16
+    assert sizes == [(torch.bfloat16, torch.float32)] * 2
 
 
 def test_the_checks_take_the_models_own_merges():

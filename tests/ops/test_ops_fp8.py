@@ -137,6 +137,22 @@ def test_zeros_and_empty_batches():
     assert y.shape == total.shape == x.shape
 
 
+def test_what_comes_out_is_contiguous_as_compilers_are_told_whatever_goes_in():
+    x, residual, dy, dtotal = (torch.randn(32, 8).t() for _ in range(4))
+    weights = torch.randn(16, 32), torch.randn(16)
+    second = torch.randn(32, 16), torch.randn(32)
+    norm = (torch.ones(32), torch.zeros(32), 1e-6)
+    # kept as they are, where a wrapper might tidy them
+    linear = (x, residual, *norm, *weights, False, "reference")
+    mlp = (x, residual, *norm, *weights, *second, False, "reference")
+    backward = (dy, dtotal, x, norm[0], torch.zeros(8), torch.ones(8), "reference")
+    for op, args in (("linear_fp8", linear), ("mlp_fp8", mlp), ("fp8_norm_backward", backward)):
+        assert args[0].stride() == args[1].stride() == (1, 8)
+        made = getattr(torch.ops.ast_fast, op)(*args)
+        assert all(part.is_contiguous() for part in made), (op, [part.stride() for part in made])
+        torch.library.opcheck(getattr(torch.ops.ast_fast, op), args, test_utils="test_faketensor")
+
+
 def test_autocast_narrows_what_comes_out_and_weights_keep_their_gradient_dtype():
     x, stream = torch.randn(6, 32, requires_grad=True), torch.randn(6, 32, requires_grad=True)
     weight = torch.randn(16, 32, requires_grad=True)
