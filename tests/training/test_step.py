@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ast_fast import create_model, ops
@@ -264,6 +264,9 @@ def test_an_optimizer_that_cannot_skip_is_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="fused=True"):
         TrainingStep(model, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), 0.1))
+    sgd = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    with pytest.raises(TypeError, match="SGD, which counts no steps"):
+        TrainingStep(model, nn.functional.cross_entropy, sgd)
 
 
 def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
@@ -442,6 +445,48 @@ def test_memory_running_out_twice_in_the_update_says_that_weights_may_have_chang
     with pytest.raises(TrainingError, match="last checkpoint") as caught:
         run_step(rig.run, *rig.batch(3), batch_size=3)
     assert not isinstance(caught.value, StepOutOfMemoryError)
+
+
+def test_memory_running_out_between_two_groups_is_not_called_harmless(monkeypatch):
+    """What an update allocates for its own safety comes before the first weight changes."""
+    rig = Rig()
+    rig.train(2)
+    before, inner = rig.state(), rig.step._update_groups
+
+    def update():
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "clone", failing(1, 1)(Tensor.clone))
+            inner()
+
+    monkeypatch.setattr(rig.step, "_update_groups", update)
+    with pytest.raises(StepOutOfMemoryError, match="unchanged"):
+        run_step(rig.run, *rig.batch(2), batch_size=3)
+    assert same(before, rig.state())
+
+
+def test_memory_running_out_while_an_update_is_looked_at_says_so(monkeypatch):
+    rig = Rig()
+    rig.train(2)
+    monkeypatch.setattr(torch, "_fused_adamw_", failing(1, 1)(torch._fused_adamw_))
+    monkeypatch.setattr(torch, "equal", failing(1)(torch.equal))
+    with pytest.raises(TrainingError, match="last checkpoint") as caught:
+        run_step(rig.run, *rig.batch(3), batch_size=3)
+    assert not isinstance(caught.value, StepOutOfMemoryError)
+
+
+def test_memory_running_out_twice_while_masters_are_rounded_says_so(monkeypatch):
+    rig = Rig("bfloat16-master")
+    monkeypatch.setattr(torch, "_foreach_copy_", failing(2, 1)(torch._foreach_copy_))
+    with pytest.raises(TrainingError, match="last checkpoint") as caught:
+        run_step(rig.run, *rig.batch(0), batch_size=3)
+    assert not isinstance(caught.value, StepOutOfMemoryError)
+
+
+def test_moments_that_a_checkpoint_lacks_are_made():
+    rig, plain = Rig(), Rig()
+    for weight in rig.step.weights[::3]:
+        rig.step.optimizer.state[weight] = {}
+    assert same(rig.train(3), plain.train(3)) and same(rig.state(), plain.state())
 
 
 def test_an_error_of_another_kind_is_left_alone(monkeypatch):
