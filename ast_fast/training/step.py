@@ -153,7 +153,9 @@ class TrainingStep:
             _fill_state(self.optimizer)  # a checkpoint of weights that had no gradient yet
         with_grads = [[p for p in group["params"] if p.grad is not None] for group in groups]
         # all before the first update: until then nothing has changed where memory runs out
-        counts = [self.optimizer.state[used[0]]["step"].clone() if used else None for used in with_grads]
+        counts = [
+            self.optimizer.state[used[0]]["step"].clone() if used else None for used in with_grads
+        ]
         try:
             for group, used, before in zip(groups, with_grads, counts, strict=True):
                 if before is None:
