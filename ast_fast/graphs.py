@@ -40,13 +40,27 @@ class CudaGraphs:
     """CUDA graphs that share one private memory pool.
 
     Args:
-        device: where everything recorded lives.
+        device: where everything recorded lives; by default where the first thing recorded does.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         self._pool: Any = None
         self._stream: Any = None
+
+    def bind(self, device: torch.device) -> None:
+        """Record on this device, the one of the weights: a stream of another would record nothing.
+
+        Raises:
+            ValueError: it is not a CUDA device, or another one was given before.
+        """
+        own = self._device
+        if device.type != "cuda" or (own is not None and own.index not in (None, device.index)):
+            raise ValueError(
+                f"weights are on {device} and CUDA graphs on {own or 'CUDA devices'}: expected one "
+                "CUDA device; make CudaGraphs(device of the weights), or leave them out on a CPU"
+            )
+        self._device = device
 
     def warm_up(self, function: Function) -> Any:
         """Run on the stream that records: libraries make their workspaces and kernels are compiled."""
@@ -66,11 +80,25 @@ class CudaGraphs:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # other threads (loading, copying) may call CUDA meanwhile
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                result = function()
+            current = torch.cuda.current_stream()
+            own: BaseException | None = None
+            try:
+                # other threads (loading, copying) may call CUDA meanwhile
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    try:
+                        result = function()
+                    except BaseException as error:
+                        own = error
+                        raise
+            except BaseException as error:
+                # ending a broken capture raises before torch goes back to the stream it came from
+                torch.cuda.set_stream(current)
+                self._pool = self._stream = None
+                cause = own or error  # that of the end says nothing of why
+                _log.info("a CUDA graph was not recorded: %s: %s", type(cause).__name__, cause)
+                raise cause from None
         return result, graph.replay
 
 
@@ -130,6 +158,10 @@ def watched_module(model: nn.Module) -> str | None:
     return None
 
 
+# attributes of our modules, and what is set after a model is built, that decide what a call computes
+_OPTIONS = ("fp8", "merging", "deterministic", "config", "frontend_config")
+
+
 class _Watch:
     """Whether a model is still the one that was recorded, asked in microseconds.
 
@@ -139,6 +171,8 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
+        self._model, self._modules = model, modules
+        self._options = [(m, name) for m in modules for name in _OPTIONS if hasattr(m, name)]
         self._hooks = [
             hooks
             for module in modules
@@ -158,11 +192,16 @@ class _Watch:
             torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         )
 
-    def state(self) -> tuple[list[Any], list[tuple[int, int]]]:
-        """Modules, and place and version of every weight and buffer; equal means nothing changed."""
+    def state(self) -> tuple[list[Any], ...]:
+        """Modules, options, and place and version of weights and buffers; equal: nothing changed."""
         parts = [part for parts in self._parts for part in parts.values()]
         tensors = [each for held in self._held for each in held.values() if each is not None]
-        return parts, [(each.data_ptr(), each._version) for each in tensors]
+        options = [getattr(module, name) for module, name in self._options]
+        training = self._model.training
+        odd = [module for module in self._modules if module.training != training]
+        # a tensor made in inference mode counts no versions
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        return parts, options, odd, versions
 
 
 class GraphedForward:
@@ -170,7 +209,7 @@ class GraphedForward:
 
     The first calls of a shape run as they are; then the call is recorded, and later ones are replayed. A
     recording belongs to shapes, dtypes, autocast, backend and train mode; all are dropped when a weight
-    moves or changes. Where nothing can be recorded (a CPU, autograd, hooks) the model is called itself,
+    moves or changes, or an option is set (a weight made in inference mode changes unseen: `clear`). Where nothing can be recorded (a CPU, autograd, hooks) the model is called itself,
     which is said once for each reason. Calls from several threads wait for each other; use one stream.
 
     Args:
@@ -250,6 +289,7 @@ class GraphedForward:
         if self._state != self._watch.state():
             self._clear()
         key = name, signature(*tensors), _surroundings(device), self.model.training
+        function = _uncached(function, device)
         if key not in self._recordings:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._graphs is None:
@@ -307,6 +347,19 @@ def _is_watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _uncached(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A function without the caller's autocast cache: that frees, on leaving, copies a recording reads."""
+
+    def run(*tensors: Tensor) -> Any:
+        if not torch.is_autocast_enabled(device.type):
+            return function(*tensors)
+        dtype = torch.get_autocast_dtype(device.type)
+        with torch.autocast(device.type, dtype, cache_enabled=False):
+            return function(*tensors)
+
+    return run
 
 
 def _surroundings(device: torch.device) -> tuple[Any, ...]:

@@ -95,7 +95,7 @@ def train(
         raise KeyboardInterrupt(
             f"{interrupt}; go on with: ast-fast train --run {run} --resume"
         ) from None
-    trainer.model.save_pretrained(run / "model")
+    trainer.save_model(run / "model")
     if evaluation is not None:
         say_figures(evaluation.figures)
     say(f"files: {trainer.audio_report.summary()}")

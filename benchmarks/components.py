@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +187,35 @@ def _by_profiler(run: Run, rounds: int, cuda: bool) -> list[dict[str, float]]:
             run(index)
             if cuda:
                 torch.cuda.synchronize()
-        found: dict[str, float] = {}
-        for event in profile.key_averages():
-            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            if spent:
-                component = component_of(event.key)
-                found[component] = found.get(component, 0.0) + spent / 1e3
+        found = _summed(profile.key_averages(), cuda)
         if cuda:
             found[GAPS] = max(whole - sum(found.values()), 1e-6)
         samples.append({**found, WHOLE: whole})
     return samples
+
+
+def _summed(events: Iterable[Any], cuda: bool) -> dict[str, float]:
+    """Milliseconds of each component.
+
+    On a GPU a kernel is listed itself and in the time of the operator that launched it: only it counts.
+    """
+    found: dict[str, float] = {}
+    for event in events:
+        if cuda and not _is_kernel(event):
+            continue
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if spent:
+            component = component_of(event.key)
+            found[component] = found.get(component, 0.0) + spent / 1e3
+    return found
+
+
+def _is_kernel(event: Any) -> bool:
+    # a range that the user names spans kernels; not every PyTorch marks it
+    device = getattr(event, "device_type", None)
+    return device == torch.autograd.DeviceType.CUDA and not (
+        getattr(event, "is_user_annotation", False) or event.key.startswith("ProfilerStep")
+    )
 
 
 def split(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .master import MasterWeights
     from .modes import GraphedStep
     from .recipe import RunConfig
-    from .step import TrainingStep
+    from .step import TrainingStep, run_step
 
 _HOMES = {
     "CheckpointStore": "checkpoints",
@@ -37,6 +37,7 @@ _HOMES = {
     "TrainingInterrupted": "errors",
     "TrainingStep": "step",
     "evaluate": "evaluation",
+    "run_step": "step",
 }
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingStep",
     "evaluate",
+    "run_step",
 ]
 
 

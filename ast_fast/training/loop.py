@@ -417,11 +417,12 @@ class Trainer:
                 "sampler": self._sampler.state_dict(),
                 "train": self.config.to_dict(),
             }
-            self._store.save(self.step, self._write_model, tensors, state, best)
+            self._store.save(self.step, self.save_model, tensors, state, best)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
 
-    def _write_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
+        """Write the model in the precision it learns in: with masters, their float32 weights."""
         if self._masters is None:
             self.model.save_pretrained(folder)
         else:

@@ -6,12 +6,14 @@ model once. `prepared_step` does what `TrainConfig.compile` asks for.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 
 from ..config import TrainConfig
@@ -28,18 +30,24 @@ class GraphedStep:
     The first steps of a shape run as they are, on the stream that will record: they are steps like any
     other, and see to it that every kernel is compiled. Then the step is recorded and from there on
     replayed. Batches of other shapes (the short last one of an epoch), and all batches while a module of
-    the model carries hooks, run unrecorded, which is said once. Weights that moved are recorded anew.
+    the model, a weight or the optimiser carries hooks, run unrecorded, which is said once. Weights that moved are recorded anew.
 
     Args:
         step: must not depend on anything but its two tensors and what lies at fixed addresses.
         graphs: who records; `graphs.CudaGraphs` on a GPU.
         model: whose weights and hooks to watch.
         warm_ups: steps of one shape in a row before it is recorded.
+
+    Raises:
+        ValueError: `graphs` records on another device than that of the weights.
     """
 
     def __init__(
         self, step: TrainingStep, graphs: GraphMaker, model: nn.Module, warm_ups: int = 3
     ) -> None:
+        bind = getattr(graphs, "bind", None)  # of `CudaGraphs`
+        if bind is not None:
+            bind(step.weights[0].device)
         self.step = step
         self._graphs, self._model, self._warm_ups = graphs, model, warm_ups
         self._recording: Recording | None = None
@@ -53,7 +61,11 @@ class GraphedStep:
         """As `TrainingStep`; the result is a copy that later steps leave alone."""
         if self._failed:
             return self.step(features, targets)
-        hooked = watched_module(self._model) or _hooked_parameter(self._model)
+        hooked = (
+            watched_module(self._model)
+            or _hooked_parameter(self._model)
+            or _hooked_optimizer(self.step.optimizer)
+        )
         if hooked is not None:
             return self._unrecorded("hooks", f"{hooked} carries hooks", features, targets)
         key = signature(features, targets)
@@ -101,16 +113,19 @@ class GraphedStep:
                     "the step draws random numbers on the host, which a replay would repeat"
                 )
         except Exception as error:
-            # nothing ran while it was recorded: the weights are as they were
-            self.step.zero_grad()
-            if is_out_of_memory(error):
-                raise
-            self._failed = True
             _log.warning(
                 "the training step could not be recorded as a CUDA graph and runs unrecorded: %s: %s",
                 type(error).__name__,
                 error,
             )
+            self._failed = True
+            if is_out_of_memory(error):
+                error.__traceback__ = None  # holds every activation
+        if self._failed:
+            # nothing ran while it was recorded: the weights are as they were
+            self._recording = None
+            self.step.zero_grad()
+            empty_cache(features.device)
             return False
         self._places = self._now()
         return True
@@ -124,21 +139,35 @@ class GraphedStep:
             tensors += [v for v in optimizer.state[weight].values() if isinstance(v, Tensor)]
         tensors += [g["lr"] for g in optimizer.param_groups if isinstance(g["lr"], Tensor)]
         wanted = tuple(p.requires_grad for p in self._model.parameters())
-        return addresses(tensors), wanted, self._model.training
+        settings = [  # numbers are written into the recording
+            (name, value)
+            for group in optimizer.param_groups
+            for name, value in group.items()
+            if name != "params" and not isinstance(value, Tensor)
+        ]
+        return addresses(tensors), wanted, self._model.training, settings
 
     def _unrecorded(self, kind: str, reason: str, features: Tensor, targets: Tensor) -> Tensor:
         if kind not in self._said:
             self._said.add(kind)
             _log.warning("training step not replayed from its CUDA graph: %s; said once", reason)
+        counters = None
         try:
+            if self._recording is not None:
+                # which patches a step leaves out is counted there
+                counters = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
             return self.step(features, targets)
         except Exception as error:
-            if self._recording is None or not is_out_of_memory(error):
+            if self._recording is None or counters is None or not is_out_of_memory(error):
                 raise
+            error.__traceback__ = None  # holds every activation
         # the recording keeps the memory of a whole step to itself
         _log.warning("memory ran out beside the recorded step: it is dropped, to be recorded again")
         self.reset()
         empty_cache(features.device)
+        with torch.no_grad():
+            for buffer, before in counters:
+                buffer.copy_(before)
         return self.step(features, targets)
 
 
@@ -149,13 +178,29 @@ def _hooked_parameter(model: nn.Module) -> str | None:
     return None
 
 
+def _hooked_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    everywhere = torch_optimizer._global_optimizer_pre_hooks or (
+        torch_optimizer._global_optimizer_post_hooks
+    )
+    return "the optimizer" if own or everywhere else None
+
+
 class _CompiledInTraining:
     """A method compiled where autograd records, as it is elsewhere: evaluation has other shapes."""
 
     def __init__(self, method: Callable[..., Any], backend: Any) -> None:
         self._plain = method
+        self._backend = backend
         self._compiled = torch.compile(method, fullgraph=True, backend=backend)
         functools.update_wrapper(self, method)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CompiledInTraining:
+        # a method is copied with its object, a compiled function would stay that of the original
+        return _CompiledInTraining(copy.deepcopy(self._plain, memo), self._backend)
+
+    def __reduce__(self) -> Any:
+        return _CompiledInTraining, (self._plain, self._backend)
 
     def __call__(self, *arguments: Any) -> Any:
         return (self._compiled if torch.is_grad_enabled() else self._plain)(*arguments)
@@ -208,5 +253,5 @@ def prepared_step(
                 f"compile='regional': {type(model).__name__} has no blocks of ours; use off or graph"
             )
     if mode == "graph":
-        return GraphedStep(step, graphs or CudaGraphs(), model)
+        return GraphedStep(step, graphs or CudaGraphs(step.weights[0].device), model)
     return step

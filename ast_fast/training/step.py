@@ -8,8 +8,9 @@ is whole or has not happened.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,14 +41,15 @@ class TrainingStep:
     Args:
         call: features [B, S, F] to logits [B, C]; a model or a wrapper of one.
         loss_fn: of float32 logits and targets.
-        optimizer: a fused one of PyTorch's, which skips a step and scales gradients by itself.
+        optimizer: a fused one of PyTorch's that counts its steps (AdamW, Adam), which skips a step and
+            scales gradients by itself. Its step hooks run once for each parameter group.
         masters: the masters that the optimiser updates, if it does not update the model's own weights.
         max_norm: largest gradient norm; 0 switches clipping off.
         backward: how to run backward; `Tensor.backward` by default.
         reduce: mean of a tensor over the processes, if there are several.
 
     Raises:
-        TypeError: the optimiser is not a fused one.
+        TypeError: the optimiser is not a fused one, or counts no steps (SGD).
     """
 
     def __init__(
@@ -70,6 +72,11 @@ class TrainingStep:
         self.optimizer, self.masters = optimizer, masters
         self._max_norm, self._backward, self._reduce = max_norm, backward, reduce
         _fill_state(optimizer)
+        if any("step" not in optimizer.state[weight] for weight in self.weights):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}, which counts no steps: expected AdamW or "
+                "Adam with fused=True; without a count a step half done cannot be told from a whole one"
+            )
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -136,18 +143,24 @@ class TrainingStep:
                 raise
             # the masters have been updated: the model must follow
             empty_cache(self.weights[0].device)
-            masters.scatter()
+            with _memory_twice():
+                masters.scatter()
 
     def _update_groups(self) -> None:
         """One group after the other, so that memory running out leaves no update half done."""
         groups = self.optimizer.param_groups
+        if not all(self.optimizer.state[weight] for weight in self.weights):
+            _fill_state(self.optimizer)  # a checkpoint of weights that had no gradient yet
+        with_grads = [[p for p in group["params"] if p.grad is not None] for group in groups]
+        # all before the first update: until then nothing has changed where memory runs out
+        counts = [
+            self.optimizer.state[used[0]]["step"].clone() if used else None for used in with_grads
+        ]
         try:
-            for group in groups:
-                used = [p for p in group["params"] if p.grad is not None]
-                if not used:
+            for group, used, before in zip(groups, with_grads, counts, strict=True):
+                if before is None:
                     continue
                 self.optimizer.param_groups = [group]
-                before = self.optimizer.state[used[0]]["step"].clone()
                 try:
                     self.optimizer.step()
                 except Exception as error:
@@ -161,18 +174,25 @@ class TrainingStep:
     def _once_more(self, used: list[nn.Parameter], before: Tensor) -> None:
         # the optimiser counts a step before it takes it
         steps = [self.optimizer.state[p]["step"] for p in used]
-        if not torch.equal(steps[0], before):
-            torch._foreach_sub_(steps, 1.0)
         empty_cache(steps[0].device)
-        try:
+        with _memory_twice():
+            if not torch.equal(steps[0], before):
+                torch._foreach_sub_(steps, 1.0)
             self.optimizer.step()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                "memory ran out twice while the weights were updated: some may be those after the step; "
-                f"go on from the last checkpoint; {_LOWER}"
-            ) from error
+
+
+@contextlib.contextmanager
+def _memory_twice() -> Iterator[None]:
+    """Say that an update may be half done where memory runs out in its second try."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "memory ran out twice while the weights were updated: some may be those after the step; "
+            f"go on from the last checkpoint; {_LOWER}"
+        ) from error
 
 
 def empty_cache(device: torch.device) -> None:

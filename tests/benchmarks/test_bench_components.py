@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -107,3 +109,29 @@ def test_the_command_prints_and_writes_nothing_in_a_dry_run(capsys, tmp_path):
     )
     assert status == 0 and "products" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kernel_on_a_gpu_is_counted_once():
+    """A profile lists it by itself, in its operator's time, and in that of a named range."""
+    kinds = torch.autograd.DeviceType
+
+    def event(key, device_type, milliseconds, **more):
+        spent = 1e3 * milliseconds
+        return SimpleNamespace(
+            key=key,
+            device_type=device_type,
+            self_device_time_total=spent,
+            self_cpu_time_total=0.25 * spent,
+            **more,
+        )
+
+    events = [
+        event("aten::mm", kinds.CPU, 2.0, is_user_annotation=False),
+        event("nvjet_hsh_128x256", kinds.CUDA, 2.0, is_user_annotation=False),
+        event("Optimizer.step#AdamW.step", kinds.CUDA, 3.0, is_user_annotation=True),
+        event("ProfilerStep*", kinds.CUDA, 6.0),
+        event("multi_tensor_apply_kernel adam", kinds.CUDA, 1.0),
+    ]
+    assert components._summed(events, cuda=True) == {"products": 2.0, "optimiser": 1.0}
+    on_cpu = [each for each in events if each.device_type == kinds.CPU]
+    assert components._summed(on_cpu, cuda=False) == {"products": 0.5}

@@ -332,6 +332,19 @@ def test_bench_is_passed_to_the_benchmarks_of_the_checkout(capsys):
     assert not left.value.code and "--suite" in capsys.readouterr().out
 
 
+def test_a_model_trained_in_bfloat16_is_written_with_its_masters(place, tmp_path):
+    status = run(
+        *("train", "--data", place / "data", "--run", tmp_path, "--config", place / "run.toml"),
+        *("--holdout", "0", "--set", "train.epochs=1", "--set", "train.monitor.check_every=0"),
+        *("--set", "train.precision=bfloat16-master"),
+    )
+    assert status == 0
+    weights = ASTModel.from_pretrained(tmp_path / "model").state_dict()
+    weight = weights["v.blocks.0.attn.qkv.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
 def test_ctrl_c_leaves_a_state_that_resumes(place, tmp_path):
     folder = tmp_path / "run"
     child = start(

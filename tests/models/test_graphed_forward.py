@@ -1,5 +1,7 @@
 """Recorded inference: the model's own results, for shapes that come back, until something changes."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,108 @@ def test_autocast_backend_and_inference_mode_have_recordings_of_their_own(networ
     assert graphed.recorded == 3
     with use_backend("reference"):
         assert torch.equal(graphed(x), network(x))
+
+
+@torch.no_grad()
+def test_recording_leaves_the_caller_s_autocast_cache_alone():
+    """Copies in it are freed when the context is left; a recording would go on reading them."""
+    cached = []
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            cached.append(torch.is_autocast_cache_enabled())
+            return super().forward(x)
+
+    graphed = GraphedForward(Layer(4, 4), graphs=FakeGraphs())
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()
+        results = [graphed(x) for _ in range(4)]
+        assert torch.is_autocast_cache_enabled()
+        assert all(torch.equal(each, graphed.model(x)) for each in results)
+    assert graphed.recorded == 1 and not any(cached[:-4])
+
+
+OPTIONS = {
+    "merging": lambda network: network.set_token_merging(1),
+    "fp8": lambda network: network.set_precision("fp8"),
+    "deterministic": lambda network: setattr(network.v.blocks[0].attn, "deterministic", False),
+    "a part in training": lambda network: network.v.blocks[1].train(),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@torch.no_grad()
+def test_options_set_afterwards_drop_the_recordings(option, network, graphed):
+    for seed in range(4):
+        graphed(spectrogram(seed))
+    assert graphed.recorded == 1
+    OPTIONS[option](network)
+    x = spectrogram(0)
+    assert torch.equal(graphed(x), network(x))
+    assert graphed.recorded == 0
+
+
+@torch.no_grad()
+def test_a_front_end_set_afterwards_drops_the_recordings(network, graphed):
+    wave = 0.1 * torch.randn(1, 6000)
+    for _ in range(4):
+        graphed.forward_waveform(wave)
+    network.frontend_config = network.frontend_config.replace(mean=1.0)
+    assert torch.equal(graphed.forward_waveform(wave), network.forward_waveform(wave))
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        network = create_model("ast_mini_p16_s10", num_classes=4, **SIZES).eval()
+        graphed = GraphedForward(network, graphs=FakeGraphs())
+        for seed in range(4):
+            assert torch.equal(graphed(spectrogram(seed)), network(spectrogram(seed)))
+    assert graphed.recorded == 1
+
+
+def test_a_capture_that_fails_goes_back_to_the_caller_s_stream(monkeypatch, caplog):
+    """Ending a broken capture raises before torch restores the stream."""
+    streams = {"current": "caller's"}
+
+    class Capture:
+        def __init__(self, graph, **_):
+            pass
+
+        def __enter__(self):
+            streams["current"] = "recording"
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {
+        "device": lambda _: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: None,
+        "current_stream": lambda: streams["current"],
+        "set_stream": lambda stream: streams.update(current=stream),
+        "graph": Capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = CudaGraphs()
+
+    def waits():
+        raise ValueError("the function's own error")
+
+    with caplog.at_level("INFO", logger="ast_fast"), pytest.raises(ValueError, match="own error"):
+        graphs.capture(waits)
+    assert streams["current"] == "caller's" and graphs._pool is None
+    assert "the function's own error" in caplog.text
+
+
+def test_cuda_graphs_belong_to_one_device():
+    graphs = CudaGraphs()
+    graphs.bind(torch.device("cuda:1"))
+    assert graphs._device == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="cuda:0 and CUDA graphs on cuda:1"):
+        graphs.bind(torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="weights are on cpu"):
+        CudaGraphs().bind(torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -1,23 +1,26 @@
 """The training step: recorded or not the same bits, never waiting for the device, whole or not at all."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ast_fast import create_model, ops
 from ast_fast.config import TrainConfig
+from ast_fast.graphs import CudaGraphs
 from ast_fast.training import (
     GraphedStep,
     MasterWeights,
     StepOutOfMemoryError,
     TrainingError,
     TrainingStep,
+    run_step,
 )
 from ast_fast.training.modes import chosen_mode, compile_blocks, prepared_step
-from ast_fast.training.step import run_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 1, "input_fdim": 32, "input_tdim": 32}
@@ -183,6 +186,65 @@ def test_hooks_run_and_a_recording_without_them_is_not_replayed(caplog):
     assert len(said) == 1 and "v.blocks.0.attn" in said[0]
 
 
+def test_hooks_on_the_optimizer_run_too():
+    rig, calls = Rig(graphs=True), []
+    rig.train(4)
+    handle = rig.step.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    rig.train(2, first=4)
+    groups = len(rig.step.optimizer.param_groups)
+    assert len(calls) == 2 * groups and rig.graphs.replayed == 1
+    handle.remove()
+    rig.train(1, first=6)
+    assert rig.graphs.replayed == 2
+
+
+def test_settings_of_the_optimizer_that_change_are_recorded_anew():
+    rig = Rig(graphs=True)
+    rig.train(5)
+    for setting in ("weight_decay", "lr"):
+        before = rig.graphs.warmed
+        rig.step.optimizer.param_groups[0][setting] = 0.25
+        rig.run(*rig.batch(5))
+        assert rig.graphs.warmed == before + 1 and rig.run._recording is None
+        for index in range(4):
+            rig.run(*rig.batch(6 + index))
+        assert rig.run._recording is not None
+
+
+def test_memory_running_out_while_a_step_is_recorded_runs_on_unrecorded(caplog):
+    eager, graphed = Rig(), Rig(graphs=True)
+    graphed.graphs.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert same(eager.train(6), graphed.train(6))
+    assert same(eager.state(), graphed.state())
+    assert sum("could not be recorded" in r.message for r in caplog.records) == 1
+
+
+def test_a_step_tried_again_leaves_out_the_same_patches(monkeypatch):
+    plain, rig = Rig(), Rig(graphs=True)
+    for each in (plain, rig):
+        each.model.set_patchout(time=1, patches=1)
+    inner = rig.graphs.state
+    rig.graphs.state = lambda: [*inner(), *rig.model.buffers()]
+    for each in (plain, rig):
+        each.train(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "mlp", failing(1)(ops.mlp))
+        rig.train(1, clips=2, first=5)
+    plain.train(1, clips=2, first=5)
+    assert int(rig.model.patchout.step) == 6
+    assert same(plain.state(), rig.state())
+
+
+def test_graphs_of_another_device_are_refused(monkeypatch):
+    rig = Rig()
+    with pytest.raises(ValueError, match="weights are on cpu and CUDA graphs on cuda:1"):
+        GraphedStep(rig.step, CudaGraphs(torch.device("cuda:1")), rig.model)
+    asked = []
+    monkeypatch.setattr("ast_fast.training.modes.CudaGraphs", asked.append)
+    prepared_step(rig.step, "graph", rig.model)
+    assert asked == [torch.device("cpu")]
+
+
 def test_hooks_on_a_parameter_run_too():
     rig, calls = Rig(graphs=True), []
     rig.train(4)
@@ -264,6 +326,9 @@ def test_an_optimizer_that_cannot_skip_is_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="fused=True"):
         TrainingStep(model, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), 0.1))
+    sgd = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    with pytest.raises(TypeError, match="SGD, which counts no steps"):
+        TrainingStep(model, nn.functional.cross_entropy, sgd)
 
 
 def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
@@ -278,7 +343,7 @@ def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
     plain.fit()
     made = FakeGraphs()
     monkeypatch.setattr("ast_fast.training.loop.chosen_mode", lambda *_: "graph")
-    monkeypatch.setattr("ast_fast.training.modes.CudaGraphs", lambda: made)
+    monkeypatch.setattr("ast_fast.training.modes.CudaGraphs", lambda device: made)
     graphed = loop.trainer(tmp_path / "graphed", config)
     weights, state = graphed._parameters.values(), graphed._optimizer.state
     made.state = lambda: [
@@ -335,6 +400,21 @@ def test_compiled_blocks_are_compiled_once_and_compute_the_same(activation_memor
     with torch.no_grad():  # evaluation, with batches of its own size, is left as it is
         regional.model(torch.randn(7, 32, 32))
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_compiled_blocks_computes_with_its_own_weights(way):
+    torch._dynamo.reset()
+    model = Rig().model
+    compile_blocks(model.v.blocks, "eager")
+    twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    x = torch.randn(2, 32, 32)
+    with torch.no_grad():
+        for parameter in twin.v.blocks.parameters():
+            parameter.mul_(0.5)
+        expected = twin(x)  # evaluation runs the method itself
+    assert not torch.allclose(model(x), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- memory runs out
@@ -442,6 +522,48 @@ def test_memory_running_out_twice_in_the_update_says_that_weights_may_have_chang
     with pytest.raises(TrainingError, match="last checkpoint") as caught:
         run_step(rig.run, *rig.batch(3), batch_size=3)
     assert not isinstance(caught.value, StepOutOfMemoryError)
+
+
+def test_memory_running_out_between_two_groups_is_not_called_harmless(monkeypatch):
+    """What an update allocates for its own safety comes before the first weight changes."""
+    rig = Rig()
+    rig.train(2)
+    before, inner = rig.state(), rig.step._update_groups
+
+    def update():
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "clone", failing(1, 1)(Tensor.clone))
+            inner()
+
+    monkeypatch.setattr(rig.step, "_update_groups", update)
+    with pytest.raises(StepOutOfMemoryError, match="unchanged"):
+        run_step(rig.run, *rig.batch(2), batch_size=3)
+    assert same(before, rig.state())
+
+
+def test_memory_running_out_while_an_update_is_looked_at_says_so(monkeypatch):
+    rig = Rig()
+    rig.train(2)
+    monkeypatch.setattr(torch, "_fused_adamw_", failing(1, 1)(torch._fused_adamw_))
+    monkeypatch.setattr(torch, "equal", failing(1)(torch.equal))
+    with pytest.raises(TrainingError, match="last checkpoint") as caught:
+        run_step(rig.run, *rig.batch(3), batch_size=3)
+    assert not isinstance(caught.value, StepOutOfMemoryError)
+
+
+def test_memory_running_out_twice_while_masters_are_rounded_says_so(monkeypatch):
+    rig = Rig("bfloat16-master")
+    monkeypatch.setattr(torch, "_foreach_copy_", failing(2, 1)(torch._foreach_copy_))
+    with pytest.raises(TrainingError, match="last checkpoint") as caught:
+        run_step(rig.run, *rig.batch(0), batch_size=3)
+    assert not isinstance(caught.value, StepOutOfMemoryError)
+
+
+def test_moments_that_a_checkpoint_lacks_are_made():
+    rig, plain = Rig(), Rig()
+    for weight in rig.step.weights[::3]:
+        rig.step.optimizer.state[weight] = {}
+    assert same(rig.train(3), plain.train(3)) and same(rig.state(), plain.state())
 
 
 def test_an_error_of_another_kind_is_left_alone(monkeypatch):
