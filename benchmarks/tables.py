@@ -52,6 +52,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("headline",),
         (*_MODELS, "transformers-amp", "torch", "all-tokens"),
     ),
+    "cpu-tokens": ("cpu", ("tokens",), ("all-tokens",)),
+    "gpu-tokens": ("cuda", ("tokens",), ("all-tokens",)),
     "cpu-components": ("cpu", ("components",), ()),
     "gpu-components": ("cuda", ("components",), ()),
     "cpu-attention": (
