@@ -82,13 +82,15 @@ def _own(blocks: Any) -> list[Block]:
 _steps = 0  # of any optimiser: fused ones change weights without raising their versions
 
 
+def note_step(*_: Any) -> None:
+    """Weights may have changed: called after every optimiser's step, and by whoever replays one."""
+    global _steps
+    _steps += 1
+
+
 @functools.cache
 def _count_steps() -> None:
-    def count(*_: Any) -> None:
-        global _steps
-        _steps += 1
-
-    register_optimizer_step_post_hook(count)
+    register_optimizer_step_post_hook(note_step)
 
 
 def why_not(precision: Precision) -> str | None:

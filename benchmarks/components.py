@@ -83,11 +83,13 @@ def least_work(case: Case, depth: int = DEPTH) -> dict[str, Work]:
     products, attention = 2 * entries * 12 * width, 4 * entries * tokens
     wide = max(narrow, 2)  # bytes stand in products alone
     if case.mode != "step":
+        between = {"norms": Work(2 * 8 * entries, wide * 8 * entries)}
+        if case.dtype == "int8":  # norms are part of that
+            between = {"between products of bytes": Work(60 * entries, 26 * entries)}
         return {
             "products": Work(products, narrow * (16 * entries + parameters)),
             "attention": Work(attention, wide * 4 * entries),
-            "norms": Work(2 * 8 * entries, wide * 8 * entries),
-            "between products of bytes": Work(60 * entries, 26 * entries),
+            **between,
         }
     return {
         "products": Work(3 * products, 3 * narrow * (16 * entries + parameters)),
@@ -241,7 +243,9 @@ def split(
         row.error, row.budget, row.worst = first.error, first.budget, first.worst
         row.ms = timing.spread([sample.get(name, 1e-6) for sample in samples])
         least = work.get(name, Work())
-        expected = predicted_ms(least, tops, case.dtype)
+        # products alone are in bytes
+        rounded = "bf16" if case.dtype == "int8" and name != "products" else case.dtype
+        expected = predicted_ms(least, tops, rounded)
         if expected:
             rate = 1e-9 / row.ms["p50"]
             row.tflops, row.gbps = least.flops * rate, least.bytes * rate * 1e3

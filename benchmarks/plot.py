@@ -98,8 +98,10 @@ def draw_roofline(file: Content, pyplot: Any) -> Any:
     for dtype, style in roofs.items():
         top = tops.get(f"gemm_{dtype}_tflops")
         if top:
-            roof = [min(top, tops["copy_gbps"] * x / 1e3) for x in reach]
-            axes.plot(reach, roof, style, color=RIVAL, label=f"roof, {dtype}")
+            knee = top * 1e3 / tops["copy_gbps"]
+            places = sorted([*reach, knee])
+            roof = [min(top, tops["copy_gbps"] * x / 1e3) for x in places]
+            axes.plot(places, roof, style, color=RIVAL, label=f"roof, {dtype}")
     colours = {"products": OURS, "attention": "#b3402a", "norms": "#3b8f4a", "GELU": "#8a5fb5"}
     markers = {"f32": "o", "bf16": "s", "int8": "^", "bf16-amp": "D", "bf16-master": "P"}
     for row in file["rows"]:

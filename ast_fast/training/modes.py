@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..graphs import CudaGraphs, GraphMaker, Recording, addresses, signature, watched_module
+from ..optimized import note_step
 from .errors import TrainingError
 from .step import TrainingStep, empty_cache, is_out_of_memory
 
@@ -86,6 +87,7 @@ class GraphedStep:
             return self._unrecorded("shape", shape, features, targets)
         assert self._recording is not None
         values: Tensor = self._recording(features, targets)
+        note_step()
         return values.clone()
 
     def set_lr(self, lr: float) -> None:
@@ -180,9 +182,10 @@ def _hooked_parameter(model: nn.Module) -> str | None:
 
 def _hooked_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    everywhere = torch_optimizer._global_optimizer_pre_hooks or (
-        torch_optimizer._global_optimizer_post_hooks
-    )
+    everywhere = list(torch_optimizer._global_optimizer_pre_hooks.values())
+    everywhere += torch_optimizer._global_optimizer_post_hooks.values()
+    # a replay does itself what that one is for
+    everywhere = [hook for hook in everywhere if hook is not note_step]
     return "the optimizer" if own or everywhere else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ast_fast import create_model, ops
+from ast_fast import create_model, ops, optimized
 from ast_fast.config import TrainConfig
 from ast_fast.graphs import CudaGraphs
 from ast_fast.training import (
@@ -18,6 +18,7 @@ from ast_fast.training import (
     StepOutOfMemoryError,
     TrainingError,
     TrainingStep,
+    modes,
     run_step,
 )
 from ast_fast.training.modes import chosen_mode, compile_blocks, prepared_step
@@ -184,6 +185,14 @@ def test_hooks_run_and_a_recording_without_them_is_not_replayed(caplog):
     assert rig.graphs.replayed == 3
     said = [r.message for r in caplog.records if "carries hooks" in r.message]
     assert len(said) == 1 and "v.blocks.0.attn" in said[0]
+
+
+def test_packed_weights_elsewhere_do_not_keep_a_step_from_being_recorded():
+    optimized._count_steps()
+    before = optimized._steps
+    assert modes._hooked_optimizer(torch.optim.AdamW([torch.zeros(1)], fused=True)) is None
+    optimized.note_step()
+    assert optimized._steps == before + 1
 
 
 def test_hooks_on_the_optimizer_run_too():
