@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import backend
+from .layers import all_are_hooked, hooks_of
+from .ops._common import traced
 
 Function = Callable[[], Any]
 _log = logging.getLogger("ast_fast")
@@ -145,15 +146,10 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 def watched_module(model: nn.Module) -> str | None:
     """The first module whose hooks a replay would leave out; None if there is none."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if all_are_hooked():
         return "every module of the process"
     for name, module in model.named_modules():
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
+        if any(hooks_of(module)):
             return name or "the model"
     return None
 
@@ -173,24 +169,13 @@ class _Watch:
         modules = list(model.modules())
         self._model, self._modules = model, modules
         self._options = [(m, name) for m in modules for name in _OPTIONS if hasattr(m, name)]
-        self._hooks = [
-            hooks
-            for module in modules
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ]
+        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self._parts = [module._modules for module in modules if module._modules]
         self._held = [held for m in modules for held in (m._parameters, m._buffers) if held]
 
     def hooked(self) -> bool:
         """Whether a hook sits anywhere."""
-        return any(self._hooks) or bool(
-            torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        )
+        return any(self._hooks) or all_are_hooked()
 
     def state(self) -> tuple[list[Any], ...]:
         """Modules, options, and place and version of weights and buffers; equal: nothing changed."""
@@ -284,7 +269,7 @@ class GraphedForward:
         if reason is not None:
             self._say(reason)
             return None
-        if _is_watched():
+        if traced() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None
         if self._state != self._watch.state():
             self._clear()
@@ -336,17 +321,6 @@ class GraphedForward:
         if reason not in self._said:
             self._said.add(reason)
             _log.warning("model called without CUDA graphs: %s; said once", reason)
-
-
-def _is_watched() -> bool:
-    """Whether somebody traces, transforms or records the call already."""
-    return (
-        torch.compiler.is_compiling()
-        or bool(torch._C._len_torch_dispatch_stack())
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def _uncached(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

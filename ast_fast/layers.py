@@ -23,15 +23,30 @@ from .patchout import Patchout
 from .positions import trunc_normal_
 
 
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """The dicts that a module keeps its hooks in; they stay the same objects."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def all_are_hooked() -> bool:
+    """Whether a hook sits on every module of the process."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether calling one of these modules does more than its class's forward.
 
     That is so when a hook sits on it (parts do not count) or on every module of the process, or
     when its forward was replaced, as offloading does.
     """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if all_are_hooked():
         return True
-    for module in modules:
+    for module in modules:  # asked hundreds of times in a forward: no tuple is made
         if (
             module._forward_hooks
             or module._forward_pre_hooks
@@ -176,11 +191,16 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C]."""
         fc1, fc2 = self.fc1, self.fc2
-        plain = type(fc1) is nn.Linear and type(fc2) is nn.Linear and type(self.act) is nn.GELU
-        if plain and not is_hooked(fc1, self.act, fc2):
+        if self.has_plain_parts and not is_hooked(fc1, self.act, fc2):
             block = ops.mlp_fp8 if self.fp8 else ops.mlp
             return block(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return fc2(self.act(fc1(x)))
+
+    @property
+    def has_plain_parts(self) -> bool:
+        """Whether the weights say all about what is computed."""
+        parts = type(self.fc1), type(self.act), type(self.fc2)
+        return parts == (nn.Linear, nn.GELU, nn.Linear)
 
 
 class Block(nn.Module):
@@ -243,6 +263,13 @@ class Block(nn.Module):
             and type(attn.qkv) is nn.Linear
             and type(mlp) is Mlp
             and not is_hooked(attn, attn.qkv, attn.proj, mlp, mlp.fc1, mlp.act, mlp.fc2)
+        )
+
+    @property
+    def can_leave_out_parts(self) -> bool:
+        """Whether the block may be computed from its weights, with no module called."""
+        return (
+            self.can_keep_first and type(self.attn.proj) is nn.Linear and self.mlp.has_plain_parts
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 
@@ -29,16 +29,16 @@ def set_precision(blocks: Any, precision: ModelPrecision) -> None:
         block.attn.fp8 = block.mlp.fp8 = precision == "fp8"
 
 
+def uses_fp8(block: Any) -> bool:
+    """Whether a part of a block, which may be anybody's module, was marked."""
+    parts = (getattr(block, name, None) for name in ("attn", "mlp"))
+    return any(getattr(part, "fp8", False) for part in parts)
+
+
 def can_fuse(block: Any) -> bool:
     """Whether a plain block may run here: marked, untouched, and nobody looks at what it leaves out."""
-    attn, mlp = block.attn, block.mlp
-    return (
-        block.can_keep_first
-        and attn.fp8
-        and mlp.fp8
-        and all(type(part) is nn.Linear for part in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-        and type(mlp.act) is nn.GELU
-    )
+    marked: bool = block.attn.fp8 and block.mlp.fp8
+    return marked and block.can_leave_out_parts
 
 
 def run(stream: Tensor, blocks: list[Any], keep: int | None) -> tuple[Tensor, Tensor]:

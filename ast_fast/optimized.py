@@ -11,7 +11,6 @@ compilers see the usual way alone.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from typing import Any, Literal, TypeVar
@@ -22,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import backend
 from .layers import Block, LayerNorm, Trunk, is_hooked
+from .layers_fp8 import uses_fp8
 from .ops._common import watched
 
 Precision = Literal["exact", "bf16", "int8"]
@@ -64,7 +64,7 @@ def optimize_for_inference(model: Model, precision: Precision = "exact") -> Mode
             f"the model is on {', '.join(sorted(devices))}: packed weights are for CPUs; move it with "
             ".to('cpu')"
         )
-    if any(block.attn.fp8 or block.mlp.fp8 for trunk in trunks for block in _own(trunk.blocks)):
+    if any(uses_fp8(block) for trunk in trunks for block in trunk.blocks):
         raise ValueError("the model computes in FP8: call its set_precision('exact') first")
     why = why_not(precision)
     if why is not None:
@@ -73,10 +73,6 @@ def optimize_for_inference(model: Model, precision: Precision = "exact") -> Mode
     for trunk in trunks:
         trunk.runner = PackedRunner(precision)
     return model.eval()
-
-
-def _own(blocks: Any) -> list[Block]:
-    return [block for block in blocks if type(block) is Block]
 
 
 _steps = 0  # of any optimiser: fused ones change weights without raising their versions
@@ -141,24 +137,22 @@ class PackedRunner:
             return None
         self.ran = True
         clips, _, width = stream.shape
-        narrow = torch.bfloat16 if self.precision != "exact" else stream.dtype
+        dtype = torch.bfloat16 if self.precision != "exact" else stream.dtype
         # what passes between their steps is a matter of theirs
-        arithmetic: Any = _Bytes(stream.dtype) if self.precision == "int8" else _Floats(narrow)
-        packs = [self._pack(block, narrow) for block in blocks]
+        arithmetic: Any = _Bytes(stream.dtype) if self.precision == "int8" else _Floats(dtype)
+        packs = [self._pack(block, dtype) for block in blocks]
         rows = stream.reshape(-1, width)
         normed = arithmetic.enter(rows, packs[0].norm1)
-        for index, pack in enumerate(packs):
-            last = index + 1 == len(packs)
-            update = arithmetic.attention(pack, normed, clips, keep if last else None)
-            if last and keep is not None:
-                rows = rows.view(clips, -1, width)[:, :keep].reshape(-1, width)
+        for pack, following in zip(packs, [*packs[1:], None], strict=True):
+            short = None if following else keep
+            update = arithmetic.attention(pack, normed, clips, short)
+            rows = _first_of_each(rows, clips, short)
             normed, rows = arithmetic.join(update, rows, pack.norm2)
             update = arithmetic.feed_forward(pack, normed)
-            if last:
-                made: Tensor = arithmetic.leave(update, rows, _norm(last_norm))
-                return made.view(clips, -1, width)
-            normed, rows = arithmetic.join(update, rows, packs[index + 1].norm1)
-        return None
+            if following:
+                normed, rows = arithmetic.join(update, rows, following.norm1)
+        made: Tensor = arithmetic.leave(update, rows, _norm(last_norm))
+        return made.view(clips, -1, width)
 
     def stand_aside(self, why: str) -> None:
         """Say, once, why packed weights are not used."""
@@ -176,8 +170,8 @@ class PackedRunner:
             return "gradients are recorded (use torch.inference_mode())"
         if stream.device.type != "cpu" or stream.dtype not in (torch.float32, torch.bfloat16):
             return f"tokens are {stream.dtype} on {stream.device}"
-        narrow = self.precision == "bf16" or stream.dtype == torch.bfloat16
-        if narrow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        in_bfloat16 = self.precision == "bf16" or stream.dtype == torch.bfloat16
+        if in_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return "oneDNN has no bfloat16 on this CPU"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
@@ -190,30 +184,24 @@ class PackedRunner:
         if not blocks or not stream.numel():
             return "there is nothing to compute"
         for block in blocks:
-            if type(block) is not Block or not block.can_keep_first or not _is_plain(block):
+            if type(block) is not Block or not block.can_leave_out_parts:
                 return "a block is hooked or was replaced"
-            if block.attn.fp8 or block.mlp.fp8:
+            if uses_fp8(block):
                 return "a block computes in FP8"
             if block.attn.head_dim not in (32, 64, 96, 128):
                 return f"heads are {block.attn.head_dim} wide"
         return None
 
-    def _pack(self, block: Block, narrow: torch.dtype) -> _Pack:
+    def _pack(self, block: Block, dtype: torch.dtype) -> _Pack:
         parameters = _parameters_of(block)
         state = _state_of(parameters)
         _, pack = self._packs.get(id(block), (None, None))
-        if pack is None or pack.state != state or pack.narrow != narrow:
-            pack = _Pack(block, narrow, self.precision == "int8", state)
+        if pack is None or pack.state != state or pack.dtype != dtype:
+            pack = _Pack(block, dtype, self.precision == "int8", state)
             # while they are kept, no other tensor can come to lie at their addresses
             pack.made_from = [parameter.detach() for parameter in parameters]
             self._packs[id(block)] = block, pack  # the block lives as long as its id counts
         return pack
-
-
-def _is_plain(block: Block) -> bool:
-    attn, mlp = block.attn, block.mlp
-    linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-    return type(mlp.act) is nn.GELU and all(type(linear) is nn.Linear for linear in linears)
 
 
 def _parameters_of(block: Block) -> list[Tensor]:
@@ -243,22 +231,22 @@ def _norm(module: Any) -> Norm:
     return weight.contiguous(), bias.contiguous(), module.eps
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Shape:
-    heads: int
-    head_dim: int
-    scale: float
+def _first_of_each(rows: Tensor, clips: int, keep: int | None) -> Tensor:
+    """The first `keep` rows of each clip of rows [R, ...]; all of them for None."""
+    if keep is None:
+        return rows
+    return rows.view(clips, -1, *rows.shape[1:])[:, :keep].flatten(0, 1)
 
 
 class _Pack:
     """One block's weights as the products want them."""
 
-    def __init__(self, block: Block, narrow: torch.dtype, int8: bool, state: list[int]) -> None:
-        self.state, self.narrow, self._int8 = state, narrow, int8
+    def __init__(self, block: Block, dtype: torch.dtype, int8: bool, state: list[int]) -> None:
+        self.state, self.dtype, self._int8 = state, dtype, int8
         self.made_from: list[Tensor] = []
         self.norm1, self.norm2 = _norm(block.norm1), _norm(block.norm2)
         attn = block.attn
-        self.shape = _Shape(attn.num_heads, attn.head_dim, attn.scale)
+        self.heads, self.scale = (attn.num_heads, attn.head_dim), attn.scale
         self._fused = attn.qkv
         self.proj = self._linear(attn.proj.weight, attn.proj.bias)
         self.fc1 = self._linear(block.mlp.fc1.weight, block.mlp.fc1.bias)
@@ -269,7 +257,7 @@ class _Pack:
 
         if self._int8:
             return packed.Int8Linear(weight, bias)
-        return packed.PackedLinear(weight.detach().to(self.narrow), bias)
+        return packed.PackedLinear(weight.detach().to(self.dtype), bias)
 
     def _part(self, start: int, stop: int) -> Any:
         width = self._fused.in_features
@@ -293,34 +281,33 @@ class _Pack:
         return self._part(1, 3)
 
 
-def _attend(shape: _Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(pack: _Pack, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of [B, T, H, D] as rows [B T, H D]."""
     from .cpp import attention
 
-    o, _ = attention.forward(q, k, v, shape.scale, None)
-    return o.view(-1, shape.heads * shape.head_dim)
+    o, _ = attention.forward(q, k, v, pack.scale, None)
+    return o.flatten(2).flatten(0, 1)
 
 
 class _Floats:
     """Products in one floating-point dtype; the stream may be in another."""
 
-    def __init__(self, narrow: torch.dtype) -> None:
-        self._narrow = narrow
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
 
     def enter(self, rows: Tensor, norm: Norm) -> Tensor:
         from .cpp import layer_norm
 
-        return layer_norm.forward(rows, *norm, self._narrow)[0]
+        return layer_norm.forward(rows, *norm, self._dtype)[0]
 
     def attention(self, pack: _Pack, normed: Tensor, clips: int, keep: int | None) -> Tensor:
-        shape = pack.shape
-        heads = (shape.heads, shape.head_dim)
         if keep is None:
-            q, k, v = pack.qkv(normed).view(clips, -1, 3, *heads).unbind(2)
+            q, k, v = pack.qkv(normed).view(clips, -1, 3, *pack.heads).unbind(2)
         else:
-            first = normed.view(clips, -1, normed.shape[1])[:, :keep]
-            q = pack.q(first.reshape(-1, normed.shape[1])).view(clips, -1, *heads)
-            k, v = pack.kv(normed).view(clips, -1, 2, *heads).unbind(2)
-        return pack.proj(_attend(shape, q, k, v))
+            first = _first_of_each(normed, clips, keep)
+            q = pack.q(first).view(clips, -1, *pack.heads)
+            k, v = pack.kv(normed).view(clips, -1, 2, *pack.heads).unbind(2)
+        return pack.proj(_attend(pack, q, k, v))
 
     def feed_forward(self, pack: _Pack, normed: Tensor) -> Tensor:
         return pack.fc2(pack.fc1(normed, gelu=True))
@@ -328,7 +315,7 @@ class _Floats:
     def join(self, update: Tensor, rows: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         from .cpp import add_layer_norm
 
-        return add_layer_norm.forward(update, rows, *norm, self._narrow)[:2]
+        return add_layer_norm.forward(update, rows, *norm, self._dtype)[:2]
 
     def leave(self, update: Tensor, rows: Tensor, norm: Norm) -> Tensor:
         from .cpp import add_layer_norm
@@ -348,7 +335,7 @@ class _Bytes:
 
         self._packed = packed
         fast = packed.bfloat16_unsupported() is None
-        self._narrow = torch.bfloat16 if fast else stream
+        self._attention_dtype = torch.bfloat16 if fast else stream
 
     def enter(self, rows: Tensor, norm: Norm) -> Bytes:
         return self._packed.int8_rows(rows, norm=norm)[:2]
@@ -356,21 +343,16 @@ class _Bytes:
     def _values(self, linear: Any, normed: Bytes) -> Tensor:
         levels, scale = normed
         made = linear(levels, self._packed.ZERO)
-        return self._packed.int8_rows(made, scale, linear.bias, restore_to=self._narrow)[0]
+        return self._packed.int8_rows(made, scale, linear.bias, restore_to=self._attention_dtype)[0]
 
     def attention(self, pack: _Pack, normed: Bytes, clips: int, keep: int | None) -> Unscaled:
-        shape = pack.shape
-        heads = (shape.heads, shape.head_dim)
         if keep is None:
-            q, k, v = self._values(pack.qkv, normed).view(clips, -1, 3, *heads).unbind(2)
+            q, k, v = self._values(pack.qkv, normed).view(clips, -1, 3, *pack.heads).unbind(2)
         else:
-            levels, scale = normed
-            width = levels.shape[1]
-            first = levels.view(clips, -1, width)[:, :keep].reshape(-1, width)
-            first_scale = scale.view(clips, -1)[:, :keep].reshape(-1)
-            q = self._values(pack.q, (first, first_scale)).view(clips, -1, *heads)
-            k, v = self._values(pack.kv, normed).view(clips, -1, 2, *heads).unbind(2)
-        levels, scale, _ = self._packed.int8_rows(_attend(shape, q, k, v))
+            levels, scale = (_first_of_each(each, clips, keep) for each in normed)
+            q = self._values(pack.q, (levels, scale)).view(clips, -1, *pack.heads)
+            k, v = self._values(pack.kv, normed).view(clips, -1, 2, *pack.heads).unbind(2)
+        levels, scale, _ = self._packed.int8_rows(_attend(pack, q, k, v))
         return pack.proj(levels, self._packed.ZERO), scale, pack.proj.bias
 
     def feed_forward(self, pack: _Pack, normed: Bytes) -> Unscaled:

@@ -249,8 +249,9 @@ def split(
         if expected:
             rate = 1e-9 / row.ms["p50"]
             row.tflops, row.gbps = least.flops * rate, least.bytes * rate * 1e3
-            bound = least.bytes / (tops["copy_gbps"] * 1e9) * 1e3 == expected
-            row.ceiling, row.share = "copy" if bound else "gemm", expected / row.ms["p50"]
+            copied = predicted_ms(Work(bytes=least.bytes), tops, rounded)
+            row.ceiling = "copy" if copied == expected else "gemm"
+            row.share = expected / row.ms["p50"]
         rows.append(row)
     return rows
 

@@ -20,6 +20,9 @@ from .peers import need
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width C, heads H
 DEPTH = 12
 LABELS = 527
+# matrix products of a block of the base model, width in and out, over the tokens of ten seconds
+PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+TOKENS = 1214
 
 State = dict[str, Tensor]
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from . import _tuned
 from ._launch import ceil_div, guard, last_dim_contiguous, next_power_of_2, why_not
-from .add_layer_norm import backward as norm_backward
 from .fp8_kernels import (
     bound_kernel,
     facts_kernel,
@@ -40,7 +39,6 @@ __all__ = [
     "facts",
     "gelu_backward_quantise",
     "matmul",
-    "norm_backward",
     "norm_quantise",
     "quantise",
     "unsupported",

@@ -1,8 +1,7 @@
 """Linear layers whose weights oneDNN holds in its own layout, for inference on a CPU.
 
-PyTorch hands oneDNN a weight as rows, which it must lay out anew in every product: a tenth of the time of a short
-clip in float32 and a quarter in bfloat16. Packed once, at the price of a second copy of the weights, it need not;
-GELU then comes in the same pass. The doors are operators of PyTorch's own compiler (`torch.ops.mkldnn`,
+PyTorch hands oneDNN a weight as rows, which it must lay out anew in every product; that counts where rows of x are
+few. Packed once, at the price of a second copy of the weights, it need not; GELU then comes in the same pass. The doors are operators of PyTorch's own compiler (`torch.ops.mkldnn`,
 `torch.ops.onednn`), which it does not promise to keep: `unsupported` and `int8_unsupported` say where they are
 missing.
 """
@@ -21,9 +20,8 @@ from ._common import CODES, rows_of, threads, wide
 # what bytes stand for: (q - zero) * scale, with a scale for each row. GELU never falls below -0.17, so that nearly
 # all its range is above zero.
 ZERO, GELU_ZERO = 128, 16
-_PACKED_FOR_ROWS = (
-    1024  # oneDNN asks for a number of rows; its layouts for two rows and more are the same
-)
+# oneDNN asks for a number of rows; its layouts for two rows and more are the same
+_PACKED_FOR_ROWS = 1024
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from .. import hub
 from ..config import LogMelConfig, ModelConfig, PositionRule
 from ..frontend import log_mel_features
 from ..layers import Block, LayerNorm, Trunk, patch_conv
-from ..layers_fp8 import ModelPrecision, set_precision
+from ..layers_fp8 import ModelPrecision, set_precision, uses_fp8
 from ..positions import trunc_normal_
 from . import pretrained
 from .registry import register_model
@@ -184,8 +184,7 @@ class ASTModel(TokenOptions):
     @property
     def precision(self) -> ModelPrecision:
         """What `set_precision` said."""
-        blocks: list[Any] = list(self.v.blocks)
-        return "fp8" if any(block.attn.fp8 or block.mlp.fp8 for block in blocks) else "exact"
+        return "fp8" if any(map(uses_fp8, self.v.blocks)) else "exact"
 
     def set_activation_memory(self, mode: str = "fast") -> None:
         """What backward keeps of the forward pass, against what it computes again.

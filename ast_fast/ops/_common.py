@@ -39,13 +39,20 @@ def call(op: Any, *arguments: Any) -> Any:
     return op._init_fn(*arguments)
 
 
-def watched(*arguments: Any) -> bool:
-    """Whether somebody but autograd must see which ops run: modes, subclasses, tracers, profilers."""
+def traced() -> bool:
+    """Whether somebody writes down or transforms the ops that run: modes, compilers, tracers."""
     return (
         torch.compiler.is_compiling()
         or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+    )
+
+
+def watched(*arguments: Any) -> bool:
+    """Whether somebody but autograd must see which ops run: tracers, profilers, subclasses."""
+    return (
+        traced()
         or torch._C._autograd._profiler_enabled()
         or any(isinstance(each, Tensor) and type(each) not in _PLAIN for each in arguments)
     )

@@ -74,7 +74,8 @@ def add_layer_norm_op(
         x.reshape(-1, width), residual.reshape(-1, width), weight, bias, eps, out_dtype
     )
     rows = x.shape[:-1]
-    return y.view(x.shape), total.view(x.shape), mean.view(rows), rstd.view(rows)
+    y, total = (made.contiguous().view(x.shape) for made in (y, total))
+    return y, total, mean.view(rows), rstd.view(rows)
 
 
 @add_layer_norm_op.register_fake
@@ -117,7 +118,9 @@ def add_layer_norm_backward_op(
         mean.reshape(-1),
         rstd.reshape(-1),
     )
-    return dsum.view(total.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    # the reference gives a sum of column-major tensors column-major
+    dsum = dsum.contiguous().view(total.shape)
+    return dsum, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 @add_layer_norm_backward_op.register_fake

@@ -22,6 +22,7 @@ from ._common import (
     register,
     require,
 )
+from .add_layer_norm import add_layer_norm_backward_op
 
 
 class _Emulated:
@@ -107,11 +108,15 @@ def _norm(
     return _fp8.Norm(residual.reshape(-1, residual.shape[-1]), weight, bias, eps)
 
 
+def _no_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = x.new_empty(0, dtype=torch.float32)
+    return x.new_empty(0), nothing, torch.empty_like(nothing)
+
+
 def _norm_outputs(x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Total, mean and rstd of a norm; empty where there is none."""
     if not rest:
-        nothing = x.new_empty(0, dtype=torch.float32)
-        return x.new_empty(0), nothing, torch.empty_like(nothing)
+        return _no_norm(x)
     total, mean, rstd = rest
     # the sum of two column-major tensors is column-major
     return total.contiguous().view(x.shape), mean, rstd
@@ -119,8 +124,7 @@ def _norm_outputs(x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
 
 def _fake_norm(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if residual is None:
-        nothing = x.new_empty(0, dtype=torch.float32)
-        return x.new_empty(0), nothing, torch.empty_like(nothing)
+        return _no_norm(x)
     rows, stats = x.numel() // x.shape[-1], torch.float32
     return (
         residual.new_empty(x.shape),
@@ -239,45 +243,7 @@ def _(
     ]
 
 
-@register("fp8_norm_backward")
-def fp8_norm_backward_op(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Registered op: gradient of the residual sum, of LayerNorm's weight and of its bias."""
-    width = total.shape[-1]
-    dsum, dweight, dbias = _fp8.load(backend).norm_backward(
-        dy.reshape(-1, width),
-        None if dtotal is None else dtotal.reshape(-1, width),
-        total.reshape(-1, width),
-        weight,
-        mean,
-        rstd,
-    )
-    return dsum.contiguous().view(total.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-@fp8_norm_backward_op.register_fake
-def _(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = weight.shape
-    return total.new_empty(total.shape), weight.new_empty(shape), weight.new_empty(shape)
-
-
 no_second_gradient(linear_fp8_backward_op)
-no_second_gradient(fp8_norm_backward_op)
 
 
 def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -298,7 +264,7 @@ def norm_gradients(ctx, dx, dtotal, norm):  # type: ignore[no-untyped-def]
         return dx, None, None, None
     if dx is None:
         return (None,) * 4 if dtotal is None else (dtotal.to(ctx.x_dtype), dtotal, None, None)
-    dsum, dweight, dbias = fp8_norm_backward_op(dx, dtotal, *norm, ctx.backend)
+    dsum, dweight, dbias = add_layer_norm_backward_op(dx, dtotal, *norm, ctx.backend)
     return dsum.to(ctx.x_dtype), dsum, dweight, dbias.to(ctx.norm_bias_dtype)
 
 

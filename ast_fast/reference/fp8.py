@@ -138,18 +138,6 @@ def norm_quantise(
     return _operand(y, found[0], False, columns), found, total, mean, rstd
 
 
-def norm_backward(
-    dy: Tensor,  # [R, C]
-    dtotal: Tensor | None,  # [R, C]
-    total: Tensor,  # [R, C]
-    weight: Tensor,  # [C]
-    mean: Tensor,  # [R]
-    rstd: Tensor,  # [R]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the sum, of LayerNorm's weight and of its bias."""
-    return backward.add_layer_norm(dy, dtotal, total, weight, mean, rstd)
-
-
 def matmul(
     a: Tensor,  # [M, K] FP8
     b: Tensor,  # [N, K] FP8

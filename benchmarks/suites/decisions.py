@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, forward_run, generator
+from ..models import PRODUCTS, TOKENS
 from ..peers import need
 from . import epilogues, packed_products
 
-PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
-TOKENS = 1214
-ROWS_CHECKED = 128
+ROWS_CHECKED = 128  # against float64
 
 
 def _product(settings: Settings, name: str, kind: str, b: int, dtype: str) -> Case:

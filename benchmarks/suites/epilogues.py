@@ -16,9 +16,9 @@ from ast_fast.reference import backward as reference_backward
 from ast_fast.reference import ops as reference
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, forward_run, generator
+from ..models import PRODUCTS, TOKENS
 from ..peers import need
 
-PRODUCTS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
 # which products of a block end in which epilogue
 KINDS = {
     "linear": ("qkv", "proj", "fc1", "fc2"),
@@ -27,8 +27,7 @@ KINDS = {
     "gelu_saved": ("fc1",),
     "gelu_backward": ("fc2",),
 }
-TOKENS = 1214
-ROWS_CHECKED = 128
+ROWS_CHECKED = 128  # against float64
 Function = Callable[..., Sequence[Tensor]]
 
 

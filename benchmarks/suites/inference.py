@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, Skipped, generator
 from ..models import (
     DEPTH,
+    LABELS,
     State,
     forward_flops,
     oracle,
@@ -138,13 +139,19 @@ def packed(settings: Settings, dtype: str) -> Build:
     return build
 
 
-def _spectrograms(
-    settings: Settings, frames: int, clips: int, dtype: str
+def spectrograms(
+    settings: Settings, frames: int, clips: int, dtype: str, labelled: bool = False
 ) -> Callable[[int], Inputs]:
+    """Draws x [B, S, 128] of normalised spectrograms, and y [B, 527] where a loss wants it."""
+
     def make(seed: int) -> Inputs:
         draw = generator(seed, settings.device)
         x = torch.randn(clips, frames, 128, device=settings.device, generator=draw) * 0.5
-        return {"x": x.to(DTYPES.get(dtype, torch.float32))}
+        inputs = {"x": x.to(DTYPES.get(dtype, torch.float32))}
+        if labelled:
+            y = torch.rand(clips, LABELS, device=settings.device, generator=draw) < 0.02
+            inputs["y"] = y.float()
+        return inputs
 
     return make
 
@@ -215,7 +222,7 @@ def _features(
         shape={"B": clips, "S": frames},
         dtype=dtype,
         outputs=("logits",),
-        make_inputs=_spectrograms(settings, frames, clips, dtype),
+        make_inputs=spectrograms(settings, frames, clips, dtype),
         oracle=oracle_of(size, frames, settings, dtype),
         candidates=(make(settings.ours, packed(settings, dtype)), *peers),
         kinds=("logits",),
@@ -238,7 +245,7 @@ def _bytes(settings: Settings, size: str, frames: int, clips: int, everyone: boo
         shape={"B": clips, "S": frames},
         dtype="int8",
         outputs=("logits",),
-        make_inputs=_spectrograms(settings, frames, clips, "int8"),
+        make_inputs=spectrograms(settings, frames, clips, "int8"),
         oracle=oracle_of(size, frames, settings, "int8"),
         candidates=(own, *(_exported(name, settings, size, frames) for name in names)),
         kinds=("logits",),

@@ -1,7 +1,7 @@
 """What packing a weight buys on a CPU: part of the suite `decisions`.
 
 A linear layer of the model from its packed weight, beside the same from rows (as PyTorch holds it), the same with
-GELU or a residual added by oneDNN, and the product of bytes.
+a residual added by oneDNN, and the product of bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, Skipped, forward_run, generator
+from ..models import PRODUCTS, num_tokens
 from ..peers import need
 
-LAYERS = {"qkv": (768, 2304), "fc2": (3072, 768)}
-TOKENS = (134, 1214)  # of 128 and of 1024 frames
-
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+LAYERS = ("qkv", "fc2")
+FRAMES = (128, 1024)
 
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,9 +74,9 @@ def _bytes(inputs: list[Inputs]) -> Run:
 def cases(settings: Settings) -> Iterator[Case]:
     """Two layers at two lengths in each dtype."""
     for dtype in (d for d in settings.dtypes if d in ("f32", "bf16")):
-        for name, (width_in, width_out) in LAYERS.items():
-            for rows in TOKENS:
-                yield _case(settings, name, dtype, rows, width_in, width_out)
+        for name in LAYERS:
+            for frames in FRAMES:
+                yield _case(settings, name, dtype, num_tokens(frames), *PRODUCTS[name])
 
 
 def _case(settings: Settings, name: str, dtype: str, rows: int, inner: int, outer: int) -> Case:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..case import DTYPES, Candidate, Case, Inputs, Run, Settings, generator
+from ..case import Candidate, Case, Inputs, Run, Settings
 from ..models import LABELS, SIZES, gradients, num_tokens, ours, weights
 from ..peers import need
-from .inference import depth_of, gate_depth, on, packed
+from .inference import depth_of, gate_depth, on, packed, spectrograms
 
 PATCHOUT = (40, 4)  # PaSST's setting for AudioSet: time columns, frequency rows
 MERGED = (8, 16, 32)  # tokens a block
@@ -89,16 +89,6 @@ def _results(model: nn.Module, loss: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), _flat(model)
 
 
-def _inputs(settings: Settings, frames: int, clips: int, dtype: str):  # type: ignore[no-untyped-def]
-    def make(seed: int) -> Inputs:
-        draw = generator(seed, settings.device)
-        x = torch.randn(clips, frames, 128, device=settings.device, generator=draw) * 0.5
-        y = torch.rand(clips, LABELS, device=settings.device, generator=draw) < 0.02
-        return {"x": x.to(DTYPES.get(dtype, torch.float32)), "y": y.float()}
-
-    return make
-
-
 def _step(settings: Settings, size: str, frames: int, clips: int, dtype: str) -> Case:
     dropped = _patchout(frames)
 
@@ -165,8 +155,8 @@ def _step(settings: Settings, size: str, frames: int, clips: int, dtype: str) ->
         shape={"B": clips, "S": frames, "T": patches + 2},
         dtype=dtype,
         outputs=("loss", "gradient", "loss of all tokens", "gradient of all tokens"),
-        make_inputs=_inputs(settings, frames, clips, dtype),
-        make_gate_inputs=_inputs(settings, frames, 1, dtype),
+        make_inputs=spectrograms(settings, frames, clips, dtype, True),
+        make_gate_inputs=spectrograms(settings, frames, 1, dtype, True),
         oracle=expected,
         candidates=(
             prepare(settings.ours, True),
@@ -242,8 +232,8 @@ def _forward(settings: Settings, size: str, frames: int, clips: int, dtype: str,
         shape={"B": clips, "S": frames, "T": after[-1]},
         dtype=dtype,
         outputs=("logits", "logits of all tokens"),
-        make_inputs=_inputs(settings, frames, clips, dtype),
-        make_gate_inputs=_inputs(settings, frames, 1, dtype),
+        make_inputs=spectrograms(settings, frames, clips, dtype, True),
+        make_gate_inputs=spectrograms(settings, frames, 1, dtype, True),
         oracle=expected,
         candidates=(
             prepare(settings.ours, True),

@@ -30,7 +30,7 @@ from ..models import (
 from ..peers import compiled, compiled_parts, need
 from ..steps import Way, gradient_run, network_of, step_run
 from .frontend import RATE, waves
-from .inference import Build, depth_of, gate_depth, on
+from .inference import Build, depth_of, gate_depth, on, spectrograms
 
 
 def _shapes(settings: Settings) -> list[tuple[str, int, int, bool]]:
@@ -105,16 +105,6 @@ def _candidate(
     return Candidate(name, prepare, yardstick=name == "torch", prepare_gate=prepare_gate)
 
 
-def _inputs(settings: Settings, frames: int, clips: int, dtype: str):  # type: ignore[no-untyped-def]
-    def make(seed: int) -> Inputs:
-        draw = generator(seed, settings.device)
-        x = torch.randn(clips, frames, 128, device=settings.device, generator=draw) * 0.5
-        y = torch.rand(clips, LABELS, device=settings.device, generator=draw) < 0.02
-        return {"x": x.to(DTYPES.get(dtype, torch.float32)), "y": y.float()}
-
-    return make
-
-
 def _oracle(settings: Settings, size: str, frames: int, dtype: str):  # type: ignore[no-untyped-def]
     def compute(inputs: Inputs) -> tuple[Tensor, Tensor]:
         depth = gate_depth(settings)
@@ -169,8 +159,8 @@ def _case(
         shape={"B": clips, "S": frames},
         dtype=dtype,
         outputs=("loss", "gradient"),
-        make_inputs=_inputs(settings, frames, clips, dtype),
-        make_gate_inputs=_inputs(settings, frames, 1, dtype),
+        make_inputs=spectrograms(settings, frames, clips, dtype, True),
+        make_gate_inputs=spectrograms(settings, frames, 1, dtype, True),
         oracle=_oracle(settings, size, frames, dtype),
         candidates=(make(settings.ours, ours), *peers),
         kinds=("logits", "whole gradient"),

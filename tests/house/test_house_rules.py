@@ -30,13 +30,14 @@ GROUND = (
 )
 FLOORS = (
     GROUND,
-    ("ops", "data", "activations", "graphs"),
+    ("ops", "data", "activations"),
     (
         "layers",
         "layers_fp8",
         "patchout",
         "token_merging",
         "optimized",
+        "graphs",
         "augment",
         "frontend",
         "resample",

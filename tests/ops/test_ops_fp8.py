@@ -146,7 +146,8 @@ def test_what_comes_out_is_contiguous_as_compilers_are_told_whatever_goes_in():
     linear = (x, residual, *norm, *weights, False, "reference")
     mlp = (x, residual, *norm, *weights, *second, False, "reference")
     backward = (dy, dtotal, x, norm[0], torch.zeros(8), torch.ones(8), "reference")
-    for op, args in (("linear_fp8", linear), ("mlp_fp8", mlp), ("fp8_norm_backward", backward)):
+    named = ("linear_fp8", linear), ("mlp_fp8", mlp), ("add_layer_norm_backward", backward)
+    for op, args in named:
         assert args[0].stride() == args[1].stride() == (1, 8)
         made = getattr(torch.ops.ast_fast, op)(*args)
         assert all(part.is_contiguous() for part in made), (op, [part.stride() for part in made])
