@@ -84,7 +84,11 @@ def evaluate(
     dataset = dataset_of(read_data(data, root, names, table), AudioConfig(sample_rate_hz=rate))
     row = _check(network, dataset) if check else None
     result = run_evaluation(
-        network, dataset, batch_size=batch_size, multi_label=multi_label, progress=True
+        network,
+        dataset,
+        batch_size=batch_size,
+        task="multi_label" if multi_label else "single_label",
+        progress=True,
     )
     say_figures(result.figures)
     say(f"files: {result.report.summary()}")

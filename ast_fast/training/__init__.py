@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints import CheckpointStore, CheckpointWriteError
     from .errors import (
+        DivergedError,
         NonFiniteLossError,
         StepOutOfMemoryError,
         TrainingError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointStore": "checkpoints",
     "CheckpointWriteError": "checkpoints",
+    "DivergedError": "errors",
     "Evaluation": "evaluation",
     "GraphedStep": "modes",
     "MasterWeights": "master",
@@ -43,6 +45,7 @@ _HOMES = {
 __all__ = [
     "CheckpointStore",
     "CheckpointWriteError",
+    "DivergedError",
     "Evaluation",
     "GraphedStep",
     "MasterWeights",

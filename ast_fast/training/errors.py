@@ -13,6 +13,10 @@ class NonFiniteLossError(TrainingError):
     """Loss or gradient is NaN or infinite. The weights are those before the step."""
 
 
+class DivergedError(TrainingError):
+    """The loss grew far above where it began. The weights are those after the step."""
+
+
 class StepOutOfMemoryError(TrainingError):
     """A step did not fit into memory. The weights are those before it and the process is usable."""
 

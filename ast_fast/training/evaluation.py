@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..audio import AudioReport
+from ..config import Task
 from ..data.dataset import ClipSet, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from .logs import Progress
 from .metrics import Metrics
+
+Part = tuple[Tensor, Tensor, Tensor]  # places in the set [B], logits [B, C], targets of a batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,9 +26,10 @@ class Evaluation:
     Attributes:
         figures: loss and metrics by name.
         per_class: one figure a class (see `Metrics.per_class`).
-        confusion: [C, C] counts, rows are the truth; None for multi-label sets.
+        confusion: [C, C] counts, rows are the truth; None but for one label a clip.
         num_clips: clips evaluated.
         report: what reading the files changed and skipped.
+        metrics: logits and targets of every clip, for other figures of the same clips.
     """
 
     figures: dict[str, float]
@@ -33,6 +37,7 @@ class Evaluation:
     confusion: Tensor | None
     num_clips: int
     report: AudioReport
+    metrics: Metrics
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -52,21 +57,29 @@ def evaluate(
     dataset: ClipSet,
     *,
     batch_size: int = 64,
-    multi_label: bool = False,
+    task: Task = "single_label",
+    binary: bool = False,
+    on_sigmoids: bool = False,
     num_workers: int = 0,
-    bfloat16: bool = False,
+    autocast: torch.dtype | None = None,
     progress: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Evaluation:
     """Run a model (with `forward_waveform`) over a whole set and measure it.
 
     Args:
         model: a module with `forward_waveform`, on the device to use.
         dataset: clips and labels.
-        batch_size: clips a batch.
-        multi_label: whether clips have several labels.
+        batch_size: clips a batch, over all processes together.
+        task: what the labels are, see `Metrics`.
+        binary: one label a clip was trained with binary cross-entropy.
+        on_sigmoids: the loss is that of the original's validation, see `Metrics`.
         num_workers: loader processes.
-        bfloat16: run under autocast to bfloat16.
+        autocast: run under autocast to this dtype.
         progress: show a bar or lines.
+        rank: of this process; each evaluates its share, and all get the figures of the whole.
+        world_size: processes of the default group of torch.distributed.
 
     Raises:
         ValueError: no clip could be read.
@@ -74,13 +87,13 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    metrics = Metrics(len(dataset.classes), multi_label)
+    parts: list[Part] = []
     report = AudioReport()
-    sampler = sampler_for(dataset, batch_size, shuffle=False)
+    sampler = sampler_for(dataset, batch_size, shuffle=False, rank=rank, world_size=world_size)
     feeder = Feeder(
         dataset,
         sampler,
-        multi_label=multi_label,
+        multi_label=binary or task == "multi_label",
         device=device,
         most_samples=max_samples(model.frontend_config),
         num_workers=num_workers,
@@ -90,18 +103,47 @@ def evaluate(
         for batch, _ in feeder:
             report.merge(batch.report)
             if len(batch):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     logits = model.forward_waveform(batch.wave, batch.lengths)
-                metrics.update(logits, batch.targets)
+                parts.append((batch.indices, logits.float().cpu(), batch.targets.cpu()))
             bar.step()
     finally:
         feeder.close()
         bar.close()
         model.train(was_training)
+    if world_size > 1:
+        parts, report = _of_all(parts, report, world_size)
+    metrics = Metrics(len(dataset.classes), task, binary=binary, on_sigmoids=on_sigmoids)
+    for _, logits, targets in parts:
+        metrics.update(logits, targets)
     return Evaluation(
         metrics.compute(),
         metrics.per_class(),
-        None if multi_label else metrics.confusion(),
+        metrics.confusion() if task == "single_label" else None,
         metrics.num_clips,
         report,
+        metrics,
     )
+
+
+def _of_all(
+    parts: list[Part], report: AudioReport, world_size: int
+) -> tuple[list[Part], AudioReport]:
+    """The clips of all processes in the order of the set, each once, and what reading them changed.
+
+    A short last batch is filled up with clips that another process has too.
+    """
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, (parts, report))
+    whole = AudioReport()
+    for _, each in found:
+        whole.merge(each)
+    every = [part for each, _ in found for part in each]
+    if not every:
+        return [], whole
+    indices, logits, targets = (torch.cat(columns) for columns in zip(*every, strict=True))
+    order = indices.argsort(stable=True)
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = indices[order][1:] != indices[order][:-1]
+    kept = order[first]
+    return [(indices[kept], logits[kept], targets[kept])], whole

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from .._optional import optional_import
+from .._optional import optional_import, require_package
 
 
 class RunLog:
@@ -18,24 +18,38 @@ class RunLog:
     Args:
         path: the file; lines of an earlier part of the run are kept.
         resume_step: drop lines of later steps, which will be done again.
+        events: folder for the same figures as events of TensorBoard, if they are wanted.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, events: Path | None = None) -> None:
         rows = [row for row in read_log(path) if row.get("step", 0) <= resume_step]
         partial = path.with_name(f".{path.name}-{os.getpid()}")
         text = "".join(json.dumps(row) + "\n" for row in rows if resume_step)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if events is not None:
+            require_package("tensorboard", "events for TensorBoard", "tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            # events of steps that will be done again are hidden
+            self._events = SummaryWriter(str(events), purge_step=resume_step or None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line, at once visible to readers."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

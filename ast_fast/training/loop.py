@@ -7,69 +7,60 @@ resumed run repeats an uninterrupted one bit by bit.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._optional import require_package
 from ..audio import AudioReport
-from ..config import ModelConfig, TrainConfig
+from ..config import ModelConfig, Task, TrainConfig
 from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder, FeedStats
 from ..data.sampler import balanced_weights
 from ..data.shard_sampler import sampler_for
 from ..data.transfer import Fed
-from ..frontend import log_mel_features
-from ..hub import CheckpointError, read_weights
-from .augment import (
-    augment_features,
-    augment_waveforms,
-    clip_seeds,
-    mixup,
-    seek_patchout,
-    set_patchout,
-)
+from .augment import seek_patchout, set_patchout
+from .averaging import PredictionMean, WeightAverage, swapped
+from .bad_batch import save_batch
 from .checkpoints import CheckpointStore
-from .errors import NonFiniteLossError, TrainingError, TrainingInterrupted
+from .distillation import DistillationLoss, Teacher, with_teacher
+from .divergence import Divergence
+from .errors import DivergedError, NonFiniteLossError, TrainingError, TrainingInterrupted
 from .evaluation import Evaluation, evaluate
+from .inputs import BatchFeatures
 from .logs import Progress, RunLog
+from .losses import of_rows, task_loss
 from .master import MasterWeights
+from .metrics import MAIN_FIGURE
 from .modes import chosen_mode, prepared_step
-from .schedules import rate_factor
+from .optimizers import freeze, make_optimizer
+from .scaling import LossScaler
+from .schedules import run_factor
+from .snapshot import restore, state_of, tensors_of
 from .step import TrainingStep, run_step
 from .stopping import stop_signals
 
-# settings that a resumed run may change: they say how it runs
-_FREE = frozenset(
-    {
-        *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "monitor"),
-        *("compile", "activation_memory"),
-    }
-)
+_AUTOCAST = {
+    "bfloat16": torch.bfloat16,
+    "bfloat16-master": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
-def _with_problem_type(model: Any, multi_label: bool) -> Any:
+def _with_problem_type(model: Any, task: Task) -> Any:
     """The same model, which notes what it is trained for: tagging needs to know it when it is saved."""
     if isinstance(getattr(model, "config", None), ModelConfig):
-        kind = "multi" if multi_label else "single"
-        model.config = model.config.replace(problem_type=f"{kind}_label_classification")
+        kind = "regression" if task == "regression" else f"{task}_classification"
+        model.config = model.config.replace(problem_type=kind)
     return model
-
-
-def _loss(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of logits [B, C], for as many targets as there are."""
-    rows = targets[: len(logits)]
-    if not len(rows):  # another process has clips in this step: take part with nothing
-        return logits.sum() * 0.0
-    return function(logits, rows.to(logits.dtype) if rows.is_floating_point() else rows)
 
 
 class Trainer:
@@ -83,10 +74,21 @@ class Trainer:
         eval_set: evaluated after each epoch; decides which checkpoint is best.
         resume: go on from the newest checkpoint of the run folder, if there is one.
         progress: a bar on a terminal, lines elsewhere.
+        teacher: model to distil from; by default the one that `config.distill` names.
 
     Attributes:
         model: the model, on its device.
+        parameters: what the optimiser updates, by name: masters where there are some.
+        optimizer: of those.
+        masters: float32 masters of a narrow model, if it has some.
+        scaler: scale of a float16 loss, if there is one.
+        sampler: which clips come next.
+        average: mean of the weights, see `AverageConfig`.
+        cumulative: mean of the predictions of all epochs.
+        divergence: watches the loss.
         step: optimiser steps done.
+        best: the best main figure so far.
+        epoch_clips: clips learnt from in this epoch.
         total_steps: steps of the whole run.
         audio_report: what reading files changed and skipped since the start of this process.
     """
@@ -101,6 +103,7 @@ class Trainer:
         eval_set: ClipSet | None = None,
         resume: bool = False,
         progress: bool = True,
+        teacher: nn.Module | None = None,
     ) -> None:
         fabric_module = require_package("lightning_fabric", "training", "train")
         if config.accelerator == "cuda" and not torch.cuda.is_available():
@@ -108,20 +111,23 @@ class Trainer:
         self.config = config
         self.run_dir = Path(run_dir)
         self.train_set, self.eval_set = train_set, eval_set
-        self.multi_label = config.loss == "binary_cross_entropy"
+        self.task = config.task_of_run
+        self._autocast = _AUTOCAST.get(config.precision)
         self.fabric = fabric_module.Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
-            precision="32-true" if config.precision == "float32" else "bf16-mixed",
+            # float16 is cast and scaled here: a scaler of Fabric's would wait for the device
+            precision="bf16-mixed" if self._autocast is torch.bfloat16 else "32-true",
         )
         if config.devices > 1:
             self.fabric.launch()
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
-        self.model: Any = _with_problem_type(model, self.multi_label)
+        self.model: Any = _with_problem_type(model, self.task)
         if config.precision == "fp8":
             self.model.set_precision("fp8")
         set_patchout(model, config.augment, config.seed)
-        self._sampler = sampler_for(
+        freeze(model, config.tune.freeze)
+        self.sampler = sampler_for(
             train_set,
             config.batch_size,
             seed=config.seed,
@@ -131,13 +137,11 @@ class Trainer:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
         )
-        # bound to its function rather than to the trainer, which would then be part of a cycle
-        self._loss = functools.partial(
-            _loss,
-            nn.functional.binary_cross_entropy_with_logits
-            if self.multi_label
-            else nn.functional.cross_entropy,
-        )
+        self._teacher = self._make_teacher(teacher)
+        loss = task_loss(config)
+        if self._teacher is not None:
+            loss = DistillationLoss(loss, self.task, config.distill)
+        self._loss = of_rows(loss)
         self._mode = chosen_mode(config, self.fabric.device)
         if config.activation_memory != "fast":
             self.model.set_activation_memory(config.activation_memory)
@@ -146,22 +150,28 @@ class Trainer:
         if config.monitor.check_every and self.fabric.is_global_zero:
             from ..equivalence import EquivalenceMonitor
 
-            autocast = None if config.precision == "float32" else torch.bfloat16
-            self._monitor = EquivalenceMonitor(model, config.monitor, autocast)
-        self.total_steps = config.epochs * len(self._sampler)
+            self._monitor = EquivalenceMonitor(model, config.monitor, self._autocast)
+        self._features = BatchFeatures(
+            self.model, config, len(train_set), len(train_set.classes), self.fabric.device
+        )
+        self.average, self.cumulative = WeightAverage(config.average), PredictionMean()
+        self.divergence = Divergence(config.divergence)
+        self.total_steps = config.epochs * len(self.sampler)
         self.step = 0
         self.best: float | None = None
         self.audio_report = AudioReport()
         self._said = ""
-        self._epoch_clips = 0
+        self.epoch_clips = 0
         self._stop = False
-        self._feature_step = 0
+        self._overflows = 0
         self._progress_wanted = progress and self.fabric.is_global_zero
         self._store = CheckpointStore(
             self.run_dir / "checkpoints", config.keep_checkpoints, self.fabric.is_global_zero
         )
         if resume:
-            self._resume()
+            checkpoint = self._store.load()
+            if checkpoint is not None:
+                restore(self, checkpoint)
         elif self._store.pointer("latest") is not None:
             self._store.close()
             raise TrainingError(
@@ -173,44 +183,59 @@ class Trainer:
         config, fabric = self.config, self.fabric
         # before the optimiser: masters lie where the weights do
         model.to(fabric.device)
-        self._masters: MasterWeights | None = None
+        self.masters: MasterWeights | None = None
         if config.precision == "bfloat16-master":
-            self._masters = MasterWeights(model, self._make_optimizer)
-            self._parameters, self._optimizer = self._masters.trainable, self._masters.optimizer
+            self.masters = MasterWeights(model, self._make_optimizer)
+            self.parameters, self.optimizer = self.masters.trainable, self.masters.optimizer
         else:
-            self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            self._optimizer = self._make_optimizer(self._parameters)
+            self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            self.optimizer = self._make_optimizer(self.parameters)
         # wrapped for precision and processes; the plain model is self.model, with the same weights
         self._wrapped = fabric.setup_module(model)
-        if self._masters is not None and fabric.world_size > 1:
-            self._masters.broadcast()
+        if self.masters is not None and fabric.world_size > 1:
+            self.masters.broadcast()
+        float16 = config.precision == "float16"
+        self.scaler = LossScaler(fabric.device) if float16 else None
         step = TrainingStep(
-            self._wrapped,
+            self._in_float16 if float16 else self._wrapped,
             self._loss,
-            self._optimizer,
-            masters=self._masters,
+            self.optimizer,
+            masters=self.masters,
             max_norm=config.grad_clip,
             backward=fabric.backward,
             reduce=fabric.all_reduce if fabric.world_size > 1 else None,
+            parts=config.accumulate,
+            hold=self._hold,
+            scaler=self.scaler,
         )
         return prepared_step(step, self._mode, model)
 
+    def _in_float16(self, features: Tensor) -> Tensor:
+        with torch.autocast(self.fabric.device.type, torch.float16):
+            logits: Tensor = self._wrapped(features)
+        return logits
+
+    def _hold(self) -> AbstractContextManager[object]:
+        """Gradients of a part of a batch stay in this process until its last part."""
+        if self.fabric.world_size == 1:
+            return contextlib.nullcontext()
+        held: AbstractContextManager[object] = self.fabric.no_backward_sync(self._wrapped)
+        return held
+
     def _make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW. Weight decay acts on matrices only, not on biases, norms and tokens."""
-        config = self.config
-        decayed = [p for p in parameters.values() if p.dim() == 2 or p.dim() == 4]
-        plain = [p for p in parameters.values() if p.dim() != 2 and p.dim() != 4]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            fused=True,
-            capturable=self._mode == "graph",
-        )
+        depth = self.model.config.depth
+        return make_optimizer(parameters, self.config, depth, self._mode == "graph")
+
+    def _make_teacher(self, given: Any) -> Teacher | None:
+        name = self.config.distill.teacher
+        if given is None and not name:
+            return None
+        if given is None:
+            from ..models.ast import ASTModel
+
+            given = ASTModel.from_pretrained(name)
+        classes = len(self.train_set.classes)
+        return Teacher(given, self.model.frontend_config, classes).to(self.fabric.device)
 
     def fit(self) -> Evaluation | None:
         """Train to the end, from wherever the run stands.
@@ -221,32 +246,49 @@ class Trainer:
         Raises:
             TrainingInterrupted: SIGINT or SIGTERM came; the state is saved.
             NonFiniteLossError: the batch is saved, the weights are unchanged.
+            DivergedError: the loss grew and grew; the batch is saved.
             EquivalenceError: the fast path left its error budget.
             CheckpointWriteError: the disk is full.
         """
-        log = RunLog(self.run_dir / "log.jsonl", self.step) if self.fabric.is_global_zero else None
+        log = None
+        if self.fabric.is_global_zero:
+            events = self.run_dir / "tensorboard" if self.config.tensorboard else None
+            log = RunLog(self.run_dir / "log.jsonl", self.step, events)
         bar = Progress(self.total_steps, self.step, "training", self._progress_wanted)
         self._evaluation: Evaluation | None = None
         feeder = self._feeder()
         try:
             with stop_signals(self._request_stop):
-                while self._sampler.epoch < self.config.epochs:
+                while self.sampler.epoch < self.config.epochs:
                     self._run_epoch(feeder, log, bar)
+                self._finish(log, bar)
         finally:
             feeder.close()
             bar.close()
             if log is not None:
                 log.close()
             self._store.close()
-        if self._evaluation is None and self.eval_set is not None:
-            self._evaluation = self._evaluate()
         return self._evaluation
+
+    def _finish(self, log: RunLog | None, bar: Progress) -> None:
+        """Evaluate what the run leaves behind, unless the last epoch did."""
+        if self.eval_set is None:
+            return
+        plain_mean = bool(self.config.average.first_epoch) and self.average.ready
+        if plain_mean:
+            self._evaluation = self._evaluate(self.average.weights())
+            figures = self._evaluation.figures
+            bar.say(f"mean of the weights of {self.average.count} epochs: {_said(figures)}")
+            if log is not None:
+                log.write("average", self.step, epochs=self.average.count, **figures)
+        elif self._evaluation is None:
+            self._evaluation = self._evaluate(self.average.weights())
 
     def _feeder(self) -> Feeder:
         return Feeder(
             self.train_set,
-            self._sampler,
-            multi_label=self.multi_label,
+            self.sampler,
+            multi_label=self.config.loss == "binary_cross_entropy",
             device=self.fabric.device,
             transform=self._features,
             most_samples=max_samples(self.model.frontend_config),
@@ -254,19 +296,19 @@ class Trainer:
         )
 
     def _run_epoch(self, feeder: Feeder, log: RunLog | None, bar: Progress) -> None:
-        config, epoch = self.config, self._sampler.epoch
+        config, epoch = self.config, self.sampler.epoch
         self._wrapped.train()
         started, clips = time.perf_counter(), 0
-        self._feature_step = self.step
+        self._features.step = self.step
         feeder.stats = FeedStats()
         for fed in feeder:
             batch = fed.batch
             self.audio_report.merge(batch.report)
             values = {} if fed.features is None else self._train_step(fed, log)
             clips += len(batch)
-            self._epoch_clips += len(batch)
+            self.epoch_clips += len(batch)
             self.step += 1
-            self._sampler.step()
+            self.sampler.step()
             shown = {"epoch": str(epoch + 1), **{k: f"{v:.4g}" for k, v in values.items()}}
             bar.step(**shown)
             if log is not None and values and self.step % config.log_every == 0:
@@ -279,7 +321,7 @@ class Trainer:
                     wait_share=feeder.stats.wait_share,
                     **values,
                 )
-            last = self._sampler.epoch > epoch
+            last = self.sampler.epoch > epoch
             if not last and self._should_stop():
                 self._save()
                 raise TrainingInterrupted(self.run_dir, self.step)
@@ -289,21 +331,27 @@ class Trainer:
         self._end_epoch(epoch, said, log, bar)
 
     def _end_epoch(self, epoch: int, said: str, log: RunLog | None, bar: Progress) -> None:
-        if not self._epoch_clips:
+        if not self.epoch_clips:
             raise TrainingError(
                 f"no clip of the training set could be read: {self.audio_report.summary()}"
             )
-        self._epoch_clips = 0
+        self.epoch_clips = 0
         best = False
         text = f"epoch {epoch + 1} of {self.config.epochs}: {said}"
+        self.average.after_epoch(epoch + 1, self._weights())
         if self.eval_set is not None:
-            self._evaluation = self._evaluate()
+            exponential = self.config.average.ema > 0.0
+            self._evaluation = self._evaluate(self.average.weights() if exponential else {})
             figures = self._evaluation.figures
             skipped = self._evaluation.report.num_skipped
-            score = figures.get("map", figures.get("accuracy", -figures["loss"]))
+            score = figures.get(MAIN_FIGURE[self.task], -figures["loss"])
             best = self.best is None or score > self.best
             self.best = score if best else self.best
-            text += "".join(f", {name} {value:.4f}" for name, value in figures.items())
+            if self.config.average.cumulative:
+                metrics = self._evaluation.metrics
+                together = metrics.figures(self.cumulative.add(metrics.scores()))
+                figures |= {f"cumulative_{name}": value for name, value in together.items()}
+            text += f", {_said(figures)}"
             text += f" ({skipped} clips of the evaluation set unreadable)" if skipped else ""
             if log is not None:
                 log.write("eval", self.step, epoch=epoch, skipped=skipped, **figures)
@@ -313,81 +361,92 @@ class Trainer:
             bar.say(f"  clips so far: {said}")
             self._said = said
         self._save(best)
-        if self._sampler.epoch < self.config.epochs and self._should_stop():
+        if self.sampler.epoch < self.config.epochs and self._should_stop():
             raise TrainingInterrupted(self.run_dir, self.step)
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
+        """Evaluate the model, or averaged weights in its place if there are any."""
         assert self.eval_set is not None
-        return evaluate(
-            self.model,
-            self.eval_set,
-            batch_size=2 * self.config.batch_size,
-            multi_label=self.multi_label,
-            num_workers=self.config.num_workers,
-            bfloat16=self.config.precision != "float32",
+        config = self.config
+        with swapped(self.model, weights):
+            return evaluate(
+                self.model,
+                self.eval_set,
+                batch_size=2 * config.batch_size,
+                task=self.task,
+                binary=config.loss == "binary_cross_entropy",
+                on_sigmoids="sigmoid_validation_loss" in config.reproduce,
+                num_workers=config.num_workers,
+                autocast=self._autocast,
+                rank=self.fabric.global_rank,
+                world_size=self.fabric.world_size,
+            )
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights in the precision they learn in, by the model's names."""
+        state = self._state().items()
+        return {name: value for name, value in state if value.is_floating_point()}
+
+    def _state(self) -> dict[str, Tensor]:
+        masters = self.masters
+        state: dict[str, Tensor] = (
+            self.model.state_dict() if masters is None else masters.model_state_dict()
         )
+        return state
 
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
         config, batch = self.config, fed.batch
         features, targets = fed.features
         seek_patchout(self.model, self.step)
-        rate = config.lr * rate_factor(
-            self.step, self.total_steps, config.warmup_steps, config.schedule
-        )
+        if self._teacher is not None:
+            device = self.fabric.device.type
+            with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+                targets = with_teacher(targets, self._teacher(features))
         if self._monitor is not None and self._monitor.due(self.step) and len(batch):
             row = self._monitor.step(
                 features, lambda logits: self._loss(logits, targets), step=self.step
             )
             if log is not None:
                 log.write("check", **row.to_dict())
+        rate = config.lr * run_factor(config, self.step, len(self.sampler))
         self._step_function.set_lr(rate)
         # the one wait for the device in a step; a step that is not finite has changed no weight
         loss, norm = run_step(self._step_function, features, targets, config.batch_size).tolist()
+        values = {"loss": loss, "grad_norm": norm, "lr": rate}
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._bad_batch(batch, features, targets, loss, norm)
-        return {"loss": loss, "grad_norm": norm, "lr": rate}
+            if not self._may_overflow(loss):
+                raise self._bad_batch(batch, features, targets, values)
+            values.pop("grad_norm")
+            return values
+        self._overflows = 0
+        diverged = self.divergence.add(loss)
+        if diverged is not None:
+            raise self._bad_batch(batch, features, targets, values, diverged)
+        self.average.after_step(self._weights() if config.average.ema else {})
+        return values
 
-    @torch.no_grad()
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Augmented log-mel [B, S, F] and targets of a batch on the device; None: nothing to do.
-
-        May run ahead of the steps, but always in their order.
-        """
-        step, self._feature_step = self._feature_step, self._feature_step + 1
-        if not len(batch) and self.config.devices == 1:
-            return None
-        # by clip rather than by process: the same on every device and over any number of them
-        seeds = clip_seeds(self.config.seed, step, batch.indices, len(self.train_set))
-        placed, settings = seeds.to(self.fabric.device), self.config.augment
-        wave = augment_waveforms(batch.wave, batch.lengths, settings, placed)
-        targets = batch.targets
-        if settings.mixup:
-            classes = len(self.train_set.classes)
-            wave, targets = mixup(wave, batch.lengths, targets, settings.mixup, classes, seeds)
-        front = self.model.frontend_config
-        features = log_mel_features(wave, front, batch.lengths)
-        features = augment_features(features, settings, front, placed)
-        return features.to(next(self.model.parameters()).dtype), targets
+    def _may_overflow(self, loss: float) -> bool:
+        """Whether a float16 gradient overflowed, which a smaller scale of the loss will mend."""
+        self._overflows += 1
+        return self.scaler is not None and math.isfinite(loss) and self._overflows <= 20
 
     def _bad_batch(
-        self, batch: Batch, features: Tensor, targets: Tensor, loss: float, norm: float
-    ) -> NonFiniteLossError:
-        folder = self.run_dir / "bad-batch"
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "wave": batch.wave,
-            "lengths": batch.lengths,
-            "indices": batch.indices,
-            "features": features,
-            "targets": targets,
-        }
-        file = folder / f"step-{self.step:08d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+        self,
+        batch: Batch,
+        features: Tensor,
+        targets: Tensor,
+        values: dict[str, float],
+        diverged: str | None = None,
+    ) -> TrainingError:
+        file = save_batch(self.run_dir / "bad-batch", self.step, batch, features, targets)
         self._step_function.zero_grad()
+        advice = f"lower lr={self.config.lr:g}, or resume from the last checkpoint"
+        if diverged is not None:
+            return DivergedError(f"step {self.step}: {diverged}; the batch is in {file}; {advice}")
         return NonFiniteLossError(
-            f"step {self.step}: the loss is {loss:g} and the gradient norm {norm:g}; the weights are "
-            f"unchanged and the batch is in {file}; look at its clips, lower lr={self.config.lr:g}, "
-            "or resume from the last checkpoint"
+            f"step {self.step}: the loss is {values['loss']:g} and the gradient norm "
+            f"{values['grad_norm']:g}; the weights are unchanged and the batch is in {file}; look at "
+            f"its clips, {advice}"
         )
 
     def _request_stop(self) -> None:
@@ -404,67 +463,18 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         if self.fabric.is_global_zero:
-            tensors = {"rng.cpu": torch.get_rng_state()}
-            if self.fabric.device.type == "cuda":
-                tensors["rng.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
-            for name, parameter in self._parameters.items():
-                for key, value in self._optimizer.state[parameter].items():
-                    tensors[f"optimizer.{key}.{name}"] = value
-            state = {
-                "step": self.step,
-                "best": self.best,
-                "epoch_clips": self._epoch_clips,
-                "sampler": self._sampler.state_dict(),
-                "train": self.config.to_dict(),
-            }
-            self._store.save(self.step, self.save_model, tensors, state, best)
+            self._store.save(self.step, self._save_weights, tensors_of(self), state_of(self), best)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
 
+    def _save_weights(self, folder: Path) -> None:
+        """Write the weights that are being trained, in the precision they learn in."""
+        self.model.save_pretrained(folder, state_dict=self._state())
+
     def save_model(self, folder: Path) -> None:
-        """Write the model in the precision it learns in: with masters, their float32 weights."""
-        if self._masters is None:
-            self.model.save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder, state_dict=self._masters.model_state_dict())
-
-    def _resume(self) -> None:
-        checkpoint = self._store.load()
-        if checkpoint is None:
-            return
-        saved, mine = checkpoint.state["train"], _as_json(self.config.to_dict())
-        changed = sorted(name for name in mine if saved.get(name) != mine[name])
-        if set(changed) - _FREE:
-            raise CheckpointError(
-                f"{checkpoint.folder}: was trained with other settings: "
-                + ", ".join(f"{name}={saved.get(name)!r}" for name in changed if name not in _FREE)
-                + "; resume with the same, or choose another run folder"
-            )
-        weights, _ = read_weights(checkpoint.folder / "model")
-        if self._masters is None:
-            self.model.load_state_dict(weights, strict=True)
-        else:
-            self._masters.load_model_state_dict(weights)
-        for name, parameter in self._parameters.items():
-            found = {
-                key.split(".", 2)[1]: value
-                for key, value in checkpoint.tensors.items()
-                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-            }
-            self._optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in found.items()
-            }
-        torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-        if "rng.cuda" in checkpoint.tensors and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.fabric.device)
-        self._sampler.load_state_dict(checkpoint.state["sampler"])
-        self.step = int(checkpoint.state["step"])
-        self.best = checkpoint.state["best"]
-        self._epoch_clips = int(checkpoint.state["epoch_clips"])
+        """Write what the run has made: averaged weights if it averages, else those it trains."""
+        self.model.save_pretrained(folder, state_dict=self._state() | self.average.weights())
 
 
-def _as_json(value: Any) -> Any:
-    """A value as it comes back from JSON: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _said(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import StepOutOfMemoryError, TrainingError
 from .master import MasterWeights
+from .scaling import LossScaler
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +48,11 @@ class TrainingStep:
         max_norm: largest gradient norm; 0 switches clipping off.
         backward: how to run backward; `Tensor.backward` by default.
         reduce: mean of a tensor over the processes, if there are several.
+        parts: parts of a batch that are computed one after the other; their gradients add up to that
+            of the batch.
+        hold: a context in which gradients are not yet sent to other processes: around the backward of
+            all parts but the last.
+        scaler: scale of the loss for float16, whose small gradients vanish otherwise.
 
     Raises:
         TypeError: the optimiser is not a fused one, or counts no steps (SGD).
@@ -62,6 +68,9 @@ class TrainingStep:
         max_norm: float = 0.0,
         backward: Callable[[Tensor], None] = Tensor.backward,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        parts: int = 1,
+        hold: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        scaler: LossScaler | None = None,
     ) -> None:
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise TypeError(
@@ -71,6 +80,7 @@ class TrainingStep:
         self._call, self._loss_fn = call, loss_fn
         self.optimizer, self.masters = optimizer, masters
         self._max_norm, self._backward, self._reduce = max_norm, backward, reduce
+        self._parts, self._hold, self.scaler = parts, hold, scaler
         _fill_state(optimizer)
         if any("step" not in optimizer.state[weight] for weight in self.weights):
             raise TypeError(
@@ -84,12 +94,15 @@ class TrainingStep:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate from the next step on; lives on the device, where a recording finds it."""
+        """The learning rate from the next step on; lives on the device, where a recording finds it.
+
+        A group with a `rate` of its own learns so many times as fast.
+        """
         for group in self.optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):
                 device = group["params"][0].device
                 group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group.get("rate", 1.0))
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -107,9 +120,20 @@ class TrainingStep:
         Where one of them is not finite the weights and the optimiser are left as they were.
         """
         self.zero_grad()
+        loss = torch.zeros((), dtype=torch.float32, device=features.device)
+        rows = max(1, len(features))
+        parts = list(zip(features.chunk(self._parts), targets.chunk(self._parts), strict=True))
+        for number, (part, wanted) in enumerate(parts, start=1):
+            with self._hold() if number < len(parts) else contextlib.nullcontext():
+                loss += self._part(part, wanted, len(part) / rows if len(parts) > 1 else 1.0)
+        return self._update(loss)
+
+    def _part(self, features: Tensor, targets: Tensor, share: float) -> Tensor:
+        """Add a part's gradient; returns its share of the loss."""
         loss = self._loss_fn(self._call(features).float(), targets)
-        self._backward(loss)
-        return self._update(loss.detach())
+        loss = loss if share == 1.0 else loss * share
+        self._backward(loss if self.scaler is None else loss * self.scaler.scale)
+        return loss.detach().float()
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> Tensor:
@@ -117,18 +141,23 @@ class TrainingStep:
             grads = [p.grad for p in self.weights if p.grad is not None]
         else:
             grads = self.masters.gather()
-        norm = nn.utils.get_total_norm(grads)
-        values = torch.stack((loss.float(), norm.float()))
+        norm = nn.utils.get_total_norm(grads).float()
+        if self.scaler is not None:
+            norm = norm / self.scaler.scale
+        values = torch.stack((loss, norm))
         if self._reduce is not None:
             # the mean is NaN everywhere if it is NaN anywhere
             values = self._reduce(values)
         optimizer: Any = self.optimizer
         optimizer.found_inf = values.isfinite().all().logical_not().float()
-        optimizer.grad_scale = (
-            ((norm.float() + 1e-6) / self._max_norm).clamp_(min=1.0) if self._max_norm else None
-        )
+        scale = ((norm + 1e-6) / self._max_norm).clamp_(min=1.0) if self._max_norm else None
+        if self.scaler is not None:
+            scale = self.scaler.scale.clone() if scale is None else scale * self.scaler.scale
+        optimizer.grad_scale = scale
         try:
             self._update_groups()
+            if self.scaler is not None:
+                self.scaler.update(optimizer.found_inf)
         finally:
             optimizer.found_inf = optimizer.grad_scale = None
         if self.masters is not None:

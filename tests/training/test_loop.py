@@ -112,7 +112,7 @@ def test_several_labels_a_clip_train_with_binary_cross_entropy(tmp_path):
     data = tones(multi_label=True)
     run = trainer(tmp_path, config, data=data, eval_set=data)
     result = run.fit()
-    assert set(result.figures) == {"loss", "map", "auc"} and result.confusion is None
+    assert {"loss", "map", "auc"} <= set(result.figures) and result.confusion is None
     # what tagging needs to know is saved with the model
     run.model.save_pretrained(tmp_path / "model")
     saved = ASTModel.from_pretrained(tmp_path / "model").config
@@ -176,11 +176,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(stop_at, tmp_path):
     assert second.step == stop_at
     second.fit()
     assert same(weights(whole), weights(second))
-    for parameter, other in zip(
-        whole._parameters.values(), second._parameters.values(), strict=True
-    ):
-        for name, value in whole._optimizer.state[parameter].items():
-            assert torch.equal(value, second._optimizer.state[other][name])
+    for parameter, other in zip(whole.parameters.values(), second.parameters.values(), strict=True):
+        for name, value in whole.optimizer.state[parameter].items():
+            assert torch.equal(value, second.optimizer.state[other][name])
 
     def rows(name):
         kept = []

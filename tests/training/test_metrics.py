@@ -13,7 +13,7 @@ from ast_fast.training.schedules import rate_factor
 
 
 def filled(logits, targets, multi_label, parts=3):
-    found = Metrics(logits.shape[1], multi_label)
+    found = Metrics(logits.shape[1], "multi_label" if multi_label else "single_label")
     for a, b in zip(logits.chunk(parts), targets.chunk(parts), strict=True):
         found.update(a, b)
     return found
@@ -82,7 +82,7 @@ def test_one_clip_is_enough_and_none_is_an_error():
     found = filled(torch.tensor([[1.0, 2.0]]), torch.tensor([1]), False, parts=1)
     assert found.compute()["accuracy"] == 1.0
     with pytest.raises(ValueError, match="no clips were evaluated"):
-        Metrics(2, False).compute()
+        Metrics(2).compute()
 
 
 def test_the_rate_rises_then_falls_to_nothing():

@@ -354,7 +354,7 @@ def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
     monkeypatch.setattr("ast_fast.training.loop.chosen_mode", lambda *_: "graph")
     monkeypatch.setattr("ast_fast.training.modes.CudaGraphs", lambda device: made)
     graphed = loop.trainer(tmp_path / "graphed", config)
-    weights, state = graphed._parameters.values(), graphed._optimizer.state
+    weights, state = graphed.parameters.values(), graphed.optimizer.state
     made.state = lambda: [
         *graphed.model.parameters(),
         *weights,
@@ -363,7 +363,7 @@ def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
     graphed.fit()
     # 44 clips by 8: five whole batches and a short one
     assert (made.warmed, made.captured, made.replayed) == (3, 1, 2)
-    assert loop.same(plain._masters.model_state_dict(), graphed._masters.model_state_dict())
+    assert loop.same(plain.masters.model_state_dict(), graphed.masters.model_state_dict())
 
 
 def test_modes_by_device():

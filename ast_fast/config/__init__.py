@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal, Self
+
+from .base import Config, check
+from .training import (
+    AugmentConfig,
+    AverageConfig,
+    DistillConfig,
+    MonitorConfig,
+    Task,
+    TrainConfig,
+    TuneConfig,
+)
+
+__all__ = [
+    "MAX_RATE_HZ",
+    "MIN_RATE_HZ",
+    "NORMALISATION",
+    "AudioConfig",
+    "AugmentConfig",
+    "AverageConfig",
+    "Config",
+    "DistillConfig",
+    "LogMelConfig",
+    "MelNorm",
+    "MelScale",
+    "MfccConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "Output",
+    "Padding",
+    "PositionRule",
+    "ProblemType",
+    "Task",
+    "TrainConfig",
+    "TuneConfig",
+    "Window",
+    "check",
+]
 
 PositionRule = Literal["bilinear", "nearest", "reinitialise"]
 # transformers' terms
-ProblemType = Literal["single_label_classification", "multi_label_classification"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 Window = Literal["hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular"]
 MelScale = Literal["kaldi", "htk", "slaney"]
@@ -27,49 +63,6 @@ NORMALISATION = {
 
 # rates outside this are a broken header, not audio
 MIN_RATE_HZ, MAX_RATE_HZ = 2000, 1_000_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """Base of all settings: conversion to and from plain dicts, unknown keys refused."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON or TOML; nested settings become nested dicts."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a dict.
-
-        Raises:
-            ValueError: a key is unknown, or a value does not pass the checks.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__} has no setting {', '.join(unknown)}: expected some of "
-                f"{', '.join(fields)}"
-            )
-        arguments: dict[str, Any] = {}
-        for name, value in values.items():
-            default = fields[name].default
-            if isinstance(default, Config) and isinstance(value, Mapping):
-                value = type(default).from_dict(value)
-            elif isinstance(value, list):  # JSON has no tuples
-                value = tuple(value)
-            arguments[name] = value
-        return cls(**arguments)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed."""
-        return dataclasses.replace(self, **changes)
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,106 +316,3 @@ class ModelConfig(Config):
     def num_tokens(self) -> int:
         """T: prefix tokens and patches."""
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentConfig(Config):
-    """SpecAugment, mixup, noise and roll, as the original recipes order them; waveforms first.
-
-    Draws belong to a clip: seed, step and clip decide them, not the batch around it.
-    """
-
-    freq_mask_bins: int = 0  # widest frequency mask
-    time_mask_frames: int = 0  # widest time mask
-    mixup: float = 0.0  # probability that a clip is mixed with another, lambda ~ Beta(10, 10)
-    noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
-    roll_frames: int = 0  # largest circular shift in time
-    roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
-    gain_db: float = 0.0  # louder or softer by up to so many decibels
-    snr_db: tuple[float, float] | None = None  # white noise, so many decibels below the clip
-    patchout_time: int = 0  # columns of the patch grid left out of each step (PaSST: 40 of 99)
-    patchout_frequency: int = 0  # rows left out (PaSST: 4 of 12)
-    patchout_patches: int = 0  # single patches left out of the rest
-
-    def __post_init__(self) -> None:
-        check(self.gain_db >= 0, f"gain_db={self.gain_db:g}: expected 0 (off) or more")
-        for name in ("patchout_time", "patchout_frequency", "patchout_patches"):
-            check(
-                getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected 0 (off) or more"
-            )
-        check(
-            self.snr_db is None or (len(self.snr_db) == 2 and self.snr_db[0] <= self.snr_db[1]),
-            f"snr_db={self.snr_db}: expected the lowest and the highest ratio in decibels, or None",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MonitorConfig(Config):
-    """The equivalence monitor: how often the reference runs beside the fast path, and on what."""
-
-    check_every: int = 0  # steps; 0 switches it off
-    max_clips: int = 4  # the check runs on this many clips of the batch
-    dtype: Literal["float32", "float64"] = "float64"
-    stop: bool = True  # over budget: stop the run with EquivalenceError rather than log
-
-    def __post_init__(self) -> None:
-        check(self.check_every >= 0, f"check_every={self.check_every}: expected 0 or more")
-        check(self.max_clips >= 1, f"max_clips={self.max_clips}: expected at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig(Config):
-    """A training run."""
-
-    epochs: int = 15
-    batch_size: int = 48
-    lr: float = 5e-4
-    weight_decay: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup_steps: int = 50
-    schedule: Literal["constant", "cosine"] = "cosine"
-    grad_clip: float = 1.0  # largest gradient norm; 0 switches clipping off
-    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
-    # bfloat16: autocast over float32 weights; bfloat16-master: bfloat16 weights with float32 masters
-    # fp8: the blocks' matrix products in FP8, everything else as in bfloat16
-    precision: Literal["float32", "bfloat16", "bfloat16-master", "fp8"] = "float32"
-    # how a step runs; graph: one CUDA graph of it; regional: torch.compile of each block
-    compile: Literal["off", "regional", "graph", "auto"] = "auto"
-    # less: LayerNorms computed again in backward; least: whole blocks
-    activation_memory: Literal["fast", "less", "least"] = "fast"
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1  # processes, one a device
-    seed: int = 0
-    num_workers: int = 0
-    class_balanced: bool = False  # draw clips so that every class comes up as often
-    log_every: int = 10  # steps between lines of the log
-    checkpoint_every: int = 0  # steps between checkpoints; 0: at the end of each epoch only
-    keep_checkpoints: int = 2  # newest ones kept, beside the best
-    augment: AugmentConfig = AugmentConfig()
-    monitor: MonitorConfig = MonitorConfig()
-
-    def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"epochs={self.epochs}: expected at least 1")
-        check(self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1")
-        check(self.lr > 0, f"lr={self.lr}: expected a positive rate")
-        check(self.grad_clip >= 0, f"grad_clip={self.grad_clip}: expected 0 (off) or more")
-        check(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"betas={self.betas}: expected two numbers in [0, 1)",
-        )
-        for name in ("devices", "log_every", "keep_checkpoints"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
-        # step and process are packed beside it into one 64-bit seed
-        check(self.seed < 2**29, f"seed={self.seed}: expected below 2**29")
-        for name in ("warmup_steps", "weight_decay", "num_workers", "checkpoint_every", "seed"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected 0 or more")
-        for name, allowed in (
-            ("schedule", ("constant", "cosine")),
-            ("loss", ("cross_entropy", "binary_cross_entropy")),
-            ("precision", ("float32", "bfloat16", "bfloat16-master", "fp8")),
-            ("compile", ("off", "regional", "graph", "auto")),
-            ("activation_memory", ("fast", "less", "least")),
-            ("accelerator", ("auto", "cpu", "cuda")),
-        ):
-            value = getattr(self, name)
-            check(value in allowed, f"{name}={value!r}: expected one of {', '.join(allowed)}")
