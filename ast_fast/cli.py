@@ -47,33 +47,34 @@ def demo(
 
 
 def train(
+    recipe: Positional[str | None] = None,
     data: Path | None = None,
     run: Path = Path("runs/train"),
     eval_data: Path | None = None,
     holdout: float = 0.1,
     root: Path | None = None,
     labels: Path | None = None,
-    config: Path | None = None,
     set_: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")] = (),
     resume: bool = False,
 ) -> int:
     """Train on a manifest (.csv, .jsonl, .json), a folder per class, or a folder of tar shards.
 
     Args:
+        recipe: audioset, audioset-balanced, esc50, speechcommands, music-emotion, or a TOML file with
+            model, [frontend], [audio], [train], [train.augment]...; default: a small model from scratch.
         data: manifest, folder or shards to train on.
         run: folder for checkpoints, log and the trained model.
         eval_data: what to evaluate on after each epoch, of the same kinds.
         holdout: share of the clips to evaluate on if eval_data is not given; 0 for none.
         root: folder that the paths of manifests start from (default: the manifest's folder).
         labels: class_labels_indices.csv or a list of names, in the order of the classes.
-        config: TOML file with model, [frontend], [audio], [train], [train.augment], [train.monitor].
-        set_: one setting, as train.epochs=3; may be repeated, and wins over the file.
+        set_: one setting, as train.epochs=3; may be repeated, and wins over the recipe.
         resume: go on with the run in the run folder; data and settings are those it began with.
     """
     from . import train_command
 
     return train_command.train(
-        data, run, eval_data, holdout, root, labels, config, tuple(set_), resume
+        data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume
     )
 
 

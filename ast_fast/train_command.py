@@ -25,6 +25,7 @@ from .data import (
 from .frontend import log_mel_features
 from .labels import LabelSet, read_labels
 from .models.ast import ASTModel
+from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
 from .training.recipe import read_config
@@ -40,17 +41,17 @@ def train(
     holdout: float,
     root: Path | None,
     labels: Path | None,
-    config: Path | None,
+    recipe: str | None,
     overrides: Sequence[str],
     resume: bool,
 ) -> int:
     """See `cli.train`."""
     plan_file = run / "run.json"
     if resume:
-        if data or eval_data or root or labels or config or overrides:
+        if data or eval_data or root or labels or recipe or overrides:
             raise ValueError(
-                "--resume goes on with the data and settings the run began with: leave out "
-                "--data, --eval-data, --root, --labels, --config and --set"
+                "--resume goes on with the data and settings the run began with: leave out the "
+                "recipe, --data, --eval-data, --root, --labels and --set"
             )
         if not plan_file.is_file():
             raise FileNotFoundError(
@@ -60,7 +61,7 @@ def train(
     else:
         if data is None:
             raise ValueError("--data is missing: expected a manifest, a folder per class or shards")
-        settings = read_config(config, overrides)
+        settings = read_config(recipe, overrides)
         plan = {
             "data": str(data.resolve()),
             "eval_data": eval_data and str(eval_data.resolve()),
@@ -176,7 +177,13 @@ def _build(settings: RunConfig, data: Data) -> tuple[Any, AudioConfig]:
         model = create_model(
             settings.model, len(classes), labels=classes, frontend_config=given, **sizes
         )
+        start_from_weights(model, settings.weights)
     else:
+        if settings.weights != "random":
+            raise ValueError(
+                f"weights={settings.weights!r}: model={settings.model!r} has weights of its own; "
+                "leave weights out"
+            )
         model = ASTModel.from_pretrained(
             settings.model, label_dim=len(classes), labels=classes, **sizes
         )

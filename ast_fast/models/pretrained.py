@@ -7,6 +7,7 @@ original keeps them) and in PyTorch's own cache of downloads.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -206,6 +207,36 @@ def start_from(model: ASTModel, state: Mapping[str, Tensor], rule: str) -> None:
     }
     hub.require_match(own, {**state, **kept}, "the starting weights")
     model.load_state_dict({**state, **kept})
+
+
+def start_from_weights(model: ASTModel, kind: str, rule: str = "bilinear") -> None:
+    """Start a new model from published weights: of the image model of its width, or of AudioSet.
+
+    Args:
+        model: as `create_model` makes it.
+        kind: "random" leaves it as it is; "imagenet"; "audioset", for base models alone.
+        rule: how positions are adapted.
+
+    Raises:
+        ValueError: there are no such weights for this model.
+        CheckpointError: they could not be had; says what to download.
+    """
+    if kind == "random":
+        return
+    width, depth = model.config.embed_dim, model.config.depth
+    if kind == "audioset":
+        fitting, weights = (width, depth) == (768, 12), load_audioset
+    else:
+        sizes = {192: "tiny224", 384: "small224", 768: "base384"}
+        source = _SOURCES[_SIZES[sizes.get(width, "base384")]]
+        fitting = (source.embed_dim, source.depth) == (width, depth)
+        weights = functools.partial(load_image, source)
+    if not fitting or model.config.num_prefix_tokens != 2:
+        raise ValueError(
+            f"weights={kind!r}: there are none of width {width} and depth {depth}; expected a tiny, "
+            "small or base model (for AudioSet base), or weights='random'"
+        )
+    start_from(model, weights(), rule)
 
 
 def load_model(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,8 @@ class RunConfig(Config):
 
     Attributes:
         model: a name of `ast_fast.list_models()`, or a pretrained directory or file to start from.
+        weights: what a model named by its architecture starts from: "random"; "imagenet", the image
+            model of its width; "audioset", the original's AudioSet model, without its head.
         frontend: log-mel settings, whose sizes become the model's input sizes; by default those
             that the model comes with.
         statistics: "given" takes the front end's mean and std, "measure" those of training clips.
@@ -26,6 +29,7 @@ class RunConfig(Config):
     """
 
     model: str = "ast_mini_p16_s10"
+    weights: Literal["random", "imagenet", "audioset"] = "random"
     frontend: LogMelConfig | None = None
     statistics: Literal["given", "measure"] = "given"
     audio: AudioConfig = AudioConfig()  # noqa: RUF009 - frozen
@@ -35,6 +39,10 @@ class RunConfig(Config):
         check(
             isinstance(self.model, str),
             f"model={self.model!r}: expected the name of a model or a pretrained directory",
+        )
+        check(
+            self.weights in ("random", "imagenet", "audioset"),
+            f"weights={self.weights!r}: expected random, imagenet or audioset",
         )
         check(
             self.statistics in ("given", "measure"),
@@ -55,20 +63,49 @@ class RunConfig(Config):
         return super(RunConfig, cls).from_dict(values)
 
 
-def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run from a TOML file and `section.name=value` overrides, which win.
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package.
+
+    >>> list_recipes()
+    ['audioset', 'audioset-balanced', 'esc50', 'music-emotion', 'speechcommands']
+    """
+    return sorted(_packaged())
+
+
+def _packaged() -> dict[str, Any]:
+    folder = resources.files("ast_fast.recipes")
+    found = (entry for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return {entry.name.removesuffix(".toml"): entry for entry in found}
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    """The settings of a recipe by name, or of a file."""
+    file = _packaged().get(recipe, Path(recipe))
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{recipe!r} is neither a file nor a recipe: expected a TOML file, or one of "
+            f"{', '.join(list_recipes())}"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe}: is not TOML: {error}") from error
+
+
+def read_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run from a recipe and `section.name=value` overrides, which win.
 
     Values are TOML too: numbers, true, "text"; a bare word is taken as text.
 
+    Args:
+        recipe: one of `list_recipes()`, or a TOML file; None for the defaults.
+        overrides: single settings.
+
     Raises:
         ValueError: a key is unknown or a value does not fit; names the file or the override.
+        FileNotFoundError: there is no such recipe.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: is not TOML: {error}") from error
+    values = {} if recipe is None else _read(recipe)
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
@@ -83,7 +120,7 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path or 'settings'}: {error}") from error
+        raise ValueError(f"{recipe or 'settings'}: {error}") from error
 
 
 def _value(text: str) -> Any:

@@ -51,12 +51,11 @@ def place(tmp_path_factory):
     torch.set_num_threads(1)
     arguments = [
         "train",
+        root / "run.toml",
         "--data",
         root / "data",
         "--run",
         root / "run",
-        "--config",
-        root / "run.toml",
     ]
     status = run(*arguments, "--holdout", "0.25", "--set", "statistics=measure")
     torch.set_num_threads(threads)
@@ -191,8 +190,17 @@ def test_manifests_train_too_and_classes_come_from_the_table(place, capsys, tmp_
     table = tmp_path / "labels.csv"
     table.write_text("index,mid,display_name\n0,/m/a,Whistle\n1,/m/b,Hum\n")
     status = run(
-        *("train", "--data", tmp_path / "train.csv", "--root", place / "data", "--labels", table),
-        *("--run", tmp_path / "run", "--config", place / "run.toml", "--set", "train.epochs=1"),
+        *(
+            "train",
+            place / "run.toml",
+            "--data",
+            tmp_path / "train.csv",
+            "--root",
+            place / "data",
+            "--labels",
+            table,
+        ),
+        *("--run", tmp_path / "run", "--set", "train.epochs=1"),
         *("--holdout", "0", "--set", "train.monitor.check_every=0"),
     )
     assert status == 0 and "16 clips of 2 classes" in capsys.readouterr().out
@@ -237,7 +245,7 @@ def test_shards_are_written_trained_on_and_evaluated_as_the_files_are(
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
     status = run(
-        *("train", "--data", shards, "--run", tmp_path / "run", "--config", place / "run.toml"),
+        *("train", place / "run.toml", "--data", shards, "--run", tmp_path / "run"),
         *("--holdout", "0.25", "--set", "train.epochs=1", "--set", "train.num_workers=2"),
         *("--set", "statistics=measure"),
     )
@@ -334,7 +342,7 @@ def test_bench_is_passed_to_the_benchmarks_of_the_checkout(capsys):
 
 def test_a_model_trained_in_bfloat16_is_written_with_its_masters(place, tmp_path):
     status = run(
-        *("train", "--data", place / "data", "--run", tmp_path, "--config", place / "run.toml"),
+        *("train", place / "run.toml", "--data", place / "data", "--run", tmp_path),
         *("--holdout", "0", "--set", "train.epochs=1", "--set", "train.monitor.check_every=0"),
         *("--set", "train.precision=bfloat16-master"),
     )
@@ -348,7 +356,7 @@ def test_a_model_trained_in_bfloat16_is_written_with_its_masters(place, tmp_path
 def test_ctrl_c_leaves_a_state_that_resumes(place, tmp_path):
     folder = tmp_path / "run"
     child = start(
-        *("train", "--data", place / "data", "--run", folder, "--config", place / "run.toml"),
+        *("train", place / "run.toml", "--data", place / "data", "--run", folder),
         *(
             "--set",
             "train.epochs=4000",
