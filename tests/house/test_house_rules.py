@@ -46,7 +46,7 @@ FLOORS = (
     ("models",),
     ("equivalence",),
     ("testing",),
-    ("training", "inference", "streaming", "integrations"),
+    ("training", "recipes", "inference", "streaming", "integrations"),
     ("report", "plots", "saliency", "throughput", "demo"),
     ("cli", "commands", "train_command", "listen_command", "__main__"),
 )

@@ -377,17 +377,20 @@ TWO = """
     tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(tests)
     torch.set_num_threads(1)
     config = tests.CONFIG.replace(
-        devices=2, accelerator="cpu", epochs=2, augment=tests.BY_CLIP, checkpoint_every=3
+        devices=2, accelerator="cpu", epochs=2, augment=tests.BY_CLIP, checkpoint_every=3,
+        accumulate={parts},
     )
-    tests.trainer({folder!r}, config, data=tests.tones(40), eval_set=tests.tones(10, 1)).fit()
+    tests.trainer({folder!r}, config, data=tests.tones(40), eval_set=tests.tones(11, 1)).fit()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_train_as_one_with_the_same_batches(parts, tmp_path):
+    """And evaluate as one: 11 clips do not split evenly."""
     script = tmp_path / "two.py"
     folder = tmp_path / "two"
-    script.write_text(textwrap.dedent(TWO).format(tests=__file__, folder=str(folder)))
+    script.write_text(textwrap.dedent(TWO).format(tests=__file__, folder=str(folder), parts=parts))
     # a script has its own folder on its path, not the checkout's
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -395,7 +398,7 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     config = CONFIG.replace(epochs=2, augment=BY_CLIP)
-    trainer(tmp_path / "one", config, data=tones(40), eval_set=tones(10, 1)).fit()
+    trainer(tmp_path / "one", config, data=tones(40), eval_set=tones(11, 1)).fit()
 
     def figures(name):
         rows = read_log(tmp_path / name / "log.jsonl")
