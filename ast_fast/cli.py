@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ._optional import MissingPackageError
+from .config import DataConfig
 
 try:
     import tyro
@@ -23,6 +24,10 @@ except ImportError as error:
     raise MissingPackageError(
         f"the command ast-fast needs tyro ({error}): pip install 'ast-fast[cli]'"
     ) from error
+
+_AS_FOUND = DataConfig()
+# --layout, --fold, --split, ... rather than --how.layout
+_How = Annotated[DataConfig, tyro.conf.arg(prefix_name=False)]
 
 
 def demo(
@@ -56,11 +61,14 @@ def train(
     config: Path | None = None,
     set_: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")] = (),
     resume: bool = False,
+    how: _How = _AS_FOUND,
 ) -> int:
-    """Train on a manifest (.csv, .jsonl, .json), a folder per class, or a folder of tar shards.
+    """Train on a manifest, a folder per class, tar shards, or a data set as it is distributed.
 
     Args:
-        data: manifest, folder or shards to train on.
+        data: what to train on: manifest (.csv, .jsonl, .json), AudioSet's list, folder, shards, Hugging
+            Face dataset, or the folder of ESC-50, Speech Commands or DEAM. Parts of a set, where it
+            has some, are trained and evaluated on as they say.
         run: folder for checkpoints, log and the trained model.
         eval_data: what to evaluate on after each epoch, of the same kinds.
         holdout: share of the clips to evaluate on if eval_data is not given; 0 for none.
@@ -69,11 +77,12 @@ def train(
         config: TOML file with model, [frontend], [audio], [train], [train.augment], [train.monitor].
         set_: one setting, as train.epochs=3; may be repeated, and wins over the file.
         resume: go on with the run in the run folder; data and settings are those it began with.
+        how: what the data are, where that does not follow from what lies there.
     """
     from . import train_command
 
     return train_command.train(
-        data, run, eval_data, holdout, root, labels, config, tuple(set_), resume
+        data, run, eval_data, holdout, root, labels, config, tuple(set_), resume, how
     )
 
 
@@ -88,11 +97,12 @@ def evaluate(
     json: Path | None = None,
     per_class: Path | None = None,
     precision: Literal["exact", "bf16", "int8"] = "exact",
+    how: _How = _AS_FOUND,
 ) -> int:
-    """Evaluate a model on a manifest, a folder per class, or a folder of tar shards.
+    """Evaluate a model on a data set of any kind that train takes.
 
     Args:
-        data: manifest, folder or shards.
+        data: manifest, folder, shards or another layout; all of its parts, or that of --split.
         model: pretrained directory, file or hub id.
         root: folder that the paths of a manifest start from.
         labels: class_labels_indices.csv or a list of names; default: the model's own.
@@ -102,11 +112,13 @@ def evaluate(
         json: write all figures here.
         per_class: write one line a class here (CSV).
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
+        how: what the data are, where that does not follow from what lies there.
     """
     from . import commands
 
     return commands.evaluate(
-        data, model, root, labels, multi_label, batch_size, check, json, per_class, precision
+        *(data, model, root, labels, multi_label, batch_size, check, json, per_class, precision),
+        how,
     )
 
 

@@ -11,25 +11,15 @@ from typing import Any
 import torch
 
 from .audio import AudioReport
-from .config import AudioConfig, LogMelConfig
-from .data import (
-    AudioDataset,
-    ClipSet,
-    Collate,
-    Manifest,
-    ShardSet,
-    is_shards,
-    read_folder,
-    read_manifest,
-)
+from .config import AudioConfig, DataConfig, LogMelConfig
+from .data import ClipSet, Collate, Data, dataset_of, read_data, read_parts, reading_notes
 from .frontend import log_mel_features
-from .labels import LabelSet, read_labels
+from .labels import read_labels
 from .models.ast import ASTModel
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
 from .training.recipe import read_config
 
-Data = Manifest | ShardSet
 _MEASURED_CLIPS = 500  # enough for mean and std to the second digit
 
 
@@ -43,14 +33,15 @@ def train(
     config: Path | None,
     overrides: Sequence[str],
     resume: bool,
+    how: DataConfig,
 ) -> int:
     """See `cli.train`."""
     plan_file = run / "run.json"
     if resume:
-        if data or eval_data or root or labels or config or overrides:
+        if data or eval_data or root or labels or config or overrides or how != DataConfig():
             raise ValueError(
                 "--resume goes on with the data and settings the run began with: leave out "
-                "--data, --eval-data, --root, --labels, --config and --set"
+                "--data and all that says how to read it, --config and --set"
             )
         if not plan_file.is_file():
             raise FileNotFoundError(
@@ -67,6 +58,7 @@ def train(
             "holdout": holdout,
             "root": root and str(root.resolve()),
             "labels": labels and str(labels.resolve()),
+            "how": how.to_dict(),
             "settings": settings.to_dict(),
         }
     settings = RunConfig.from_dict(plan["settings"])
@@ -106,63 +98,23 @@ def train(
 def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
     root = plan["root"] and Path(plan["root"])
     table = read_labels(plan["labels"]) if plan["labels"] else None
-    data = read_data(Path(plan["data"]), root, None, table)
-    if plan["eval_data"]:
-        held = read_data(Path(plan["eval_data"]), root, data.classes, table)
-        return data, held
-    return _split(data, plan["holdout"], seed)
-
-
-def read_data(
-    path: Path,
-    root: Path | None,
-    classes: Sequence[str] | None,
-    labels: LabelSet | None,
-) -> Data:
-    """Clips and their labels, from a manifest, a folder per class, or tar shards."""
-    if labels is not None:
-        classes = labels.names
-    if not path.exists():
-        raise FileNotFoundError(f"{str(path)!r} does not exist: expected a manifest or a folder")
-    if is_shards(path):
-        return ShardSet(path, classes=classes)
-    if path.is_dir():
-        return read_folder(path, classes=classes)
-    aliases = None
-    if labels is not None:
-        aliases = {mid: index for index, mid in enumerate(labels.mids) if mid not in labels.names}
-    return read_manifest(path, root=root, classes=classes, aliases=aliases)
-
-
-def dataset_of(data: Data, audio: AudioConfig) -> ClipSet:
-    """The clips as a dataset."""
-    if audio.dtype == "float32":
-        # half the memory where a file holds 16 bits, and the same features to the bit
-        audio = audio.replace(dtype="auto")
-    return data.read_as(audio) if isinstance(data, ShardSet) else AudioDataset(data, audio)
-
-
-def _split(data: Data, share: float, seed: int) -> tuple[Data, Data | None]:
-    """Training and evaluation part, drawn within each label set so that rare classes stay in both."""
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"holdout={share}: expected 0 (no evaluation) to below 1")
-    if share == 0.0:
-        return data, None
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, labels in enumerate(data.labels):
-        groups.setdefault(labels, []).append(index)
-    rng = random.Random(seed)
-    held: list[int] = []
-    for indices in groups.values():
-        held += rng.sample(indices, round(share * len(indices)))
-    if not held:
-        raise ValueError(
-            f"holdout={share} of {len(data)} clips leaves none to evaluate on: give --eval-data, "
-            "a larger share, or --holdout 0"
+    how = DataConfig.from_dict(plan.get("how", {}))
+    path = Path(plan["data"])
+    if not plan["eval_data"]:
+        data, held = read_parts(
+            path, root, table, how, holdout=plan["holdout"], seed=seed
         )
-    out = set(held)
-    kept = [index for index in range(len(data)) if index not in out]
-    return data.select(kept), data.select(sorted(held))
+        parts = (data,) if held is None else (data, held)
+    else:
+        data = read_data(path, root, None, table, how)
+        # the part that is trained on is no part of another set
+        how = how.replace(layout="auto", split=None)
+        held = read_data(Path(plan["eval_data"]), root, data.classes, table, how)
+        parts = (data, held)
+    for part in parts:
+        for note in reading_notes(part):
+            say(f"  {note}")
+    return data, held
 
 
 def _build(settings: RunConfig, data: Data) -> tuple[Any, AudioConfig]:

@@ -9,21 +9,18 @@ from torch import Tensor
 
 from .. import augment
 from ..config import AugmentConfig, LogMelConfig
-from ..seeding import ClipSeeds
+from ..seeding import ClipSeeds, clip_seeds
 
 
-def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSeeds:
-    """The draws of a step's clips: those of a clip depend on seed, step and clip alone.
-
-    Args:
-        seed: of the run.
-        step: of the run.
-        indices: [B] places in the dataset; one that comes up again in the batch (class-balanced
-            sampling) gets other draws each time.
-        num_clips: clips in the dataset.
-    """
-    earlier = (indices[:, None] == indices).tril(-1).sum(1)
-    return ClipSeeds(seed, step, indices + num_clips * earlier)
+__all__ = [
+    "as_float",
+    "augment_features",
+    "augment_waveforms",
+    "clip_seeds",
+    "mixup",
+    "seek_patchout",
+    "set_patchout",
+]
 
 
 def set_patchout(model: Any, settings: AugmentConfig, seed: int) -> None:
