@@ -196,26 +196,47 @@ def prepare(
     out: Path,
     root: Path | None = None,
     labels: Path | None = None,
+    to: Literal["shards", "files", "manifest"] = "shards",
     encoding: Literal["s16", "flac"] = "s16",
     sample_rate_hz: int = 16000,
     shard_mb: int = 512,
+    workers: int = 0,
+    drop: tuple[Literal["silent", "duplicates"], ...] = (),
+    keep_truncated: bool = False,
+    zero_non_finite: bool = False,
+    frames: int = 1024,
     resume: bool = False,
+    how: _How = _AS_FOUND,
 ) -> int:
-    """Write clips as tar shards of 16-bit samples, which are read several times faster than FLAC.
+    """Check every clip of a data set, store what is good, and report the rest and the statistics.
+
+    Shards of raw samples are read several times faster than FLAC. `report.txt` and `report.json` list
+    what is missing, undecodable, truncated, NaN, silent, clipped, of another rate or there twice, the
+    classes, the lengths, and mean and std of the log-mel energies.
 
     Args:
-        data: manifest, folder per class, or other shards.
-        out: folder for the shards and their index.
-        root: folder that the paths of a manifest start from.
+        data: a data set of any kind that train takes; all of its parts, or that of --split.
+        out: folder for what is written.
+        root: folder that the paths of a list start from.
         labels: class_labels_indices.csv or a list of names, in the order of the classes.
-        encoding: s16 for raw samples, flac for about half the size and more work to read.
+        to: tar shards; FLAC files with a manifest; or a manifest of the good files where they are.
+        encoding: of shards: s16 for raw samples, flac for about half the size and more work to read.
         sample_rate_hz: rate of the stored samples: the model's.
         shard_mb: size of a shard in megabytes.
+        workers: processes that read and check; 0 for this one alone. The result is the same.
+        drop: leave out silent clips, or all but the first of those with the same samples.
+        keep_truncated: use what there is of truncated files.
+        zero_non_finite: set NaN and Inf in float files to 0 rather than leave the file out.
+        frames: length that the statistics with padding are of: the model's input.
         resume: go on after an interruption.
+        how: what the data are, where that does not follow from what lies there.
     """
-    from . import commands
+    from . import prepare_command
 
-    return commands.prepare(data, out, root, labels, encoding, sample_rate_hz, shard_mb, resume)
+    return prepare_command.prepare(
+        *(data, out, root, labels, to, encoding, sample_rate_hz, shard_mb, workers, drop),
+        *(keep_truncated, zero_non_finite, frames, resume, how),
+    )
 
 
 def verify(

@@ -28,6 +28,7 @@ from .optimized import Precision
 from .train_command import say, say_figures
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
+from .training.logs import Progress
 
 
 def demo(run: Path, seed: int, epochs: int | None, resume: bool, compare_training: bool) -> int:
@@ -194,7 +195,7 @@ def verify(
 ) -> int:
     """See `cli.verify`."""
     from .equivalence import run_verify
-    
+
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: PyTorch sees no GPU here; leave --device out")
     bar: Progress | None = None

@@ -101,9 +101,7 @@ def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
     how = DataConfig.from_dict(plan.get("how", {}))
     path = Path(plan["data"])
     if not plan["eval_data"]:
-        data, held = read_parts(
-            path, root, table, how, holdout=plan["holdout"], seed=seed
-        )
+        data, held = read_parts(path, root, table, how, holdout=plan["holdout"], seed=seed)
         parts = (data,) if held is None else (data, held)
     else:
         data = read_data(path, root, None, table, how)

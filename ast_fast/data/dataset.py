@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..audio import AudioError, AudioReport, load
+from ..audio import AudioDecodeError, AudioError, AudioReport, load
 from ..config import AudioConfig, LogMelConfig
 from ..reference.mel import mel_sizes
-from .manifest import Manifest
+from .manifest import Manifest, ManifestError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Clip:
-    """One item: waveform [N], labels, its index, and what reading it changed."""
+    """One item: waveform [N], labels, its index, what reading it changed, and what a reader adds."""
 
     wave: Tensor
     labels: tuple[int, ...]
     index: int
     report: AudioReport
+    facts: Any = None
 
     @property
     def length(self) -> int:
@@ -185,9 +186,11 @@ class AudioDataset(Dataset[Any]):
             return Clip(self._cache[index], labels, index, AudioReport(clips=1))
         try:
             clip = load(self.manifest.file(index), self.audio)
-        except AudioError as error:
+        except (AudioError, ManifestError) as error:
             if self.strict:
                 raise
+            if isinstance(error, ManifestError):  # a link out of the root
+                error = AudioDecodeError(self.name(index), str(error))
             report = AudioReport()
             report.skip(error)
             return Skip(index, report)
@@ -253,6 +256,10 @@ class Waveform(Protocol):
     @property
     def report(self) -> AudioReport:
         """What reading it changed."""
+
+    @property
+    def facts(self) -> Any:
+        """What a reader adds."""
 
     @property
     def length(self) -> int:

@@ -72,7 +72,9 @@ def read_deam(
                     f"kind) under {str(root)!r}"
                 )
     if not rows:
-        raise ManifestError(f"{str(root)!r}: none of the {len(missing)} songs of its tables is there")
+        raise ManifestError(
+            f"{str(root)!r}: none of the {len(missing)} songs of its tables is there"
+        )
     listed = [row.key for row in rows]
     if len(set(listed)) < len(listed):
         again = next(key for place, key in enumerate(listed) if key in listed[:place])

@@ -82,8 +82,10 @@ class HuggingFaceSet(Dataset[Any]):
         self.splits: list[str] | None = parts
         if parts is None:
             named = next((name for name in _SPLIT_COLUMNS if name in rows.column_names), None)
-            self.splits = named and [str(value) for value in rows[named]]
+            self.splits = None if named is None else [str(value) for value in rows[named]]
         self.values: np.ndarray | None = None
+        self.classes: tuple[str, ...]
+        self.labels: list[tuple[int, ...]]
         if values:
             self.classes, self.labels = tuple(values), [()] * len(rows)
             self.values = _numbers(rows, values, self.source)
@@ -188,7 +190,9 @@ def _from_path(library: Any, path: Path, name: str) -> Any:
             return library.load_from_disk(str(path))
         files: dict[str, list[Path]] = {}
         for file in sorted(path.glob("*.parquet")):
-            files.setdefault(file.name.partition("-")[0] if "-" in file.name else "", []).append(file)
+            files.setdefault(file.name.partition("-")[0] if "-" in file.name else "", []).append(
+                file
+            )
         if not files:
             raise ManifestError(f"{name}: holds neither a saved dataset nor .parquet files")
         tables = {part: _parquet(library, group) for part, group in files.items()}

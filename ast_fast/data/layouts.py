@@ -17,6 +17,7 @@ from .audioset import is_segments, read_segments
 from .dataset import AudioDataset, ClipSet
 from .deam import read_deam, tables_of
 from .esc50 import is_esc50, read_esc50
+from .file_store import CLASSES, MANIFEST
 from .folders import is_speech_commands, read_folder, read_speech_commands
 from .huggingface import HuggingFaceSet, is_huggingface
 from .manifest import Manifest, ManifestError
@@ -31,8 +32,6 @@ _ALL = "all"
 _TRAIN = ("train", "training", "development", "dev")
 _HELD = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "testing")
 _TABLE = "class_labels_indices.csv"
-# what `prepare` writes
-MANIFEST, CLASSES = "manifest.jsonl", "classes.csv"
 
 
 def detect_layout(path: Path) -> Layout:
@@ -300,4 +299,3 @@ def reading_notes(data: Data) -> list[str]:
         some = ", ".join(map(repr, missing[:3])) + ("..." if len(missing) > 3 else "")
         notes.insert(0, f"{len(missing)} of {count} listed clips are not there: {some}")
     return notes
-

@@ -117,6 +117,7 @@ class Reader:
         self._dataset = dataset
 
     def __call__(self, task: tuple[Any, frozenset[int]]) -> Iterator[Clip | Skip]:
+        """The clips of a task, and places in it that are left out."""
         payload, crashed = task
         if isinstance(payload, int):
             assert isinstance(self._dataset, ShardSet)

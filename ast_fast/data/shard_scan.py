@@ -74,14 +74,16 @@ def _scan(
         return _with_values(columns, clips, list(named), folder, names)
     found = [clip.labels or clip.texts for clip in clips]
     everything = {label for clip in found for label in clip}
+    places: dict[str | int, int] = {}
     if classes is None:
         numbers = sorted(label for label in everything if isinstance(label, int))
         texts = sorted(label for label in everything if isinstance(label, str))
-        places = {label: place for place, label in enumerate([*numbers, *texts])}
+        places.update({label: place for place, label in enumerate([*numbers, *texts])})
         classes = [str(label) for label in places]
     else:
-        places = {label: place for place, label in enumerate(classes)}
-        places |= {place: place for place in range(len(classes))} | dict(aliases or {})
+        places.update({label: place for place, label in enumerate(classes)})
+        places.update({place: place for place in range(len(classes))})
+        places.update(aliases or {})
         unknown = sorted(str(label) for label in everything if label not in places)
         if unknown:
             raise ManifestError(

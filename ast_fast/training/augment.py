@@ -11,7 +11,6 @@ from .. import augment
 from ..config import AugmentConfig, LogMelConfig
 from ..seeding import ClipSeeds, clip_seeds
 
-
 __all__ = [
     "as_float",
     "augment_features",
