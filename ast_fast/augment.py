@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .seeding import ClipSeeds, beta_quantile
+from .data.dataset import Mix
+from .seeding import ClipSeeds, draw_partners
 
 Source = torch.Generator | ClipSeeds | None
 
@@ -130,14 +131,7 @@ def draw_mixup(
         alpha: weights follow Beta(alpha, alpha); the original has 10.
     """
     if isinstance(generator, ClipSeeds):
-        draws = [
-            generator.uniform(f"mixup {what}").cpu().double()
-            for what in ("partner", "weight", "chance")
-        ]
-        partners = (draws[0] * num_clips).long()
-        weights = beta_quantile(draws[1], alpha)
-        mixed = draws[2] < probability
-        return partners, torch.where(mixed, weights, torch.ones_like(weights)).float()
+        return draw_partners(generator, num_clips, probability, alpha)
     partners = torch.randint(num_clips, (num_clips,), generator=generator)
     # a Beta(a, a) variable is G1 / (G1 + G2) with two Gamma(a, 1) variables
     concentration = torch.full((2, num_clips), alpha, dtype=torch.float64)
@@ -172,6 +166,47 @@ def mixup_waveforms(
     centred = _centre(wave, inside)
     mixed = weights * centred + (1.0 - weights) * centred[partners]
     return _centre(mixed, inside)
+
+
+def mixup_pairs(
+    wave: Tensor,  # [B, N]
+    lengths: Tensor | None,  # [B]
+    targets: Tensor,  # [B, classes]
+    mix: Mix,
+) -> tuple[Tensor, Tensor]:  # [B, N], [B, classes]
+    """Mix clips with partners that the feeder read from the whole set; the others stay as they are.
+
+    The same arithmetic as `mixup_waveforms` and `mixup_targets`: a clip of weight 1 loses its mean.
+
+    Args:
+        wave: [B, N] float.
+        lengths: [B] valid samples a clip; all if None.
+        targets: [B, classes] float.
+        mix: from `Batch.mix`; its waveforms may be int16 (scaled by 1/32768), and its targets class
+            indices, if `targets` are vectors of ones and zeros.
+
+    Raises:
+        TypeError: wave or targets are not floating.
+    """
+    if not targets.is_floating_point():
+        raise TypeError(f"targets are {targets.dtype}: expected vectors [B, classes] of floats")
+    _, inside = _inside(wave, lengths)
+    centred = _centre(wave, inside)
+    others = mix.wave.to(wave.dtype)
+    if not mix.wave.is_floating_point():
+        others = others * (1.0 / 32768.0)
+    others = _centre(others, _inside(others, mix.lengths)[1])
+    # cut or padded to the batch's width; a clip's own length cuts it below
+    others = torch.nn.functional.pad(others, (0, wave.shape[1] - others.shape[1]))
+    other_targets = mix.targets
+    if not other_targets.is_floating_point():
+        other_targets = torch.nn.functional.one_hot(other_targets, targets.shape[1])
+    weights = mix.weights[:, None]
+    mixed = weights.to(wave) * centred[mix.rows] + (1.0 - weights.to(wave)) * others
+    centred = centred.index_copy(0, mix.rows, mixed)
+    weights = weights.to(targets)
+    mixed = weights * targets[mix.rows] + (1.0 - weights) * other_targets.to(targets)
+    return _centre(centred, inside), targets.index_copy(0, mix.rows, mixed)
 
 
 def _centre(wave: Tensor, inside: Tensor) -> Tensor:

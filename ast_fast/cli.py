@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ._optional import MissingPackageError
+from .config import DataConfig
 
 try:
     import tyro
@@ -23,6 +24,10 @@ except ImportError as error:
     raise MissingPackageError(
         f"the command ast-fast needs tyro ({error}): pip install 'ast-fast[cli]'"
     ) from error
+
+_AS_FOUND = DataConfig()
+# --layout, --fold, --split, ... rather than --how.layout
+_How = Annotated[DataConfig, tyro.conf.arg(prefix_name=False)]
 
 
 def demo(
@@ -56,13 +61,18 @@ def train(
     labels: Path | None = None,
     set_: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set")] = (),
     resume: bool = False,
+    seeds: tuple[int, ...] = (),
+    folds: tuple[int, ...] = (),
+    how: _How = _AS_FOUND,
 ) -> int:
-    """Train on a manifest (.csv, .jsonl, .json), a folder per class, or a folder of tar shards.
+    """Train on a manifest, a folder per class, tar shards, or a data set as it is distributed.
 
     Args:
         recipe: audioset, audioset-balanced, esc50, speechcommands, music-emotion, or a TOML file with
             model, [frontend], [audio], [train], [train.augment]...; default: a small model from scratch.
-        data: manifest, folder or shards to train on.
+        data: what to train on: manifest (.csv, .jsonl, .json), AudioSet's list, folder, shards, Hugging
+            Face dataset, or the folder of ESC-50, Speech Commands or DEAM. Parts of a set, where it
+            has some, are trained and evaluated on as they say.
         run: folder for checkpoints, log and the trained model.
         eval_data: what to evaluate on after each epoch, of the same kinds.
         holdout: share of the clips to evaluate on if eval_data is not given; 0 for none.
@@ -70,11 +80,14 @@ def train(
         labels: class_labels_indices.csv or a list of names, in the order of the classes.
         set_: one setting, as train.epochs=3; may be repeated, and wins over the recipe.
         resume: go on with the run in the run folder; data and settings are those it began with.
+        seeds: train once with each, and give the mean and its confidence interval.
+        folds: train once with each held out, and the same.
+        how: what the data are, where that does not follow from what lies there.
     """
     from . import train_command
 
     return train_command.train(
-        data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume
+        data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume, how, seeds, folds
     )
 
 
@@ -89,11 +102,12 @@ def evaluate(
     json: Path | None = None,
     per_class: Path | None = None,
     precision: Literal["exact", "bf16", "int8"] = "exact",
+    how: _How = _AS_FOUND,
 ) -> int:
-    """Evaluate a model on a manifest, a folder per class, or a folder of tar shards.
+    """Evaluate a model on a data set of any kind that train takes.
 
     Args:
-        data: manifest, folder or shards.
+        data: manifest, folder, shards or another layout; all of its parts, or that of --split.
         model: pretrained directory, file or hub id.
         root: folder that the paths of a manifest start from.
         labels: class_labels_indices.csv or a list of names; default: the model's own.
@@ -103,11 +117,13 @@ def evaluate(
         json: write all figures here.
         per_class: write one line a class here (CSV).
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
+        how: what the data are, where that does not follow from what lies there.
     """
     from . import commands
 
     return commands.evaluate(
-        data, model, root, labels, multi_label, batch_size, check, json, per_class, precision
+        *(data, model, root, labels, multi_label, batch_size, check, json, per_class, precision),
+        how,
     )
 
 
@@ -185,26 +201,47 @@ def prepare(
     out: Path,
     root: Path | None = None,
     labels: Path | None = None,
+    to: Literal["shards", "files", "manifest"] = "shards",
     encoding: Literal["s16", "flac"] = "s16",
     sample_rate_hz: int = 16000,
     shard_mb: int = 512,
+    workers: int = 0,
+    drop: tuple[Literal["silent", "duplicates"], ...] = (),
+    keep_truncated: bool = False,
+    zero_non_finite: bool = False,
+    frames: int = 1024,
     resume: bool = False,
+    how: _How = _AS_FOUND,
 ) -> int:
-    """Write clips as tar shards of 16-bit samples, which are read several times faster than FLAC.
+    """Check every clip of a data set, store what is good, and report the rest and the statistics.
+
+    Shards of raw samples are read several times faster than FLAC. `report.txt` and `report.json` list
+    what is missing, undecodable, truncated, NaN, silent, clipped, of another rate or there twice, the
+    classes, the lengths, and mean and std of the log-mel energies.
 
     Args:
-        data: manifest, folder per class, or other shards.
-        out: folder for the shards and their index.
-        root: folder that the paths of a manifest start from.
+        data: a data set of any kind that train takes; all of its parts, or that of --split.
+        out: folder for what is written.
+        root: folder that the paths of a list start from.
         labels: class_labels_indices.csv or a list of names, in the order of the classes.
-        encoding: s16 for raw samples, flac for about half the size and more work to read.
+        to: tar shards; FLAC files with a manifest; or a manifest of the good files where they are.
+        encoding: of shards: s16 for raw samples, flac for about half the size and more work to read.
         sample_rate_hz: rate of the stored samples: the model's.
         shard_mb: size of a shard in megabytes.
+        workers: processes that read and check; 0 for this one alone. The result is the same.
+        drop: leave out silent clips, or all but the first of those with the same samples.
+        keep_truncated: use what there is of truncated files.
+        zero_non_finite: set NaN and Inf in float files to 0 rather than leave the file out.
+        frames: length that the statistics with padding are of: the model's input.
         resume: go on after an interruption.
+        how: what the data are, where that does not follow from what lies there.
     """
-    from . import commands
+    from . import prepare_command
 
-    return commands.prepare(data, out, root, labels, encoding, sample_rate_hz, shard_mb, resume)
+    return prepare_command.prepare(
+        *(data, out, root, labels, to, encoding, sample_rate_hz, shard_mb, workers, drop),
+        *(keep_truncated, zero_non_finite, frames, resume, how),
+    )
 
 
 def verify(

@@ -16,17 +16,16 @@ import torch
 
 from . import __version__, backend, hub
 from .audio import AudioReport
-from .config import AudioConfig, ModelConfig, MonitorConfig
-from .data import ClipSet, Collate, class_counts, write_shards
+from .config import AudioConfig, DataConfig, ModelConfig, MonitorConfig
+from .data import ClipSet, Collate, class_counts, dataset_of, read_data, reading_notes
 from .data.manifest import safe_cell
-from .data.shard_writer import Encoding
 from .frontend import log_mel_features
 from .inference import Activation, Failure, class_names, load_for_inference
 from .inference import tag as tag_files
 from .labels import read_labels
 from .models.ast import ASTModel
 from .optimized import Precision
-from .train_command import dataset_of, read_data, say, say_figures
+from .train_command import say, say_figures
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
 from .training.logs import Progress
@@ -73,6 +72,7 @@ def evaluate(
     json_path: Path | None,
     per_class: Path | None,
     precision: Precision,
+    how: DataConfig,
 ) -> int:
     """See `cli.evaluate`."""
     network = load_for_inference(model, precision)
@@ -81,7 +81,12 @@ def evaluate(
     if table is None and network.labels is None:
         raise ValueError(f"model {model!r} has no class names: give --labels")
     rate = network.frontend_config.sample_rate_hz
-    dataset = dataset_of(read_data(data, root, names, table), AudioConfig(sample_rate_hz=rate))
+    if how.fold is not None:
+        how = how.replace(fold=None, split=str(how.fold))
+    clips = read_data(data, root, names, table, how)
+    for note in reading_notes(clips):
+        say(f"  {note}")
+    dataset = dataset_of(clips, AudioConfig(sample_rate_hz=rate))
     row = _check(network, dataset) if check else None
     result = run_evaluation(
         network,
@@ -104,38 +109,6 @@ def evaluate(
             counts = class_counts(dataset.labels, len(names))
             for name, value, count in zip(names, result.per_class, counts, strict=True):
                 writer.writerow((safe_cell(name), f"{value:.6f}", count))
-    return 0
-
-
-def prepare(
-    data: Path,
-    out: Path,
-    root: Path | None,
-    labels: Path | None,
-    encoding: Encoding,
-    sample_rate_hz: int,
-    shard_mb: int,
-    resume: bool,
-) -> int:
-    """See `cli.prepare`."""
-    clips = read_data(data, root, None, read_labels(labels) if labels else None)
-    dataset = dataset_of(clips, AudioConfig(sample_rate_hz=sample_rate_hz))
-    bar = Progress(len(dataset), title="shards")
-    try:
-        report = write_shards(
-            dataset,
-            out,
-            encoding=encoding,
-            shard_bytes=shard_mb * 10**6,
-            resume=resume,
-            on_clip=bar.step,
-        )
-    finally:
-        bar.close()
-    say(f"files: {report.summary()}")
-    for note in report.notes:
-        say(f"  {note}")
-    say(f"shards: {out}")
     return 0
 
 
@@ -226,7 +199,6 @@ def verify(
 ) -> int:
     """See `cli.verify`."""
     from .equivalence import run_verify
-    from .training.logs import Progress
 
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: PyTorch sees no GPU here; leave --device out")

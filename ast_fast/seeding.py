@@ -148,6 +148,39 @@ def beta_quantile(probability: Tensor, alpha: float) -> Tensor:
     return torch.where(probability < 0.5, smaller, 1.0 - smaller)
 
 
+def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSeeds:
+    """The draws of a step's clips: those of a clip depend on seed, step and clip alone.
+
+    Args:
+        seed: of the run.
+        step: of the run.
+        indices: [B] places in the dataset; one that comes up again in the batch (class-balanced
+            sampling) gets other draws each time.
+        num_clips: clips in the dataset.
+    """
+    earlier = (indices[:, None] == indices).tril(-1).sum(1)
+    return ClipSeeds(seed, step, indices + num_clips * earlier)
+
+
+def draw_partners(
+    seeds: ClipSeeds, num_clips: int, probability: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """A mixup partner out of so many, and the weight of the clip itself: [B] int64 and float32.
+
+    Args:
+        seeds: of the clips; draws are made where they live and handed out on the CPU.
+        num_clips: partners are drawn evenly from this many.
+        probability: that a clip is mixed at all; its weight is 1 otherwise.
+        alpha: weights follow Beta(alpha, alpha).
+    """
+    # 53 bits, so that each of millions is as likely as the others
+    place = _shifted(seeds.bits("mixup partner")[:, 0].cpu(), 11).double() * 2.0**-53
+    partners = (place * num_clips).long().clamp_(max=max(num_clips - 1, 0))
+    weights = beta_quantile(seeds.uniform("mixup weight").cpu().double(), alpha)
+    mixed = seeds.uniform("mixup chance").cpu().double() < probability
+    return partners, torch.where(mixed, weights, torch.ones_like(weights)).float()
+
+
 def stream_key(seed: int, stream: str) -> int:
     """What `counted_bits` needs to know of a seed and of the name of a use."""
     return _signed(_mixed_int(_mixed_int(seed + _GOLDEN) + zlib.crc32(stream.encode())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +12,17 @@ from typing import Any
 import torch
 
 from .audio import AudioReport
-from .config import AudioConfig, LogMelConfig
-from .data import (
-    AudioDataset,
-    ClipSet,
-    Collate,
-    Manifest,
-    ShardSet,
-    is_shards,
-    read_folder,
-    read_manifest,
-)
+from .config import AudioConfig, DataConfig, LogMelConfig
+from .data import ClipSet, Collate, Data, dataset_of, read_data, read_parts, reading_notes
 from .frontend import log_mel_features
-from .labels import LabelSet, read_labels
+from .labels import read_labels
 from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
 from .training.recipe import read_config
+from .training.several import read_result, summary_lines, together, variants, write_json
 
-Data = Manifest | ShardSet
 _MEASURED_CLIPS = 500  # enough for mean and std to the second digit
 
 
@@ -44,32 +36,75 @@ def train(
     recipe: str | None,
     overrides: Sequence[str],
     resume: bool,
+    how: DataConfig,
+    seeds: tuple[int, ...],
+    folds: tuple[int, ...],
 ) -> int:
     """See `cli.train`."""
-    plan_file = run / "run.json"
+    file = run / "run.json"
     if resume:
-        if data or eval_data or root or labels or recipe or overrides:
+        given = (data, eval_data, root, labels, recipe, overrides, seeds, folds)
+        if any(given) or how != DataConfig():
             raise ValueError(
-                "--resume goes on with the data and settings the run began with: leave out the "
-                "recipe, --data, --eval-data, --root, --labels and --set"
+                "--resume goes on with the data and settings the run began with: leave out the recipe, "
+                "--data and all that says how to read it, --seeds, --folds and --set"
             )
-        if not plan_file.is_file():
+        if not file.is_file():
             raise FileNotFoundError(
                 f"{str(run)!r} holds no run to resume: give --data to start one"
             )
-        plan = json.loads(plan_file.read_text(encoding="utf-8"))
+        plan = json.loads(file.read_text(encoding="utf-8"))
     else:
         if data is None:
             raise ValueError("--data is missing: expected a manifest, a folder per class or shards")
-        settings = read_config(recipe, overrides)
         plan = {
             "data": str(data.resolve()),
             "eval_data": eval_data and str(eval_data.resolve()),
             "holdout": holdout,
             "root": root and str(root.resolve()),
             "labels": labels and str(labels.resolve()),
-            "settings": settings.to_dict(),
+            "how": how.to_dict(),
+            "settings": read_config(recipe, overrides).to_dict(),
+            "seeds": list(seeds),
+            "folds": list(folds),
         }
+    if plan.get("seeds") or plan.get("folds"):
+        return _train_several(plan, run, resume)
+    _train_one(plan, run, resume)
+    return 0
+
+
+def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
+    """One run after the other, each in a folder of its own, and what they come to together."""
+    several = variants(plan)
+    processes = int(plan["settings"]["train"]["devices"])
+    if processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ValueError(
+            f"train.devices={processes} with several runs: start the command by torchrun, or give one "
+            "seed or fold at a time"
+        )
+    if not resume and (run / "run.json").exists():
+        raise ValueError(f"{run} holds runs already: resume them or choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "run.json", plan)
+    figures = {}
+    for number, (name, one) in enumerate(several.items(), start=1):
+        folder = run / name
+        say(f"run {number} of {len(several)}: {folder}")
+        found = read_result(folder)
+        if found is None:
+            _train_one(one, folder, (folder / "run.json").is_file(), f"--run {run}")
+            found = read_result(folder)
+        assert found is not None
+        figures[name] = found["figures"]
+    summary = together(figures)
+    write_json(run / "summary.json", summary)
+    for line in summary_lines(summary):
+        say(line)
+    return 0
+
+
+def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -> None:
     settings = RunConfig.from_dict(plan["settings"])
     train_data, held_data = _read_plan(plan, settings.train.seed)
     torch.manual_seed(settings.train.seed)
@@ -82,88 +117,49 @@ def train(
         eval_set=None if held_data is None else dataset_of(held_data, audio),
         resume=resume,
     )
-    if not resume:
-        partial = plan_file.with_name(".run.json.partial")
-        partial.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-        partial.replace(plan_file)
-    counts = f"{len(train_data)} clips of {len(train_data.classes)} classes"
-    held = "none" if held_data is None else str(len(held_data))
-    where = f"step {trainer.step} of {trainer.total_steps}"
-    say(f"{counts} to train on, {held} to evaluate on; {where}; log in {run / 'log.jsonl'}")
+    first = trainer.fabric.is_global_zero
+    if not resume and first:
+        write_json(run / "run.json", plan)
+    if first:
+        counts = f"{len(train_data)} clips of {len(train_data.classes)} classes"
+        held = "none" if held_data is None else str(len(held_data))
+        where = f"step {trainer.step} of {trainer.total_steps}"
+        say(f"{counts} to train on, {held} to evaluate on; {where}; log in {run / 'log.jsonl'}")
     try:
         evaluation = trainer.fit()
     except TrainingInterrupted as interrupt:
         raise KeyboardInterrupt(
-            f"{interrupt}; go on with: ast-fast train --run {run} --resume"
+            f"{interrupt}; go on with: ast-fast train {whole or f'--run {run}'} --resume"
         ) from None
+    if not first:
+        return
     trainer.save_model(run / "model")
+    figures = {} if evaluation is None else evaluation.figures
+    write_json(run / "result.json", {"steps": trainer.step, "figures": figures})
     if evaluation is not None:
-        say_figures(evaluation.figures)
+        say_figures(figures)
     say(f"files: {trainer.audio_report.summary()}")
     say(f"model: {run / 'model'}")
-    return 0
 
 
 def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
     root = plan["root"] and Path(plan["root"])
     table = read_labels(plan["labels"]) if plan["labels"] else None
-    data = read_data(Path(plan["data"]), root, None, table)
-    if plan["eval_data"]:
-        held = read_data(Path(plan["eval_data"]), root, data.classes, table)
-        return data, held
-    return _split(data, plan["holdout"], seed)
-
-
-def read_data(
-    path: Path,
-    root: Path | None,
-    classes: Sequence[str] | None,
-    labels: LabelSet | None,
-) -> Data:
-    """Clips and their labels, from a manifest, a folder per class, or tar shards."""
-    if labels is not None:
-        classes = labels.names
-    if not path.exists():
-        raise FileNotFoundError(f"{str(path)!r} does not exist: expected a manifest or a folder")
-    if is_shards(path):
-        return ShardSet(path, classes=classes)
-    if path.is_dir():
-        return read_folder(path, classes=classes)
-    aliases = None
-    if labels is not None:
-        aliases = {mid: index for index, mid in enumerate(labels.mids) if mid not in labels.names}
-    return read_manifest(path, root=root, classes=classes, aliases=aliases)
-
-
-def dataset_of(data: Data, audio: AudioConfig) -> ClipSet:
-    """The clips as a dataset."""
-    if audio.dtype == "float32":
-        # half the memory where a file holds 16 bits, and the same features to the bit
-        audio = audio.replace(dtype="auto")
-    return data.read_as(audio) if isinstance(data, ShardSet) else AudioDataset(data, audio)
-
-
-def _split(data: Data, share: float, seed: int) -> tuple[Data, Data | None]:
-    """Training and evaluation part, drawn within each label set so that rare classes stay in both."""
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"holdout={share}: expected 0 (no evaluation) to below 1")
-    if share == 0.0:
-        return data, None
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, labels in enumerate(data.labels):
-        groups.setdefault(labels, []).append(index)
-    rng = random.Random(seed)
-    held: list[int] = []
-    for indices in groups.values():
-        held += rng.sample(indices, round(share * len(indices)))
-    if not held:
-        raise ValueError(
-            f"holdout={share} of {len(data)} clips leaves none to evaluate on: give --eval-data, "
-            "a larger share, or --holdout 0"
-        )
-    out = set(held)
-    kept = [index for index in range(len(data)) if index not in out]
-    return data.select(kept), data.select(sorted(held))
+    how = DataConfig.from_dict(plan.get("how", {}))
+    path = Path(plan["data"])
+    if not plan["eval_data"]:
+        data, held = read_parts(path, root, table, how, holdout=plan["holdout"], seed=seed)
+        parts = (data,) if held is None else (data, held)
+    else:
+        data = read_data(path, root, None, table, how)
+        # the part that is trained on is no part of another set
+        how = how.replace(layout="auto", split=None)
+        held = read_data(Path(plan["eval_data"]), root, data.classes, table, how)
+        parts = (data, held)
+    for part in parts:
+        for note in reading_notes(part):
+            say(f"  {note}")
+    return data, held
 
 
 def _build(settings: RunConfig, data: Data) -> tuple[Any, AudioConfig]:

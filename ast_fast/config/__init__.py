@@ -7,6 +7,7 @@ import typing
 from typing import Any, Literal, Self
 
 from .base import Config, check
+from .data import DataConfig, Layout
 from .training import (
     AugmentConfig,
     AverageConfig,
@@ -25,7 +26,9 @@ __all__ = [
     "AugmentConfig",
     "AverageConfig",
     "Config",
+    "DataConfig",
     "DistillConfig",
+    "Layout",
     "LogMelConfig",
     "MelNorm",
     "MelScale",

@@ -22,6 +22,8 @@ class AugmentConfig(Config):
     freq_mask_bins: int = 0  # widest frequency mask
     time_mask_frames: int = 0  # widest time mask
     mixup: float = 0.0  # probability that a clip is mixed with another, lambda ~ Beta(10, 10)
+    # set: anyone, as the original, read beside the batch; batch: its other clips, which costs no reading
+    mixup_partners: Literal["batch", "set"] = "batch"
     noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
     roll_frames: int = 0  # largest circular shift in time
     roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
@@ -32,6 +34,11 @@ class AugmentConfig(Config):
     patchout_patches: int = 0  # single patches left out of the rest
 
     def __post_init__(self) -> None:
+        check(0.0 <= self.mixup <= 1.0, f"mixup={self.mixup:g}: expected a probability, 0 to 1")
+        check(
+            self.mixup_partners in ("batch", "set"),
+            f"mixup_partners={self.mixup_partners!r}: expected batch or set",
+        )
         check(self.gain_db >= 0, f"gain_db={self.gain_db:g}: expected 0 (off) or more")
         for name in ("patchout_time", "patchout_frequency", "patchout_patches"):
             check(

@@ -1,14 +1,24 @@
-"""Data: manifests, datasets that skip and count bad files, resumable sampling, the demo set."""
+"""Data: readers of many layouts, datasets that skip and count bad files, resumable sampling."""
 
-from .dataset import AudioDataset, Batch, Clip, ClipSet, Collate, Skip, WaveformDataset
+from .audioset import read_segments
+from .dataset import AudioDataset, Batch, Clip, ClipSet, Collate, Mix, Skip, WaveformDataset
+from .deam import read_deam
+from .esc50 import read_esc50
 from .feeder import Feeder, FeedStats
-from .manifest import (
-    Manifest,
-    ManifestError,
-    audio_files,
-    read_folder,
-    read_manifest,
+from .folders import read_folder, read_speech_commands
+from .huggingface import HuggingFaceSet
+from .layouts import (
+    Data,
+    dataset_of,
+    detect_layout,
+    hold_out,
+    read_data,
+    read_parts,
+    reading_notes,
 )
+from .manifest import Manifest, ManifestError, audio_files
+from .manifest_files import read_manifest
+from .mixing import WholeSetMixup
 from .sampler import BatchSampler, balanced_weights, class_counts
 from .shard_index import is_shards
 from .shard_sampler import ShardSampler, sampler_for
@@ -26,23 +36,37 @@ __all__ = [
     "Clip",
     "ClipSet",
     "Collate",
+    "Data",
     "Fed",
     "FeedStats",
     "Feeder",
+    "HuggingFaceSet",
     "LoaderError",
     "Manifest",
     "ManifestError",
+    "Mix",
     "ShardError",
     "ShardSampler",
     "ShardSet",
     "Skip",
     "WaveformDataset",
+    "WholeSetMixup",
     "audio_files",
     "balanced_weights",
     "class_counts",
+    "dataset_of",
+    "detect_layout",
+    "hold_out",
     "is_shards",
+    "read_data",
+    "read_deam",
+    "read_esc50",
     "read_folder",
     "read_manifest",
+    "read_parts",
+    "read_segments",
+    "read_speech_commands",
+    "reading_notes",
     "sampler_for",
     "tone_datasets",
     "write_shards",

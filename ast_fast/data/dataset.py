@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..audio import AudioError, AudioReport, load
+from ..audio import AudioDecodeError, AudioError, AudioReport, load
 from ..config import AudioConfig, LogMelConfig
 from ..reference.mel import mel_sizes
-from .manifest import Manifest
+from .manifest import Manifest, ManifestError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Clip:
-    """One item: waveform [N], labels, its index, and what reading it changed."""
+    """One item: waveform [N], labels, its index, what reading it changed, and what a reader adds."""
 
     wave: Tensor
     labels: tuple[int, ...]
     index: int
     report: AudioReport
+    facts: Any = None
 
     @property
     def length(self) -> int:
@@ -52,6 +54,41 @@ class Skip:
     report: AudioReport
 
 
+class MixPlan(NamedTuple):
+    """Which clips of a batch are mixed, with whom, and how much; see `WholeSetMixup`."""
+
+    rows: list[int]  # places in the batch
+    partners: list[int]  # places in the dataset
+    weights: list[float]  # of the clip itself
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mix:
+    """Partners of the clips of a batch that are to be mixed, read along with it.
+
+    Attributes:
+        rows: [M] int64, which clips of the batch, each once.
+        wave: [M, N] their partners, as `Batch.wave`.
+        lengths: [M] int64, valid samples of the partners.
+        targets: [M] or [M, classes], as `Batch.targets`.
+        weights: [M] float32, of the clip itself; its partner has the rest.
+        indices: [M] int64, places of the partners in the dataset, on the CPU.
+    """
+
+    rows: Tensor
+    wave: Tensor
+    lengths: Tensor
+    targets: Tensor
+    weights: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> Mix:
+        """The same with its tensors on a device, but for `indices`."""
+        names = ("rows", "wave", "lengths", "targets", "weights")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **moved)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
     """Clips padded to the longest.
@@ -59,9 +96,11 @@ class Batch:
     Attributes:
         wave: [B, N] float32 or int16; zeros after each clip's end.
         lengths: [B] int64, valid samples.
-        targets: [B] int64 class indices, or [B, classes] float32 for multi-label sets.
+        targets: [B] int64 class indices, or [B, classes] float32 for multi-label sets and for numbers
+            to predict.
         indices: [B] int64, places in the dataset, on the CPU.
         report: what reading changed, and what was skipped.
+        mix: partners from the whole set, if the feeder was asked to read them.
     """
 
     wave: Tensor
@@ -69,6 +108,7 @@ class Batch:
     targets: Tensor
     indices: Tensor
     report: AudioReport
+    mix: Mix | None = None
 
     def __len__(self) -> int:
         return self.wave.shape[0]
@@ -77,7 +117,8 @@ class Batch:
         """The same batch with its tensors on a device, but for `indices`."""
         names = ("wave", "lengths", "targets")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return dataclasses.replace(self, **moved)
+        mix = None if self.mix is None else self.mix.to(device)
+        return dataclasses.replace(self, **moved, mix=mix)
 
 
 def max_samples(front: LogMelConfig) -> int | None:
@@ -89,7 +130,10 @@ def max_samples(front: LogMelConfig) -> int | None:
 
 
 class ClipSet(Protocol):
-    """What training and evaluation need of a dataset."""
+    """What training and evaluation need of a dataset.
+
+    For regression it has `values` too, [N, K] float32, and `classes` are the names of its columns.
+    """
 
     classes: tuple[str, ...]
     labels: list[tuple[int, ...]]
@@ -125,11 +169,16 @@ class AudioDataset(Dataset[Any]):
         self.sample_rate_hz = self.audio.sample_rate_hz
         self.classes = manifest.classes
         self.labels = manifest.labels
+        self.values = manifest.values
         self.strict = strict
         self._cache: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.manifest)
+
+    def name(self, index: int) -> str:
+        """How messages name a clip."""
+        return repr(self.manifest.paths[index])
 
     def __getitem__(self, index: int) -> Clip | Skip:
         labels = self.labels[index]
@@ -137,9 +186,11 @@ class AudioDataset(Dataset[Any]):
             return Clip(self._cache[index], labels, index, AudioReport(clips=1))
         try:
             clip = load(self.manifest.file(index), self.audio)
-        except AudioError as error:
+        except (AudioError, ManifestError) as error:
             if self.strict:
                 raise
+            if isinstance(error, ManifestError):  # a link out of the root
+                error = AudioDecodeError(self.name(index), str(error))
             report = AudioReport()
             report.skip(error)
             return Skip(index, report)
@@ -156,6 +207,7 @@ class WaveformDataset(Dataset[Any]):
         labels: class indices of each.
         classes: class names.
         sample_rate_hz: rate of all.
+        values: [N, K] float32 numbers to predict, for regression; labels are empty tuples then.
     """
 
     def __init__(
@@ -164,9 +216,13 @@ class WaveformDataset(Dataset[Any]):
         labels: Sequence[tuple[int, ...]],
         classes: tuple[str, ...],
         sample_rate_hz: int = 16000,
+        values: np.ndarray | None = None,
     ) -> None:
         if len(waves) != len(labels):
             raise ValueError(f"labels: got {len(labels)} for {len(waves)} waves")
+        if values is not None and values.shape != (len(waves), len(classes)):
+            raise ValueError(f"values: got {values.shape}: expected {(len(waves), len(classes))}")
+        self.values = values
         self.waves = list(waves)
         self.labels = list(labels)
         self.classes = classes
@@ -202,6 +258,10 @@ class Waveform(Protocol):
         """What reading it changed."""
 
     @property
+    def facts(self) -> Any:
+        """What a reader adds."""
+
+    @property
     def length(self) -> int:
         """Samples."""
 
@@ -216,57 +276,95 @@ class Waveform(Protocol):
 Allocate = Callable[[int, int, torch.dtype], Tensor]  # (rows, columns, dtype) -> [rows, columns]
 
 
-def _allocate(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def allocate_empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the samples of a batch."""
     return torch.empty(rows, columns, dtype=dtype)
 
 
 class Collate:
     """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets.
 
-    Clips longer than `most_samples` are counted as cut, as the front end uses only their start.
+    Clips longer than `most_samples` are counted as cut, as the front end uses only their start. With
+    `values` [N, K], those of the clips are the targets.
     """
 
     def __init__(
-        self, num_classes: int, multi_label: bool = False, most_samples: int | None = None
+        self,
+        num_classes: int,
+        multi_label: bool = False,
+        most_samples: int | None = None,
+        values: np.ndarray | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.multi_label = multi_label
         self.most_samples = most_samples
+        self.values = None if values is None else torch.from_numpy(values.astype(np.float32))
 
-    def __call__(self, items: Sequence[Waveform | Skip], allocate: Allocate = _allocate) -> Batch:
+    def __call__(
+        self,
+        items: Sequence[Waveform | Skip],
+        allocate: Allocate = allocate_empty,
+        plan: MixPlan | None = None,
+    ) -> Batch:
         """Pad the clips to the longest; places that could not be read stay out and are counted.
 
-        The batch is int16 if every clip is, and float32 otherwise.
+        The batch is int16 if every clip is, and float32 otherwise. With a plan, the last items are the
+        partners that it names, and a clip whose partner could not be read is not mixed.
         """
+        count = len(items) - (0 if plan is None else len(plan.rows))
         report = AudioReport()
-        for item in items:
-            report.merge(item.report)
-        clips = [item for item in items if not isinstance(item, Skip)]
-        lengths = [clip.length for clip in clips]
+        for place, item in enumerate(items):
+            if place < count or isinstance(item, Skip):  # a partner that is read changes no count
+                report.merge(item.report)
+        clips = [item for item in items[:count] if not isinstance(item, Skip)]
+        pairs = [] if plan is None else _pairs(items, count, plan)
+        everything = clips + [partner for _, partner, _ in pairs]
+        lengths = [clip.length for clip in everything]
         if self.most_samples is not None:
-            report.cut += sum(length > self.most_samples for length in lengths)
-        whole = bool(clips) and all(clip.dtype == torch.int16 for clip in clips)
+            report.cut += sum(length > self.most_samples for length in lengths[: len(clips)])
+        whole = bool(everything) and all(clip.dtype == torch.int16 for clip in everything)
         dtype = torch.int16 if whole else torch.float32
-        wave = allocate(len(clips), max(lengths, default=0), dtype)
-        for row, clip, length in zip(wave, clips, lengths, strict=True):
+        wave = allocate(len(everything), max(lengths, default=0), dtype)
+        for row, clip, length in zip(wave, everything, lengths, strict=True):
             clip.copy_to(row[:length])
             row[length:].zero_()
+        targets = self._targets(everything)
+        indices = torch.tensor([clip.index for clip in everything], dtype=torch.int64)
+        sizes, n = torch.tensor(lengths, dtype=torch.int64), len(clips)
+        mix = None
+        if plan is not None:
+            rows = torch.tensor([row for row, _, _ in pairs], dtype=torch.int64)
+            weights = torch.tensor([weight for _, _, weight in pairs], dtype=torch.float32)
+            mix = Mix(rows, wave[n:], sizes[n:], targets[n:], weights, indices[n:])
+        return Batch(wave[:n], sizes[:n], targets[:n], indices[:n], report, mix)
+
+    def _targets(self, clips: Sequence[Waveform]) -> Tensor:
+        if self.values is not None:
+            return self.values[[clip.index for clip in clips]]
         if self.multi_label:
             targets = torch.zeros(len(clips), self.num_classes)
             for row, clip in zip(targets, clips, strict=True):
                 row[list(clip.labels)] = 1.0
-        else:
-            for clip in clips:
-                if len(clip.labels) != 1:
-                    raise ValueError(
-                        f"clip {clip.index} has {len(clip.labels)} labels: expected one; train "
-                        "with loss='binary_cross_entropy' for several"
-                    )
-            targets = torch.tensor([clip.labels[0] for clip in clips], dtype=torch.int64)
-        return Batch(
-            wave,
-            torch.tensor(lengths, dtype=torch.int64),
-            targets,
-            torch.tensor([clip.index for clip in clips], dtype=torch.int64),
-            report,
-        )
+            return targets
+        for clip in clips:
+            if len(clip.labels) != 1:
+                raise ValueError(
+                    f"clip {clip.index} has {len(clip.labels)} labels: expected one; train "
+                    "with loss='binary_cross_entropy' for several"
+                )
+        return torch.tensor([clip.labels[0] for clip in clips], dtype=torch.int64)
+
+
+def _pairs(
+    items: Sequence[Waveform | Skip], count: int, plan: MixPlan
+) -> list[tuple[int, Waveform, float]]:
+    """Row in the batch, partner and weight of each clip that is mixed, if both could be read."""
+    rows, reached = [], 0
+    for item in items[:count]:
+        rows.append(None if isinstance(item, Skip) else reached)
+        reached += not isinstance(item, Skip)
+    return [
+        (row, partner, weight)
+        for place, partner, weight in zip(plan.rows, items[count:], plan.weights, strict=True)
+        if (row := rows[place]) is not None and not isinstance(partner, Skip)
+    ]

@@ -11,25 +11,24 @@ import contextlib
 import dataclasses
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
-from ..audio import AudioReport
-from .dataset import Batch, Clip, ClipSet, Collate, Skip
+from .dataset import Allocate, Batch, ClipSet, Collate, allocate_empty
+from .mixing import WholeSetMixup
+from .reading import Fetched, Reader, Reading, Step
 from .sampler import BatchSampler
 from .shard_sampler import ShardSampler
 from .shards import ShardSet
 from .threads import InlineReader, ThreadWorkers
 from .transfer import Fed, on_side_stream
-from .workers import AudioCrashError, Items, ProcessWorkers, Result
+from .workers import ProcessWorkers
 
 MAX_BYTES = 256 << 20
-_MAX_TASKS_AHEAD = 256
 
 Transform = Callable[[Batch], Any]
 
@@ -77,6 +76,9 @@ class Feeder:
         dataset: files, waveforms or shards.
         sampler: batches; a `ShardSampler` makes shards be read block by block.
         multi_label: shape of the targets, see `Collate`.
+        regression: the dataset's `values` are the targets, [B, K] float32.
+        mixup: read partners from the whole set too, for `Batch.mix`; a step's number is that of its
+            batch since the sampler's first epoch. From shards they are read one by one.
         device: where batches go; on CUDA they are copied and transformed on a stream of their own,
             beside the consumer's work.
         transform: makes features of a batch on its device, such as log-mel and augmentation.
@@ -98,6 +100,8 @@ class Feeder:
         sampler: BatchSampler,
         *,
         multi_label: bool = False,
+        regression: bool = False,
+        mixup: WholeSetMixup | None = None,
         device: torch.device | str = "cpu",
         transform: Transform | None = None,
         most_samples: int | None = None,
@@ -117,9 +121,17 @@ class Feeder:
         self.dataset, self.sampler = dataset, sampler
         self.device, self.transform = torch.device(device), transform
         self.stats = FeedStats()
-        self._collate = Collate(len(dataset.classes), multi_label, most_samples)
+        values = getattr(dataset, "values", None) if regression else None
+        if regression and values is None:
+            raise ValueError("regression=True: the dataset holds no values to predict, but labels")
+        if mixup is not None and mixup.num_clips != len(dataset):
+            raise ValueError(
+                f"mixup draws from {mixup.num_clips} clips: expected the dataset's {len(dataset)}"
+            )
+        self._collate = Collate(len(dataset.classes), multi_label, most_samples, values)
+        self._mixup = mixup
         self._blocks = isinstance(sampler, ShardSampler) and isinstance(dataset, ShardSet)
-        self._read = _Reader(dataset, self._blocks)
+        self._read = Reader(dataset)
         self._num_workers, self._kind = num_workers, workers
         self._max_bytes, self._max_restarts, self._prefetch = max_bytes, max_restarts, prefetch
         self._pool: InlineReader | ProcessWorkers | None = None
@@ -182,7 +194,7 @@ class Feeder:
         batches: Generator[Fed, None, None]
         if self.device.type == "cuda":
             batches = on_side_stream(
-                self._items, self._collate, self.device, self.transform, self._prefetch
+                self._items, self._batch, self.device, self.transform, self._prefetch
             )
         else:
             batches = self._on_cpu()
@@ -208,18 +220,21 @@ class Feeder:
     def _on_cpu(self) -> Generator[Fed, None, None]:
         asked = time.perf_counter()
         with contextlib.closing(self._items()) as source:
-            for items in source:
-                batch = self._collate(items)
+            for fetched in source:
+                batch = self._batch(fetched)
                 self.stats.wait_s += time.perf_counter() - asked
                 yield Fed(batch, self.transform(batch) if self.transform is not None else None)
                 asked = time.perf_counter()
 
+    def _batch(self, fetched: Fetched, allocate: Allocate = allocate_empty) -> Batch:
+        return self._collate(fetched.items, allocate, fetched.mix)
+
     # ---- reading
 
-    def _items(self) -> Generator[Items, None, None]:
+    def _items(self) -> Generator[Fetched, None, None]:
         """The items of each batch; they may be used until the next is asked for."""
         pool = self._open()
-        state = _Reading(pool, self._max_bytes)
+        state = Reading(pool, self._max_bytes)
         finished = False
         try:
             steps = self._block_steps() if self._blocks else self._batch_steps()
@@ -254,25 +269,34 @@ class Feeder:
             self._finalizer.detach()
             pool.close()
 
-    def _batch_steps(self) -> Iterator[_Step]:
-        """A batch is one task."""
-        for indices in self.sampler:
-            number = self._numbers = self._numbers + 1
-            refs = [(number, place) for place in range(len(indices))]
-            yield _Step([(number, indices)], refs, [number])
+    def _first_step(self) -> int:
+        """The number of the iteration's first step, counted from the sampler's first epoch."""
+        return self.sampler.epoch * len(self.sampler) + self.sampler.batch
 
-    def _block_steps(self) -> Iterator[_Step]:
-        """A task is a block, read before the first batch that needs it and kept until the last."""
+    def _batch_steps(self) -> Iterator[Step]:
+        """A batch is one task, its partners among it."""
+        for step, indices in enumerate(self.sampler, self._first_step()):
+            mix = None if self._mixup is None else self._mixup.plan(step, indices)
+            wanted = indices if mix is None else indices + mix.partners
+            number = self._numbers = self._numbers + 1
+            refs = [(number, place) for place in range(len(wanted))]
+            yield Step([(number, wanted)], refs, [number], mix)
+
+    def _block_steps(self) -> Iterator[Step]:
+        """A task is a block, read before the first batch that needs it and kept until the last.
+
+        The partners of a batch are a task of their own.
+        """
         assert isinstance(self.dataset, ShardSet)
         block_of, blocks = self.dataset.block_of, self.dataset.blocks
-        batches = list(self.sampler)
+        first, batches = self._first_step(), list(self.sampler)
         last: dict[int, int] = {}
         used = [block_of[np.asarray(indices)].tolist() for indices in batches]
         for step, numbers in enumerate(used):
             last.update(dict.fromkeys(numbers, step))
         task_of: dict[int, int] = {}
         for step, (indices, numbers) in enumerate(zip(batches, used, strict=True)):
-            new = []
+            new: list[tuple[int, Any]] = []
             for block in dict.fromkeys(numbers):
                 if block not in task_of:
                     self._numbers += 1
@@ -283,111 +307,13 @@ class Feeder:
                 for index, block in zip(indices, numbers, strict=True)
             ]
             done = [block for block in dict.fromkeys(numbers) if last[block] == step]
-            yield _Step(new, refs, [task_of.pop(block) for block in done])
-
-
-class _Step(NamedTuple):
-    """A batch: tasks to be given out for it, its clips, and tasks that no later batch needs."""
-
-    new: list[tuple[int, Any]]  # number and payload
-    refs: list[tuple[int, int]]  # number and place
-    done: list[int]
-
-
-class _Reading:
-    """Tasks of one iteration: given out, in hand, used up."""
-
-    def __init__(self, pool: InlineReader | ProcessWorkers, max_bytes: int) -> None:
-        self._pool, self._max_bytes = pool, max_bytes
-        self._held: dict[int, Result] = {}
-        self._flying: set[int] = set()
-        self._waiting: deque[tuple[int, Any]] = deque()
-        self._held_bytes, self._largest = 0, 0
-
-    def run(self, steps: Iterator[_Step]) -> Generator[Items, None, None]:
-        """The items of each step, in order."""
-        ahead: deque[_Step] = deque()
-        while True:
-            self._give_out(steps, ahead)
-            if not ahead:
-                return
-            needed = {number for number, _ in ahead[0].refs}
-            while self._waiting and self._waiting[0][0] in needed:
-                self._submit()
-            while not needed <= self._held.keys():
-                self._take()
-                self._give_out(steps, ahead)
-            step = ahead.popleft()
-            yield [self._held[number].items[place] for number, place in step.refs]
-            for number in step.done:
-                self._release(number)
-
-    def abandon(self) -> None:
-        """Give back what is held and forget what is under way."""
-        self._pool.drop(self._flying)
-        for number in list(self._held):
-            self._release(number)
-
-    def _give_out(self, steps: Iterator[_Step], ahead: deque[_Step]) -> None:
-        """Submit tasks while memory and workers have room for them; look as far ahead as needed."""
-        while True:
-            while not self._waiting:
-                step = next(steps, None)
-                if step is None:
-                    return
-                ahead.append(step)
-                self._waiting.extend(step.new)
-            if not self._fits() or not self._pool.has_room():
-                return
-            self._submit()
-
-    def _fits(self) -> bool:
-        tasks = len(self._held) + len(self._flying)
-        # a task under way is reckoned at the largest seen
-        expected = self._held_bytes + (len(self._flying) + 1) * self._largest
-        return tasks < _MAX_TASKS_AHEAD and expected <= self._max_bytes
-
-    def _submit(self) -> None:
-        number, payload = self._waiting.popleft()
-        self._flying.add(number)
-        self._pool.submit(number, payload)
-
-    def _take(self) -> None:
-        for result in self._pool.wait():
-            self._flying.discard(result.task)
-            self._held[result.task] = result
-            self._held_bytes += result.num_bytes
-            self._largest = max(self._largest, result.num_bytes)
-
-    def _release(self, number: int) -> None:
-        result = self._held.pop(number)
-        self._held_bytes -= result.num_bytes
-        self._pool.release(result)
-
-
-class _Reader:
-    """What workers do: the items of a task, but for clips that have ended workers before."""
-
-    def __init__(self, dataset: ClipSet, blocks: bool) -> None:
-        self._dataset, self._blocks = dataset, blocks
-
-    def __call__(self, task: tuple[Any, frozenset[int]]) -> Iterator[Clip | Skip]:
-        payload, crashed = task
-        if self._blocks:
-            assert isinstance(self._dataset, ShardSet)
-            yield from self._dataset.read_block(payload, crashed, _crash)
-            return
-        for place, index in enumerate(payload):
-            yield self._dataset[index] if place not in crashed else _crash(self._name(index), index)
-
-    def _name(self, index: int) -> str:
-        paths = getattr(getattr(self._dataset, "manifest", None), "paths", None)
-        return f"clip {index}" if paths is None else repr(paths[index])
-
-
-def _crash(name: str, index: int) -> Skip:
-    report = AudioReport()
-    report.skip(
-        AudioCrashError(name, "ended the loader's process each time it was read; repair or drop it")
-    )
-    return Skip(index, report)
+            ended = [task_of.pop(block) for block in done]
+            mix = None
+            if self._mixup is not None:
+                mix = self._mixup.plan(first + step, indices)
+            if mix is not None and mix.partners:
+                self._numbers += 1
+                new.append((self._numbers, mix.partners))
+                refs += [(self._numbers, place) for place in range(len(mix.partners))]
+                ended.append(self._numbers)
+            yield Step(new, refs, ended, mix)

@@ -1,4 +1,4 @@
-"""Lists of clips and labels: CSV, JSON lines, the original's JSON, or a folder per class.
+"""A list of clips with their labels, and the rules that every reader of such lists keeps.
 
 Everything in a manifest is text from somewhere else. Paths stay inside a declared root, fields and
 files are capped, and every complaint names the line. A manifest of a million rows is columns, not
@@ -10,36 +10,50 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from ..audio import SUFFIXES
 
 MAX_FIELD_CHARS = 64 * 1024
 MAX_MANIFEST_BYTES = 2 << 30
-_ALIASES = {"wav": "path", "file": "path", "filename": "path", "label": "labels", "key": "id"}
-
-Row = tuple[int, str, list[str], str]  # line, path, labels, id
 
 
 class ManifestError(ValueError):
     """A manifest cannot be used. The message names file and line, what was got and expected."""
 
 
+class Row(NamedTuple):
+    """A clip as a reader finds it."""
+
+    line: int  # in the file; 0 for a folder
+    path: str  # relative to the root, with forward slashes
+    labels: list[str]
+    key: str = ""  # an id that may occur once
+    split: str = ""
+    values: tuple[float, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
-    """Clips and their labels.
+    """Clips and their labels, or numbers to predict.
 
     Attributes:
         root: folder that every path is relative to and stays inside of.
         paths: one a clip, relative to the root, with forward slashes.
-        labels: class indices of each clip (several for multi-label sets).
-        classes: class names; the index is the class.
+        labels: class indices of each clip (several for multi-label sets; none beside `values`).
+        classes: class names; the index is the class. Beside `values`, the names of its columns.
         lines: where each clip stands in the file it was read from (0 for a folder).
         source: that file or folder.
+        values: [N, K] float32, numbers to predict, for regression; None for classes.
+        splits: the part of the set that each clip belongs to ("train", or a fold's number); None
+            where there are no parts.
+        missing: clips that the source lists and that are not there, if they were left out.
+        notes: what else reading chose or left out, a sentence each.
     """
 
     root: Path
@@ -48,6 +62,10 @@ class Manifest:
     classes: tuple[str, ...]
     lines: list[int]
     source: str
+    values: np.ndarray | None = None
+    splits: list[str] | None = None
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -59,8 +77,7 @@ class Manifest:
             ManifestError: the file lies outside the root by way of a link.
         """
         path = self.root / self.paths[index]
-        root = _real(self.root)
-        if not os.path.realpath(path).startswith(root if root.endswith(os.sep) else root + os.sep):
+        if not _inside(self.root, path):
             raise ManifestError(
                 f"{self.source}, line {self.lines[index]}: {self.paths[index]!r} is a link that "
                 f"leaves the root {str(self.root)!r}; copy the file into it"
@@ -74,93 +91,42 @@ class Manifest:
             paths=[self.paths[i] for i in indices],
             labels=[self.labels[i] for i in indices],
             lines=[self.lines[i] for i in indices],
+            values=None if self.values is None else self.values[np.asarray(indices, np.int64)],
+            splits=None if self.splits is None else [self.splits[i] for i in indices],
         )
 
-
-def read_manifest(
-    path: str | os.PathLike[str],
-    *,
-    root: str | os.PathLike[str] | None = None,
-    classes: Sequence[str] | None = None,
-    aliases: Mapping[str, int] | None = None,
-    label_separator: str | None = None,
-    check_files: bool = True,
-) -> Manifest:
-    """Read a manifest by its suffix: .csv, .jsonl, or .json as the original AST lists its data.
-
-    CSV needs a header with `path` (or wav, file, filename) and `label` or `labels`; JSON lines
-    need the same names; the original's JSON is {"data": [{"wav": ..., "labels": "mid,mid"}]}.
-
-    Args:
-        path: the manifest.
-        root: folder that paths are relative to; the manifest's own folder by default.
-        classes: class names in order; by default the labels found, sorted.
-        aliases: further names of classes (such as AudioSet's mids), with their indices.
-        label_separator: splits a text of labels; "," for the original's JSON, ";" otherwise.
-        check_files: look for each file now rather than when it is read.
-
-    Raises:
-        ManifestError: with the line.
-        FileNotFoundError: there is no such manifest.
-    """
-    path = Path(path)
-    root = Path(root) if root is not None else path.parent
-    if not root.is_dir():
-        raise ManifestError(f"root {str(root)!r} is not a folder")
-    size = path.stat().st_size
-    if size > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{path}: {size} bytes: expected at most {MAX_MANIFEST_BYTES}")
-    readers: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".json": _read_original,
-    }
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise ManifestError(f"{path}: suffix {suffix!r}: expected .csv, .jsonl or .json")
-    separator = label_separator or ("," if suffix == ".json" else ";")
-    return _collect(readers[suffix](path, separator), path, root, classes, aliases, check_files)
-
-
-def read_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> Manifest:
-    """A folder per class: `root/<class>/**/<clip>`; links and hidden files are left out.
-
-    Raises:
-        ManifestError: there are no classes or no audio files.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ManifestError(f"{str(root)!r} is not a folder")
-    names = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
-    )
-    if not names:
-        raise ManifestError(f"{str(root)!r} has no subfolders: expected one folder per class")
-    rows = (
-        (0, file.relative_to(root).as_posix(), [name], "")
-        for name in names
-        for file in audio_files(root / name)
-    )
-    return _collect(rows, root, root, classes, None, False)
+    def with_missing(self, missing: Sequence[str]) -> Manifest:
+        """The same clips, and further ones that are listed and not there."""
+        return dataclasses.replace(self, missing=(*self.missing, *missing))
 
 
 @functools.lru_cache(maxsize=64)
 def _real(root: Path) -> str:
-    """The root with its links followed, looked up once and not for every clip."""
-    return os.path.realpath(root)
+    """The root with its links followed and a slash behind; looked up once, not for every clip."""
+    real = os.path.realpath(root)
+    return real if real.endswith(os.sep) else real + os.sep
+
+
+def _inside(root: Path, path: str | Path) -> bool:
+    return os.path.realpath(path).startswith(_real(root))
 
 
 def audio_files(folder: Path) -> list[Path]:
     """Audio files under a folder by suffix, sorted; links and hidden files are left out."""
+    return [folder / path for path in audio_paths(folder)]
+
+
+def audio_paths(folder: Path) -> list[str]:
+    """The same as texts relative to the folder, with forward slashes: a million of them are cheap."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = os.path.relpath(place, folder).replace(os.sep, "/")
+        prefix = "" if relative == "." else relative + "/"
         for name in sorted(names):
-            file = Path(place, name)
-            if file.suffix.lower() in SUFFIXES and name[0] != "." and not file.is_symlink():
-                found.append(file)
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - no object a file
+            if suffix in SUFFIXES and name[0] != "." and not os.path.islink(f"{place}/{name}"):  # noqa: PTH114
+                found.append(prefix + name)
     return found
 
 
@@ -169,53 +135,104 @@ def safe_cell(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
-def _collect(
+def collect(
     rows: Iterable[Row],
     source: Path,
     root: Path,
-    classes: Sequence[str] | None,
-    aliases: Mapping[str, int] | None,
-    check_files: bool,
+    *,
+    classes: Sequence[str] | None = None,
+    aliases: Mapping[str, int] | None = None,
+    value_names: Sequence[str] = (),
+    check_files: bool = False,
+    leave_out_missing: bool = False,
+    notes: Sequence[str] = (),
 ) -> Manifest:
+    """A manifest of rows, every one of them checked.
+
+    Args:
+        rows: what a reader found.
+        source: where, for messages.
+        root: folder of the paths.
+        classes: class names in order; by default the labels found, sorted.
+        aliases: further names of classes, with their indices.
+        value_names: names of the numbers to predict; rows then hold values and need no label.
+        check_files: look for each file now rather than when it is read.
+        leave_out_missing: leave files out that are not there, and list them, rather than refuse.
+        notes: what the reader has to say.
+
+    Raises:
+        ManifestError: with the line.
+    """
     paths: list[str] = []
     texts: list[tuple[str, ...]] = []
     lines: list[int] = []
+    splits: list[str] = []
+    values: list[tuple[float, ...]] = []
+    missing: list[str] = []
     seen_ids: dict[str, int] = {}
-    known = None
-    if classes is not None:
-        known = {name: index for index, name in enumerate(classes)}
-        if len(known) < len(classes):
-            raise ManifestError(f"classes: {len(classes) - len(known)} names occur twice")
-        known |= aliases or {}
+    known = _known(classes, aliases)
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple per distinct label set
-    for line, path, labels, key in rows:
+    for line, path, labels, key, split, numbers in rows:
         where = f"{source}, line {line}" if line else str(source)
         check_path(path, where)
         if key and key in seen_ids:
             raise ManifestError(f"{where}: id {key!r} was already on line {seen_ids[key]}")
         if key:
             seen_ids[key] = line
-        if not labels:
+        if not labels and not value_names:
             raise ManifestError(f"{where}: {path!r} has no label")
         unknown = [label for label in labels if known is not None and label not in known]
         if unknown:
             raise ManifestError(
                 f"{where}: label {unknown[0]!r} is not among the {len(classes or ())} classes"
             )
-        if check_files:
-            _check_file(root, path, where)
+        if check_files and not _file_is_there(root, path, where):
+            if not leave_out_missing:
+                raise ManifestError(f"{where}: there is no file {path!r} under {str(root)!r}")
+            missing.append(path)
+            continue
         text = tuple(dict.fromkeys(labels))
         paths.append(path)
         texts.append(shared.setdefault(text, text))
         lines.append(line)
+        splits.append(split)
+        if value_names:
+            values.append(numbers)
     if not paths:
-        raise ManifestError(f"{source}: holds no clips")
-    if known is None:
-        classes = sorted({label for text in shared for label in text})
-        known = {name: index for index, name in enumerate(classes)}
-    indices = {text: tuple(known[label] for label in text) for text in shared}
-    found = [indices[text] for text in texts]
-    return Manifest(root, paths, found, tuple(classes or ()), lines, str(source))
+        gone = f": none of the {len(missing)} files is under {str(root)!r}" if missing else ""
+        raise ManifestError(f"{source}: holds no clips{gone}")
+    if value_names:
+        classes = value_names
+        found: list[tuple[int, ...]] = [()] * len(paths)
+    else:
+        if known is None:
+            classes = sorted({label for text in shared for label in text})
+            known = {name: index for index, name in enumerate(classes)}
+        indices = {text: tuple(dict.fromkeys(known[label] for label in text)) for text in shared}
+        found = [indices[text] for text in texts]
+    return Manifest(
+        root,
+        paths,
+        found,
+        tuple(classes or ()),
+        lines,
+        str(source),
+        np.asarray(values, np.float32) if value_names else None,
+        splits if any(splits) else None,
+        tuple(missing),
+        tuple(notes),
+    )
+
+
+def _known(
+    classes: Sequence[str] | None, aliases: Mapping[str, int] | None
+) -> dict[str, int] | None:
+    if classes is None:
+        return None
+    known = {name: index for index, name in enumerate(classes)}
+    if len(known) < len(classes):
+        raise ManifestError(f"classes: {len(classes) - len(known)} names occur twice")
+    return known | dict(aliases or {})
 
 
 def check_path(path: str, where: str) -> None:
@@ -241,24 +258,46 @@ def check_path(path: str, where: str) -> None:
         )
 
 
-def _check_file(root: Path, path: str, where: str) -> None:
+def _file_is_there(root: Path, path: str, where: str) -> bool:
     file = os.path.join(root, path)  # noqa: PTH118 - a million Path objects are slow
     if not os.path.exists(file):  # noqa: PTH110
-        raise ManifestError(f"{where}: there is no file {path!r} under {str(root)!r}")
-    real_root = os.path.realpath(root)
-    if not os.path.realpath(file).startswith(real_root.rstrip("/") + "/"):
+        return False
+    if not _inside(root, file):
         raise ManifestError(
             f"{where}: {path!r} is a link that leaves the root {str(root)!r}; copy the file into it"
         )
+    return True
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by column; BOM and CRLF are accepted."""
+def finite(text: object, name: str, where: str) -> float:
+    """A number to predict.
+
+    Raises:
+        ManifestError: it is none, NaN or infinite.
+    """
+    try:
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            raise ValueError
+        number = float(text)
+        if not abs(number) < 1e30:  # float32 holds it, and NaN fails
+            raise ValueError
+    except ValueError:
+        raise ManifestError(f"{where}: {name} is {text!r:.80}: expected a finite number") from None
+    return number
+
+
+def csv_cells(path: Path, *, skip_spaces: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each row that is not empty; BOM and CRLF are accepted.
+
+    Raises:
+        ManifestError: no UTF-8, no CSV, too long a field or file; names the line.
+        FileNotFoundError: there is no such file.
+    """
+    check_size(path)
     # newline="" leaves line ends to the csv module, utf-8-sig drops a BOM
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            reader = csv.reader(file, strict=True)
-            header = [cell.strip() for cell in next(reader, [])]
+            reader = csv.reader(file, strict=True, skipinitialspace=skip_spaces)
             for cells in reader:
                 if not cells:
                     continue
@@ -268,75 +307,39 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                         f"{path}, line {reader.line_num}: a field is longer than {MAX_FIELD_CHARS} "
                         "characters: is this a manifest?"
                     )
-                if len(cells) != len(header):
-                    raise ManifestError(
-                        f"{path}, line {reader.line_num}: {len(cells)} fields: expected "
-                        f"{len(header)} ({', '.join(header)})"
-                    )
-                yield reader.line_num, dict(zip(header, cells, strict=True))
+                yield reader.line_num, cells
         except csv.Error as error:
             raise ManifestError(f"{path}, line {reader.line_num}: {error}") from error
         except UnicodeDecodeError as error:
             raise ManifestError(f"{path}: is not UTF-8 text: {error}") from error
 
 
-def _read_csv(path: Path, separator: str) -> Iterator[Row]:
-    for line, row in _csv_rows(path):
-        yield _row(row, separator, line, path)
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells by the name of their column.
 
-
-def _read_jsonl(path: Path, separator: str) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            if len(raw) > 4 * MAX_FIELD_CHARS:
-                raise ManifestError(
-                    f"{path}, line {line}: {len(raw)} bytes: expected at most {4 * MAX_FIELD_CHARS}"
-                )
-            yield _row(_json(raw, f"{path}, line {line}"), separator, line, path)
-
-
-def _read_original(path: Path, separator: str) -> Iterator[Row]:
-    content = _json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
-    data = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(data, list):
-        raise ManifestError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
-    for number, row in enumerate(data, start=1):
-        yield _row(row, separator, number, path)
-
-
-def _json(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: is not JSON: {error}") from error
-
-
-def _row(row: Any, separator: str, line: int, source: Path) -> Row:
-    where = f"{source}, line {line}"
-    if not isinstance(row, dict):
-        raise ManifestError(f"{where}: got {type(row).__name__}: expected path and labels by name")
-    found = {_ALIASES.get(name, name): value for name, value in row.items()}
-    for name in ("path", "labels"):
-        if name not in found:
+    Raises:
+        ManifestError: see `csv_cells`; or a row has more or fewer fields than the header.
+    """
+    header: list[str] | None = None
+    for line, cells in csv_cells(path):
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            continue
+        if len(cells) != len(header):
             raise ManifestError(
-                f"{where}: has {', '.join(map(str, row)) or 'nothing'}: expected {name!r}"
+                f"{path}, line {line}: {len(cells)} fields: expected "
+                f"{len(header)} ({', '.join(header)})"
             )
-    labels = found["labels"]
-    if isinstance(labels, str):
-        labels = [part for text in labels.split(separator) if (part := text.strip())]
-    key = found.get("id") or ""
-    path = found["path"]
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ManifestError(f"{where}: labels is {type(labels).__name__}: expected text")
-    if not isinstance(path, str) or not isinstance(key, str):
-        raise ManifestError(f"{where}: path and id: expected text")
-    for text in (path, key, *labels):
-        if len(text) > MAX_FIELD_CHARS:
-            raise ManifestError(
-                f"{where}: a field of {len(text)} characters: expected at most {MAX_FIELD_CHARS}"
-            )
-    return line, path, labels, key
+        yield line, dict(zip(header, cells, strict=True))
+
+
+def check_size(path: Path) -> None:
+    """Refuse a manifest that is larger than any sane one.
+
+    Raises:
+        ManifestError: it is.
+        FileNotFoundError: there is no such file.
+    """
+    size = path.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{path}: {size} bytes: expected at most {MAX_MANIFEST_BYTES}")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..audio import SUFFIXES
 from .manifest import MAX_FIELD_CHARS, MAX_MANIFEST_BYTES, ManifestError
-from .tar import BLOCK, ShardError, members
+from .tar import BLOCK
 
 INDEX = "index.json"
 FORMAT = "ast_fast shards"
@@ -34,6 +33,8 @@ class ShardIndex:
         shard_of: [N] int32, number of the shard.
         begins: [N] int64, first byte of a clip's first header.
         ends: [N] int64, first byte after it.
+        values: [N, K] float32, numbers to predict, named by `classes`; None for classes.
+        splits: the part of the set that each clip belongs to; None where there are no parts.
     """
 
     folder: Path
@@ -43,6 +44,8 @@ class ShardIndex:
     shard_of: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
+    values: np.ndarray | None = None
+    splits: list[str] | None = None
 
     def select(self, clips: Sequence[int]) -> ShardIndex:
         """Some of the clips, with the same classes."""
@@ -52,6 +55,8 @@ class ShardIndex:
             shard_of=self.shard_of[clips],
             begins=self.begins[clips],
             ends=self.ends[clips],
+            values=None if self.values is None else self.values[clips],
+            splits=None if self.splits is None else [self.splits[clip] for clip in clips],
         )
 
 
@@ -62,35 +67,17 @@ def is_shards(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
-def open_index(path: Path, classes: Sequence[str] | None = None) -> ShardIndex:
-    """The index of a folder of shards, or of one shard.
+def read_index(
+    file: Path,
+    names: list[str],
+    classes: Sequence[str] | None,
+    aliases: Mapping[str, int] | None,
+) -> ShardIndex:
+    """What an index says of shards of these names.
 
     Raises:
-        ManifestError: no shards, no clips, or an index that does not fit them.
-        FileNotFoundError: there is no such path.
+        ManifestError: it is no index, does not fit the shards, or has classes that are not known.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{str(path)!r} does not exist: expected a folder of tar shards")
-    if path.is_dir():
-        folder = path
-        entries = [entry.name for entry in os.scandir(path)]
-        names = sorted(n for n in entries if n.endswith(".tar") and not n.startswith("."))
-    else:
-        folder, names = path.parent, [path.name]
-    if not names:
-        raise ManifestError(f"{str(path)!r} holds no tar shards")
-    file = folder / INDEX
-    index = (
-        _read(file, names, classes)
-        if path.is_dir() and file.is_file()
-        else _scan(folder, names, classes)
-    )
-    if not index.labels:
-        raise ManifestError(f"{str(path)!r}: the shards hold no clips")
-    return index
-
-
-def _read(file: Path, names: list[str], classes: Sequence[str] | None) -> ShardIndex:
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{file}: expected at most {MAX_MANIFEST_BYTES} bytes")
     try:
@@ -104,14 +91,10 @@ def _read(file: Path, names: list[str], classes: Sequence[str] | None) -> ShardI
     own = content.get("classes")
     if not isinstance(own, list) or not _texts(own):
         raise ManifestError(f"{file}: classes: expected a list of texts")
-    if classes is not None and tuple(classes) != tuple(own):
-        raise ManifestError(
-            f"{file}: lists {len(own)} classes, {list(own[:3])}...: expected the {len(classes)} given"
-        )
     shards = content.get("shards")
     if not isinstance(shards, list):
         raise ManifestError(f"{file}: shards: expected a list")
-    columns = _Columns()
+    columns = Columns()
     for number, shard in enumerate(shards):
         _read_shard(shard, number, len(own), columns, file)
     listed = [shard["name"] for shard in shards]
@@ -121,10 +104,31 @@ def _read(file: Path, names: list[str], classes: Sequence[str] | None) -> ShardI
             f"{file}: does not list the shards that are there ({', '.join(map(repr, odd))}); write "
             "them again, or move the index away to have all of them scanned"
         )
-    return columns.index(file.parent, listed, own)
+    if classes is not None and tuple(classes) != tuple(own) and not columns.values:
+        columns.labels = _renumbered(columns.labels, own, classes, aliases, file)
+        own = list(classes)
+    return columns.index(file.parent, listed, own, str(file))
 
 
-def _read_shard(shard: Any, number: int, num_classes: int, columns: _Columns, file: Path) -> None:
+def _renumbered(
+    labels: list[tuple[int, ...]],
+    own: list[str],
+    classes: Sequence[str],
+    aliases: Mapping[str, int] | None,
+    file: Path,
+) -> list[tuple[int, ...]]:
+    """Labels as numbers of the classes given, not of the index's own."""
+    known = {name: number for number, name in enumerate(classes)} | dict(aliases or {})
+    used = {label for clip in labels for label in clip}
+    unknown = [name for number, name in enumerate(own) if number in used and name not in known]
+    if unknown:
+        raise ManifestError(
+            f"{file}: class {unknown[0]!r} is not among the {len(classes)} classes given"
+        )
+    return [tuple(known[own[label]] for label in clip) for clip in labels]
+
+
+def _read_shard(shard: Any, number: int, num_classes: int, columns: Columns, file: Path) -> None:
     where = f"{file}: shards[{number}]"
     name = shard.get("name") if isinstance(shard, dict) else None
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".tar"):
@@ -146,115 +150,72 @@ def _read_shard(shard: Any, number: int, num_classes: int, columns: _Columns, fi
             raise ManifestError(f"{where}: labels {clip!r}: expected numbers below {num_classes}")
     columns.labels += map(tuple, labels)
     columns.add(number, begins[:-1], begins[1:])
+    values, splits = shard.get("values"), shard.get("splits")
+    if values is not None:
+        good = isinstance(values, list) and len(values) == len(labels)
+        if not good or not all(_numbers(clip, num_classes) for clip in values):
+            raise ManifestError(
+                f"{where}: values: expected {len(labels)} lists of {num_classes} finite numbers"
+            )
+        columns.values += values
+    if splits is not None:
+        if not isinstance(splits, list) or len(splits) != len(labels) or not _texts(splits):
+            raise ManifestError(f"{where}: splits: expected a text for each of {len(labels)} clips")
+        columns.splits += splits
+
+
+def _numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )
 
 
 def _texts(values: list[Any]) -> bool:
     return all(isinstance(text, str) and len(text) <= MAX_FIELD_CHARS for text in values)
 
 
-class _Columns:
+class Columns:
     """Gathers the columns of an index shard by shard."""
 
     def __init__(self) -> None:
         self.labels: list[tuple[int, ...]] = []
+        self.values: list[Sequence[float]] = []
+        self.splits: list[str] = []
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, shard: int, begins: np.ndarray, ends: np.ndarray) -> None:
         """Clips of one shard."""
         self.parts.append((np.full(len(begins), shard, np.int32), begins, ends))
 
-    def index(self, folder: Path, shards: Sequence[str], classes: Sequence[str]) -> ShardIndex:
-        """All of it."""
+    def index(
+        self, folder: Path, shards: Sequence[str], classes: Sequence[str], where: str
+    ) -> ShardIndex:
+        """All of it.
+
+        Raises:
+            ManifestError: some shards have values or parts, and others none.
+        """
+        for name, column in (("values", self.values), ("splits", self.splits)):
+            if column and len(column) != len(self.labels):
+                raise ManifestError(
+                    f"{where}: {name}: {len(column)} of {len(self.labels)} clips have them: expected "
+                    "all or none"
+                )
         shard_of, begins, ends = (
             (np.concatenate(column) for column in zip(*self.parts, strict=True))
             if self.parts
             else (np.empty(0, np.int64) for _ in range(3))
         )
         return ShardIndex(
-            folder, tuple(shards), tuple(classes), self.labels, shard_of, begins, ends
+            folder,
+            tuple(shards),
+            tuple(classes),
+            self.labels,
+            shard_of,
+            begins,
+            ends,
+            np.asarray(self.values, np.float32) if self.values else None,
+            self.splits if any(self.splits) else None,
         )
-
-
-def _scan(folder: Path, names: list[str], classes: Sequence[str] | None) -> ShardIndex:
-    """Find the clips of shards without an index: headers and labels are read, sound is passed over."""
-    columns = _Columns()
-    found: list[tuple[str | int, ...]] = []
-    for number, name in enumerate(names):
-        begins, ends = _scan_shard(folder / name, found)
-        columns.add(number, np.asarray(begins, np.int64), np.asarray(ends, np.int64))
-    everything = {label for clip in found for label in clip}
-    if classes is None:
-        numbers = sorted(label for label in everything if isinstance(label, int))
-        texts = sorted(label for label in everything if isinstance(label, str))
-        places = {label: place for place, label in enumerate([*numbers, *texts])}
-        classes = [str(label) for label in places]
-    else:
-        places = {label: place for place, label in enumerate(classes)}
-        places |= {place: place for place in range(len(classes))}
-        unknown = sorted(str(label) for label in everything if label not in places)
-        if unknown:
-            raise ManifestError(
-                f"{str(folder)!r}: label {unknown[0]!r} is none of the {len(classes)} classes"
-            )
-    columns.labels = [tuple(places[label] for label in clip) for clip in found]
-    return columns.index(folder, names, classes)
-
-
-def _scan_shard(path: Path, found: list[tuple[str | int, ...]]) -> tuple[list[int], list[int]]:
-    """Where the clips of a shard begin and end; their labels are added to `found`."""
-    with path.open("rb", buffering=0) as file:
-        handle = file.fileno()
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ManifestError(f"{str(path)!r} is not a regular file")
-
-        def read_at(offset: int, count: int) -> bytes:
-            return os.pread(handle, count, offset)
-
-        clips: list[_Found] = []
-        end, key, damaged = 0, None, False
-        try:
-            for member in members(read_at, 0, status.st_size, repr(path.name)):
-                if member.key != key:
-                    key = member.key
-                    clips.append(_Found(member.begin))
-                clip = clips[-1]
-                clip.end = end = member.end
-                if member.kind in ("json", "cls") and member.size <= MAX_JSON_BYTES:
-                    clip.labels = clip.labels or _labels(read_at(member.start, member.size))
-                clip.sound |= member.kind == "s16" or f".{member.kind}" in SUFFIXES
-            # a whole archive ends with zeros; a clip that is cut off tells of it when it is read
-            damaged = end <= status.st_size and read_at(end, BLOCK) != bytes(BLOCK)
-        except ShardError:
-            damaged = True
-    if damaged:
-        # what lies behind cannot be found: one clip that fails when it is read stands for it
-        clips.append(_Found(end, max(end + BLOCK, status.st_size), sound=True))
-    # without sound: files that belong to no clip, such as a README
-    clips = [clip for clip in clips if clip.sound]
-    found += [clip.labels for clip in clips]
-    return [clip.begin for clip in clips], [clip.end for clip in clips]
-
-
-@dataclasses.dataclass(slots=True)
-class _Found:
-    """A clip met while scanning."""
-
-    begin: int
-    end: int = 0
-    labels: tuple[str | int, ...] = ()
-    sound: bool = False
-
-
-def _labels(raw: bytes) -> tuple[str | int, ...]:
-    """Labels of a .cls or .json member; nothing if it has none."""
-    try:
-        told = json.loads(raw)
-    except (ValueError, RecursionError):
-        return ()
-    if isinstance(told, dict):
-        told = next((told[name] for name in ("labels", "label", "cls") if name in told), None)
-    values = told if isinstance(told, list) else [told]
-    if all(type(value) in (str, int) for value in values):
-        return tuple(value for value in values if len(str(value)) <= MAX_FIELD_CHARS)
-    return ()

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
 
-from .._optional import require_package
 from ..audio import AudioReport
 from .dataset import Clip, ClipSet
+from .examine import flac_bytes
 from .manifest import ManifestError
+from .prepare import prepare_clips, read_lines, replace, stored
+from .prepare_report import audio_report
 from .sampler import class_counts
 from .shard_index import FORMAT, INDEX, VERSION, is_shards
 from .tar import END, packed
 
 Encoding = Literal["s16", "flac"]
 SHARD_BYTES = 512 << 20
-_PROGRESS = "index.partial.json"
 
 
 def write_shards(
@@ -32,6 +31,7 @@ def write_shards(
     *,
     encoding: Encoding = "s16",
     shard_bytes: int = SHARD_BYTES,
+    workers: int = 0,
     resume: bool = False,
     on_clip: Callable[[], None] | None = None,
 ) -> AudioReport:
@@ -44,6 +44,7 @@ def write_shards(
         folder: made if it is missing.
         encoding: "s16" for raw samples (quick to read), "flac" for about half the size.
         shard_bytes: a shard is closed before it would grow beyond this.
+        workers: processes that read and encode; 0 for this one alone. The shards are the same.
         resume: go on where an interrupted call with the same arguments stopped.
         on_clip: called after each clip.
 
@@ -53,146 +54,132 @@ def write_shards(
     Raises:
         ManifestError: the folder holds shards already, or an interrupted run of other settings.
     """
-    if encoding not in ("s16", "flac"):
-        raise ValueError(f"encoding={encoding!r}: expected s16 or flac")
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes={shard_bytes}: expected a positive size")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        "clips": len(dataset),
-        "classes": list(dataset.classes),
-        "sample_rate_hz": dataset.sample_rate_hz,
-        "encoding": encoding,
-        "shard_bytes": shard_bytes,
-    }
-    done, shards, report = _begin(folder, state, resume)
-    while done < len(dataset):
-        name = f"{len(shards):06d}.tar"
-        entry, done = _write_shard(
-            dataset, folder / name, done, encoding, shard_bytes, report, on_clip
+    store = ShardStore(dataset, encoding, shard_bytes)
+    clips = prepare_clips(
+        dataset, Path(folder), store, workers=workers, resume=resume, on_clip=on_clip
+    )
+    return audio_report(read_lines(clips))
+
+
+class ShardStore:
+    """Puts clips into tar shards; what `prepare_clips` commits is a shard.
+
+    Args:
+        dataset: see `write_shards`.
+        encoding: see `write_shards`.
+        shard_bytes: see `write_shards`.
+    """
+
+    def __init__(
+        self, dataset: ClipSet, encoding: Encoding = "s16", shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        if encoding not in ("s16", "flac"):
+            raise ValueError(f"encoding={encoding!r}: expected s16 or flac")
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes={shard_bytes}: expected a positive size")
+        self._dataset, self._encoding, self._shard_bytes = dataset, encoding, shard_bytes
+        self._shards: list[dict[str, Any]] = []
+        self._offsets: list[int] = []
+        self._size = 0
+        self._file: BinaryIO | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """See `Store`."""
+        return {"encoding": self._encoding, "shard_bytes": self._shard_bytes}
+
+    def pack(self, clip: Clip, samples: np.ndarray) -> bytes:
+        """The members of a clip: sound, and JSON that tells of it."""
+        dataset, key = self._dataset, f"{clip.index:09d}"
+        told: dict[str, Any] = {"sample_rate_hz": dataset.sample_rate_hz}
+        values, splits = getattr(dataset, "values", None), getattr(dataset, "splits", None)
+        if values is None:
+            told = {"labels": [dataset.classes[label] for label in clip.labels], **told}
+        else:
+            numbers = (float(value) for value in values[clip.index])
+            told["values"] = dict(zip(dataset.classes, numbers, strict=True))
+        if splits is not None:
+            told["split"] = splits[clip.index]
+        raw = self._encoding == "s16"
+        sound = (
+            samples.astype("<i2", copy=False).tobytes()
+            if raw
+            else flac_bytes(samples, dataset.sample_rate_hz)
         )
-        shards.append(entry)
-        progress = {**state, "next": done, "shards": shards, "report": report.to_dict()}
-        _replace(folder / _PROGRESS, json.dumps(progress).encode())
-    written = [labels for shard in shards for labels in shard["labels"]]
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "sample_rate_hz": dataset.sample_rate_hz,
-        "encoding": encoding,
-        "clips": len(written),
-        "classes": list(dataset.classes),
-        "class_counts": class_counts(written, len(dataset.classes)),
-        "shards": shards,
-    }
-    _replace(folder / INDEX, json.dumps(index).encode())
-    (folder / _PROGRESS).unlink(missing_ok=True)
-    return report
+        told_bytes = json.dumps(told).encode()
+        return packed(f"{key}.{self._encoding}", sound) + packed(f"{key}.json", told_bytes)
 
+    def begin(self, folder: Path, saved: Any) -> None:
+        """See `Store`."""
+        self._folder = folder
+        if saved is None:
+            if (folder / INDEX).exists() or is_shards(folder):
+                raise ManifestError(f"{str(folder)!r} holds shards already: choose another folder")
+            return
+        for shard in saved:
+            file = folder / shard["name"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"] + len(END):
+                raise ManifestError(f"{str(file)!r} is gone or not as it was written: start again")
+        self._shards = saved
 
-def _begin(
-    folder: Path, state: dict[str, Any], resume: bool
-) -> tuple[int, list[dict[str, Any]], AudioReport]:
-    """The next clip, the shards that are there, and what reading those told."""
-    progress = folder / _PROGRESS
-    if (folder / INDEX).exists() or (is_shards(folder) and not progress.exists()):
-        raise ManifestError(f"{str(folder)!r} holds shards already: choose another folder")
-    if not progress.exists():
-        return 0, [], AudioReport()
-    if not resume:
-        raise ManifestError(
-            f"{str(folder)!r} holds an interrupted run: resume it, or choose another folder"
-        )
-    saved = json.loads(progress.read_bytes())
-    changed = [name for name, value in state.items() if saved.get(name) != value]
-    if changed:
-        raise ManifestError(
-            f"{str(folder)!r} was begun with other {', '.join(changed)}: resume with the same"
-        )
-    for shard in saved["shards"]:
-        file = folder / shard["name"]
-        if not file.is_file() or file.stat().st_size != shard["bytes"] + len(END):
-            raise ManifestError(f"{str(file)!r} is gone or not as it was written: start again")
-    return saved["next"], saved["shards"], AudioReport(**saved["report"])
+    def is_due(self, size: int) -> bool:
+        """A shard is closed before it would grow too large."""
+        return bool(self._offsets) and self._size + size + len(END) > self._shard_bytes
 
+    def add(self, index: int, content: bytes) -> None:
+        """See `Store`."""
+        if self._file is None:
+            name = f"{len(self._shards):06d}.tar"
+            self._path = self._folder / name
+            self._partial = self._path.with_name(f".{name}.partial")
+            self._file = self._partial.open("wb")
+            self._digest = hashlib.sha256()
+        self._offsets.append(self._size)
+        self._file.write(content)
+        self._digest.update(content)
+        self._size += len(content)
 
-def _write_shard(
-    dataset: ClipSet,
-    path: Path,
-    first: int,
-    encoding: Encoding,
-    shard_bytes: int,
-    report: AudioReport,
-    on_clip: Callable[[], None] | None,
-) -> tuple[dict[str, Any], int]:
-    """One shard; returns its entry in the index and the number of the next clip."""
-    partial = path.with_name(f".{path.name}.partial")
-    digest, size, index = hashlib.sha256(), 0, first
-    offsets, labels = [], []
-    with partial.open("wb") as file:
-        while index < len(dataset):
-            item = dataset[index]
-            members = b""
-            if isinstance(item, Clip):
-                members = _members(item, dataset, encoding)
-                if size and size + len(members) + len(END) > shard_bytes:
-                    break  # this clip begins the next shard, and is counted there
-                offsets.append(size)
-                labels.append(list(item.labels))
-                file.write(members)
-                digest.update(members)
-                size += len(members)
-            report.merge(item.report)
-            index += 1
-            if on_clip is not None:
-                on_clip()
-        file.write(END)
-        digest.update(END)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    entry = {
-        "name": path.name,
-        "bytes": size,
-        "sha256": digest.hexdigest(),
-        "offsets": offsets,
-        "labels": labels,
-    }
-    return entry, index
+    def commit(self) -> Any:
+        """Close the shard that is open, if any."""
+        if self._file is not None:
+            self._file.write(END)
+            self._digest.update(END)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._partial.replace(self._path)
+            self._shards.append(
+                {
+                    "name": self._path.name,
+                    "bytes": self._size,
+                    "sha256": self._digest.hexdigest(),
+                    "offsets": self._offsets,
+                }
+            )
+            self._file, self._offsets, self._size = None, [], 0
+        return self._shards
 
-
-def _members(clip: Clip, dataset: ClipSet, encoding: Encoding) -> bytes:
-    wave = clip.wave
-    if wave.dtype != torch.int16:
-        wave = (wave * 32768.0).round().clamp(-32768, 32767).to(torch.int16)
-    samples = wave.numpy().astype("<i2", copy=False)
-    told = {
-        "labels": [dataset.classes[label] for label in clip.labels],
-        "sample_rate_hz": dataset.sample_rate_hz,
-    }
-    key = f"{clip.index:09d}"
-    sound = samples.tobytes() if encoding == "s16" else _flac(samples, dataset.sample_rate_hz)
-    return packed(f"{key}.{encoding}", sound) + packed(f"{key}.json", json.dumps(told).encode())
-
-
-def _flac(samples: np.ndarray, rate_hz: int) -> bytes:
-    soundfile = require_package("soundfile", "writing FLAC", "audio")
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate_hz, format="FLAC", subtype="PCM_16")
-    return file.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write aside, sync, move into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def finish(self, clips: Path) -> None:
+        """The index, with what the lines say of each clip."""
+        dataset, lines = self._dataset, stored(clips)
+        counted: list[list[int]] = []
+        shards = []
+        for shard in self._shards:
+            told = [next(lines) for _ in shard["offsets"]]
+            entry = {**shard, "labels": [line.get("labels", []) for line in told]}
+            counted += entry["labels"]
+            if getattr(dataset, "values", None) is not None:
+                entry["values"] = [line["values"] for line in told]
+            if getattr(dataset, "splits", None) is not None:
+                entry["splits"] = [line["split"] for line in told]
+            shards.append(entry)
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sample_rate_hz": dataset.sample_rate_hz,
+            "encoding": self._encoding,
+            "clips": len(counted),
+            "classes": list(dataset.classes),
+            "class_counts": class_counts(counted, len(dataset.classes)),
+            "shards": shards,
+        }
+        replace(self._folder / INDEX, json.dumps(index).encode())

@@ -2,7 +2,8 @@
 
 The members of a clip share its key and follow one another: `<key>.flac` (or another suffix of
 audio), or `<key>.s16`, raw 16-bit little-endian mono samples; `<key>.json` with `labels` and, for
-raw samples, `sample_rate_hz`; or `<key>.cls` with a class number. An index beside the shards says
+raw samples, `sample_rate_hz`; or `<key>.cls` with a class number. Others' names are in
+`shard_scan`. An index beside the shards says
 where each clip begins and what it is; shards of other makers are scanned once for it.
 
 A shard is read in blocks of a few megabytes. What is damaged costs the clips that it hits, each
@@ -16,7 +17,7 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from torch.utils.data import Dataset
 from ..audio import SUFFIXES, AudioError, AudioReport, from_samples, load
 from ..config import AudioConfig
 from .dataset import Clip, Skip
-from .shard_index import MAX_JSON_BYTES, ShardIndex, open_index
+from .shard_index import MAX_JSON_BYTES, ShardIndex
+from .shard_scan import open_index
 from .tar import Member, ShardError, members
 
 Skipped = Callable[[str, int], Skip]
@@ -51,7 +53,8 @@ class ShardSet(Dataset[Any]):
     Args:
         path: folder with `*.tar`, or one tar file.
         audio: how to read clips; by default int16 where a clip holds nothing finer.
-        classes: class names in order, for shards without an index; those found, sorted, otherwise.
+        classes: class names in order; by default the index's, or those found, sorted.
+        aliases: further names of classes, with their indices.
         block_bytes: read at a time.
         strict: raise the AudioError of a bad clip rather than skip and count it.
 
@@ -66,12 +69,13 @@ class ShardSet(Dataset[Any]):
         audio: AudioConfig | None = None,
         *,
         classes: Sequence[str] | None = None,
+        aliases: Mapping[str, int] | None = None,
         block_bytes: int = BLOCK_BYTES,
         strict: bool = False,
     ) -> None:
         self._block_bytes, self.strict = block_bytes, strict
         self._read_as(audio or AudioConfig(dtype="auto"))
-        self._take(open_index(Path(path), classes))
+        self._take(open_index(Path(path), classes, aliases))
 
     def _read_as(self, audio: AudioConfig) -> None:
         if audio.sample_rate_hz is None:
@@ -81,6 +85,7 @@ class ShardSet(Dataset[Any]):
     def _take(self, index: ShardIndex) -> None:
         self._index = index
         self.classes, self.labels = index.classes, index.labels
+        self.values, self.splits = index.values, index.splits
         self.blocks = _blocks(index, self._block_bytes)
         # of each clip, for samplers and feeders
         self.block_of = np.repeat(
@@ -101,6 +106,10 @@ class ShardSet(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """How messages name a clip."""
+        return f"{self._index.shards[int(self._index.shard_of[index])]!r}: clip {index}"
 
     def __getitem__(self, index: int) -> Clip | Skip:
         """One clip by itself; `read_block` is the quick way to many."""

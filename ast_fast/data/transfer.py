@@ -12,15 +12,17 @@ import contextvars
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dataset import Batch, Collate, Skip, Waveform
+from .dataset import Allocate, Batch
+from .reading import Fetched
 
-Source = Callable[[], Generator[list[Waveform | Skip], None, None]]
+Source = Callable[[], Generator[Fetched, None, None]]
+Make = Callable[[Fetched, Allocate], Batch]
 _POLL_S = 0.1
 
 
@@ -33,7 +35,7 @@ class Fed(NamedTuple):
 
 def on_side_stream(
     items: Source,
-    collate: Collate,
+    make: Make,
     device: torch.device,
     transform: Callable[[Batch], Any] | None,
     prefetch: int,
@@ -42,13 +44,13 @@ def on_side_stream(
 
     Args:
         items: starts an iteration over the items of each batch; called in the thread.
-        collate: makes batches of them.
+        make: makes batches of them, in memory it is given.
         device: a CUDA device.
         transform: runs on the side stream.
         prefetch: batches held ready.
     """
     side = torch.cuda.Stream(device)
-    pump = _Pump(items, collate, device, transform, prefetch, side)
+    pump = _Pump(items, make, device, transform, prefetch, side)
     try:
         while (made := pump.next()) is not None:
             fed, ready = made
@@ -107,13 +109,13 @@ class _Pump:
     def __init__(
         self,
         items: Source,
-        collate: Collate,
+        make: Make,
         device: torch.device,
         transform: Callable[[Batch], Any] | None,
         prefetch: int,
         side: torch.cuda.Stream,
     ) -> None:
-        self._items, self._collate, self._transform = items, collate, transform
+        self._items, self._make, self._transform = items, make, transform
         self._device, self._side = device, side
         self._ring = PinnedRing(prefetch + 1)
         self._queue: queue.Queue[Any] = queue.Queue(prefetch)
@@ -151,8 +153,8 @@ class _Pump:
         source = self._items()
         try:
             with torch.cuda.device(self._device), torch.cuda.stream(self._side):
-                for items in source:
-                    if not self._put("batch", self._made(items)):
+                for fetched in source:
+                    if not self._put("batch", self._made(fetched)):
                         return
             self._put("end", None)
         except BaseException as error:
@@ -160,8 +162,8 @@ class _Pump:
         finally:
             source.close()
 
-    def _made(self, items: Sequence[Waveform | Skip]) -> tuple[Fed, torch.cuda.Event]:
-        host = self._collate(items, self._ring.allocate)
+    def _made(self, fetched: Fetched) -> tuple[Fed, torch.cuda.Event]:
+        host = self._make(fetched, self._ring.allocate)
         batch = host.to(self._device)
         copied = torch.cuda.Event(blocking=True)
         copied.record(self._side)

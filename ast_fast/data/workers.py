@@ -37,7 +37,7 @@ Items = list[Waveform | Skip]
 _BLAME = 3  # times that one clip may take its worker down before it is skipped
 _TASKS_AHEAD = 2  # tasks a worker holds: one in work, one waiting
 _PARENT_CHECK_S = 5.0
-_DTYPES = (torch.float32, torch.int16)
+_DTYPES = (torch.float32, torch.int16, torch.uint8)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 # what a worker is at, so that its death tells on which clip: task's number (-1: none) and place in it
 _PROGRESS = struct.Struct("qq")
@@ -83,6 +83,7 @@ class StoredClip:
     dtype: torch.dtype
     handle: int
     offset: int
+    facts: Any = None
 
     def copy_to(self, row: Tensor) -> None:
         """Put the samples into `row` [N], in its dtype; int16 becomes float32 by 1/32768."""
@@ -338,9 +339,9 @@ class ProcessWorkers:
 def _unpacked(entry: Any, handle: int) -> Waveform | Skip:
     if isinstance(entry, Skip):
         return entry
-    labels, index, report, length, code, offset = entry
+    labels, index, report, length, code, offset, facts = entry
     report = AudioReport(clips=1) if report is None else report
-    return StoredClip(labels, index, report, length, _DTYPES[code], handle, offset)
+    return StoredClip(labels, index, report, length, _DTYPES[code], handle, offset, facts)
 
 
 # ---- in the worker
@@ -418,6 +419,7 @@ def _perform(
                         item.length,
                         code,
                         used,
+                        item.facts,
                     )
                 )
                 used += _write_from(handle, used, item.wave)

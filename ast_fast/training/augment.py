@@ -9,21 +9,18 @@ from torch import Tensor
 
 from .. import augment
 from ..config import AugmentConfig, LogMelConfig
-from ..seeding import ClipSeeds
+from ..seeding import ClipSeeds, clip_seeds
 
-
-def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSeeds:
-    """The draws of a step's clips: those of a clip depend on seed, step and clip alone.
-
-    Args:
-        seed: of the run.
-        step: of the run.
-        indices: [B] places in the dataset; one that comes up again in the batch (class-balanced
-            sampling) gets other draws each time.
-        num_clips: clips in the dataset.
-    """
-    earlier = (indices[:, None] == indices).tril(-1).sum(1)
-    return ClipSeeds(seed, step, indices + num_clips * earlier)
+__all__ = [
+    "as_float",
+    "as_vectors",
+    "augment_features",
+    "augment_waveforms",
+    "clip_seeds",
+    "mixup",
+    "seek_patchout",
+    "set_patchout",
+]
 
 
 def set_patchout(model: Any, settings: AugmentConfig, seed: int) -> None:
@@ -114,14 +111,20 @@ def mixup(
     Returns:
         wave [B, N] float32 and targets [B, C].
     """
-    if targets.dim() == 1:
-        targets = torch.nn.functional.one_hot(targets, num_classes).float()
+    targets = as_vectors(targets, num_classes)
     wave = as_float(wave)
     if not len(wave):
         return wave, targets
     partners, weights = augment.draw_mixup(len(wave), probability, seeds)
     mixed = augment.mixup_waveforms(wave, lengths, partners, weights)
     return mixed, augment.mixup_targets(targets, partners, weights)
+
+
+def as_vectors(targets: Tensor, num_classes: int) -> Tensor:
+    """Class indices [B] as vectors [B, C] of ones and zeros; others as they are."""
+    if targets.dim() == 2:
+        return targets
+    return torch.nn.functional.one_hot(targets, num_classes).float()
 
 
 def as_float(wave: Tensor) -> Tensor:

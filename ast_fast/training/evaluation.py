@@ -94,6 +94,7 @@ def evaluate(
         dataset,
         sampler,
         multi_label=binary or task == "multi_label",
+        regression=task == "regression",
         device=device,
         most_samples=max_samples(model.frontend_config),
         num_workers=num_workers,

@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..augment import mixup_pairs
 from ..config import TrainConfig
 from ..data.dataset import Batch
 from ..frontend import log_mel_features
-from .augment import augment_features, augment_waveforms, clip_seeds, mixup
+from .augment import (
+    as_float,
+    as_vectors,
+    augment_features,
+    augment_waveforms,
+    clip_seeds,
+    mixup,
+)
 
 
 class BatchFeatures:
@@ -53,7 +61,10 @@ class BatchFeatures:
         placed, settings = seeds.to(self._device), config.augment
         wave = augment_waveforms(batch.wave, batch.lengths, settings, placed)
         targets = batch.targets
-        if settings.mixup:
+        if batch.mix is not None:
+            targets = as_vectors(targets, self._num_classes)
+            wave, targets = mixup_pairs(as_float(wave), batch.lengths, targets, batch.mix)
+        elif settings.mixup:
             wave, targets = mixup(
                 wave, batch.lengths, targets, settings.mixup, self._num_classes, seeds
             )

@@ -23,6 +23,7 @@ from ..audio import AudioReport
 from ..config import ModelConfig, Task, TrainConfig
 from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder, FeedStats
+from ..data.mixing import WholeSetMixup
 from ..data.sampler import balanced_weights
 from ..data.shard_sampler import sampler_for
 from ..data.transfer import Fed
@@ -289,11 +290,19 @@ class Trainer:
             self.train_set,
             self.sampler,
             multi_label=self.config.loss == "binary_cross_entropy",
+            regression=self.task == "regression",
+            mixup=self._partners(),
             device=self.fabric.device,
             transform=self._features,
             most_samples=max_samples(self.model.frontend_config),
             num_workers=self.config.num_workers,
         )
+
+    def _partners(self) -> WholeSetMixup | None:
+        settings = self.config.augment
+        if not settings.mixup or settings.mixup_partners == "batch":
+            return None
+        return WholeSetMixup(self.config.seed, settings.mixup, len(self.train_set))
 
     def _run_epoch(self, feeder: Feeder, log: RunLog | None, bar: Progress) -> None:
         config, epoch = self.config, self.sampler.epoch

@@ -31,7 +31,7 @@ from ast_fast.data import (
     read_folder,
     write_shards,
 )
-from ast_fast.data.feeder import _MAX_TASKS_AHEAD
+from ast_fast.data.reading import _MAX_TASKS_AHEAD
 from ast_fast.frontend import log_mel_features
 
 ROOT = Path(__file__).resolve().parents[2]

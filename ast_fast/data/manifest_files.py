@@ -1,0 +1,166 @@
+"""Manifests as files: CSV, JSON lines, and the JSON that the original AST lists its data in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .manifest import (
+    MAX_FIELD_CHARS,
+    Manifest,
+    ManifestError,
+    Row,
+    check_size,
+    collect,
+    csv_rows,
+    finite,
+)
+
+_ALIASES = {
+    **{"wav": "path", "file": "path", "filename": "path"},
+    **{"label": "labels", "key": "id", "fold": "split"},
+}
+_Named = Iterator[tuple[int, Any]]  # line, and what stands there by name
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
+    aliases: Mapping[str, int] | None = None,
+    label_separator: str | None = None,
+    values: Sequence[str] = (),
+    check_files: bool = True,
+    leave_out_missing: bool = False,
+) -> Manifest:
+    """Read a manifest by its suffix: .csv, .jsonl, or .json as the original AST lists its data.
+
+    CSV needs a header with `path` (or wav, file, filename) and `label` or `labels`; JSON lines
+    need the same names, or `values`, an object of numbers to predict; the original's JSON is {"data": [{"wav": ..., "labels": "mid,mid"}]}. A
+    column `split` (or fold) names the part of the set that a clip belongs to. Absolute paths may
+    stand there if they lie inside the root.
+
+    Args:
+        path: the manifest.
+        root: folder that paths are relative to; the manifest's own folder by default.
+        classes: class names in order; by default the labels found, sorted.
+        aliases: further names of classes (such as AudioSet's mids), with their indices.
+        label_separator: splits a text of labels; "," for the original's JSON, ";" otherwise.
+        values: columns of numbers to predict; labels are not read then.
+        check_files: look for each file now rather than when it is read.
+        leave_out_missing: leave files out that are not there, and list them, rather than refuse.
+
+    Raises:
+        ManifestError: with the line.
+        FileNotFoundError: there is no such manifest.
+    """
+    path = Path(path)
+    root = Path(root) if root is not None else path.parent
+    if not root.is_dir():
+        raise ManifestError(f"root {str(root)!r} is not a folder")
+    check_size(path)
+    readers: dict[str, Callable[[Path], _Named]] = {
+        ".csv": csv_rows,
+        ".jsonl": _read_jsonl,
+        ".json": _read_original,
+    }
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise ManifestError(f"{path}: suffix {suffix!r}: expected .csv, .jsonl or .json")
+    separator = label_separator or ("," if suffix == ".json" else ";")
+    named = readers[suffix](path)
+    if not values:
+        named, values = _value_names(named)
+    within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
+    rows = (
+        _row(row, separator, tuple(values), within, f"{path}, line {line}", line)
+        for line, row in named
+    )
+    return collect(
+        rows,
+        path,
+        root,
+        classes=classes,
+        aliases=aliases,
+        value_names=values,
+        check_files=check_files,
+        leave_out_missing=leave_out_missing,
+    )
+
+
+def _value_names(named: _Named) -> tuple[_Named, tuple[str, ...]]:
+    """Names of the numbers to predict where the first row holds them by name, as `prepare` writes."""
+    first = next(named, None)
+    if first is None:
+        return named, ()
+    row = first[1]
+    numbers = row.get("values") if isinstance(row, dict) and "labels" not in row else None
+    return itertools.chain([first], named), tuple(numbers) if isinstance(numbers, dict) else ()
+
+
+def _read_jsonl(path: Path) -> _Named:
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if line == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if not raw.strip():
+                continue
+            if len(raw) > 4 * MAX_FIELD_CHARS:
+                raise ManifestError(
+                    f"{path}, line {line}: {len(raw)} bytes: expected at most {4 * MAX_FIELD_CHARS}"
+                )
+            yield line, _json(raw, f"{path}, line {line}")
+
+
+def _read_original(path: Path) -> _Named:
+    content = _json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, list):
+        raise ManifestError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
+    yield from enumerate(data, start=1)
+
+
+def _json(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: is not JSON: {error}") from error
+
+
+def _row(
+    row: Any, separator: str, values: tuple[str, ...], within: str, where: str, line: int
+) -> Row:
+    if not isinstance(row, dict):
+        raise ManifestError(f"{where}: got {type(row).__name__}: expected path and labels by name")
+    found = {_ALIASES.get(name, name): value for name, value in row.items()}
+    if values and isinstance(found.get("values"), dict):
+        found |= found["values"]
+    for name in ("path", *(values or ("labels",))):
+        if name not in found:
+            hint = "" if values or name == "path" else " (or number columns, named as values)"
+            raise ManifestError(
+                f"{where}: has {', '.join(map(str, row)) or 'nothing'}: expected {name!r}{hint}"
+            )
+    labels = [] if values else found["labels"]
+    if isinstance(labels, str):
+        labels = [part for text in labels.split(separator) if (part := text.strip())]
+    path, key, split = found["path"], found.get("id") or "", found.get("split")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ManifestError(f"{where}: labels is {type(labels).__name__}: expected text")
+    if not isinstance(path, str) or not isinstance(key, str):
+        raise ManifestError(f"{where}: path and id: expected text")
+    if split is not None and (isinstance(split, bool) or not isinstance(split, (str, int))):
+        raise ManifestError(f"{where}: split is {type(split).__name__}: expected text or a number")
+    split = "" if split is None else str(split).strip()
+    for text in (path, key, split, *labels):
+        if len(text) > MAX_FIELD_CHARS:
+            raise ManifestError(
+                f"{where}: a field of {len(text)} characters: expected at most {MAX_FIELD_CHARS}"
+            )
+    numbers = tuple(finite(found[name], name, where) for name in values)
+    return Row(line, path.removeprefix(within), labels, key, split, numbers)
