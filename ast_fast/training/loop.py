@@ -8,6 +8,7 @@ resumed run repeats an uninterrupted one bit by bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -170,9 +171,13 @@ class Trainer:
             self.run_dir / "checkpoints", config.keep_checkpoints, self.fabric.is_global_zero
         )
         if resume:
-            checkpoint = self._store.load()
-            if checkpoint is not None:
-                restore(self, checkpoint)
+            try:
+                checkpoint = self._store.load()
+                if checkpoint is not None:
+                    restore(self, checkpoint)
+            except BaseException:
+                self._store.close()
+                raise
         elif self._store.pointer("latest") is not None:
             self._store.close()
             raise TrainingError(
@@ -197,8 +202,10 @@ class Trainer:
             self.masters.broadcast()
         float16 = config.precision == "float16"
         self.scaler = LossScaler(fabric.device) if float16 else None
+        # nothing of the step is bound to the trainer, which would then be part of a cycle
+        wrapped = self._wrapped
         step = TrainingStep(
-            self._in_float16 if float16 else self._wrapped,
+            functools.partial(_in_float16, wrapped) if float16 else wrapped,
             self._loss,
             self.optimizer,
             masters=self.masters,
@@ -206,22 +213,10 @@ class Trainer:
             backward=fabric.backward,
             reduce=fabric.all_reduce if fabric.world_size > 1 else None,
             parts=config.accumulate,
-            hold=self._hold,
+            hold=functools.partial(_hold, fabric, wrapped),
             scaler=self.scaler,
         )
         return prepared_step(step, self._mode, model)
-
-    def _in_float16(self, features: Tensor) -> Tensor:
-        with torch.autocast(self.fabric.device.type, torch.float16):
-            logits: Tensor = self._wrapped(features)
-        return logits
-
-    def _hold(self) -> AbstractContextManager[object]:
-        """Gradients of a part of a batch stay in this process until its last part."""
-        if self.fabric.world_size == 1:
-            return contextlib.nullcontext()
-        held: AbstractContextManager[object] = self.fabric.no_backward_sync(self._wrapped)
-        return held
 
     def _make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         depth = self.model.config.depth
@@ -483,6 +478,20 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """Write what the run has made: averaged weights if it averages, else those it trains."""
         self.model.save_pretrained(folder, state_dict=self._state() | self.average.weights())
+
+
+def _in_float16(model: Any, features: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, torch.float16):
+        logits: Tensor = model(features)
+    return logits
+
+
+def _hold(fabric: Any, model: Any) -> AbstractContextManager[object]:
+    """Gradients of a part of a batch stay in this process until its last part."""
+    if fabric.world_size == 1:
+        return contextlib.nullcontext()
+    held: AbstractContextManager[object] = fabric.no_backward_sync(model)
+    return held
 
 
 def _said(figures: dict[str, float]) -> str:
