@@ -127,6 +127,49 @@ def evaluate(
     )
 
 
+def ensemble(
+    models: Positional[tuple[str, ...]],
+    data: Path,
+    root: Path | None = None,
+    labels: Path | None = None,
+    multi_label: bool = False,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    json: Path | None = None,
+    how: _How = _AS_FOUND,
+) -> int:
+    """Evaluate several models, and the mean of what they predict (the paper's Ensemble-S and -M).
+
+    Args:
+        models: run folders, pretrained directories, files or hub ids, of the same classes.
+        data: a data set of any kind that train takes; all of its parts, or that of --split or --fold.
+        root: folder that the paths of a manifest start from.
+        labels: class_labels_indices.csv or a list of names; default: the first model's own.
+        multi_label: clips have several labels, also if the first model does not say so.
+        batch_size: clips a batch.
+        num_workers: processes that read files.
+        json: write all figures here.
+        how: what the data are, where that does not follow from what lies there.
+    """
+    from . import ensemble_command
+
+    return ensemble_command.ensemble(
+        models, data, root, labels, multi_label, batch_size, num_workers, json, how
+    )
+
+
+def average(models: Positional[tuple[str, ...]], out: Path) -> int:
+    """Write the plain mean of the weights of several models of one architecture.
+
+    Args:
+        models: run folders, checkpoints' model folders, or pretrained directories.
+        out: folder to write.
+    """
+    from . import ensemble_command
+
+    return ensemble_command.average(models, out)
+
+
 def tag(
     paths: Positional[tuple[Path, ...]],
     model: str,
@@ -299,6 +342,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,
     "eval": evaluate,
+    "ensemble": ensemble,
+    "average": average,
     "tag": tag,
     "listen": listen,
     "prepare": prepare,

@@ -29,6 +29,7 @@ from .train_command import say, say_figures
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
 from .training.logs import Progress
+from .training.tasks import task_of
 
 
 def demo(run: Path, seed: int, epochs: int | None, resume: bool, compare_training: bool) -> int:
@@ -59,6 +60,9 @@ def demo(run: Path, seed: int, epochs: int | None, resume: bool, compare_trainin
             f"{interrupt}; go on with: ast-fast demo{options} --resume"
         ) from None
     return 0
+
+
+_PER_CLASS = {"multi_label": "average_precision", "single_label": "accuracy", "regression": "r2"}
 
 
 def evaluate(
@@ -92,7 +96,7 @@ def evaluate(
         network,
         dataset,
         batch_size=batch_size,
-        task="multi_label" if multi_label else "single_label",
+        task=task_of(network, multi_label),
         progress=True,
     )
     say_figures(result.figures)
@@ -105,7 +109,8 @@ def evaluate(
     if per_class is not None:
         with per_class.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("class", "average_precision" if multi_label else "accuracy", "clips"))
+            kind = _PER_CLASS[task_of(network, multi_label)]
+            writer.writerow(("class", kind, "clips"))
             counts = class_counts(dataset.labels, len(names))
             for name, value, count in zip(names, result.per_class, counts, strict=True):
                 writer.writerow((safe_cell(name), f"{value:.6f}", count))

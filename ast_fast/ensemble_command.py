@@ -1,0 +1,133 @@
+"""What `ast-fast ensemble` and `ast-fast average` do: several finished runs as one model."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from .config import AudioConfig, DataConfig
+from .data import dataset_of, read_data, reading_notes
+from .hub import CheckpointError
+from .inference import class_names, load_for_inference
+from .labels import read_labels
+from .models.ast import ASTModel
+from .training import Evaluation, evaluate
+from .training.ensembles import ensemble as mean_of_models
+from .training.ensembles import mean_of_weights
+from .training.tasks import task_of
+
+
+def ensemble(
+    models: Sequence[str],
+    data: Path,
+    root: Path | None,
+    labels: Path | None,
+    multi_label: bool,
+    batch_size: int,
+    num_workers: int,
+    json: Path | None,
+    how: DataConfig,
+) -> int:
+    """See `cli.ensemble`."""
+    if len(models) < 2:
+        raise ValueError(f"{len(models)} model: expected at least two to be an ensemble")
+    if how.fold is not None:
+        how = how.replace(fold=None, split=str(how.fold))
+    places = [str(model_of(name)) for name in models]
+    first = load_for_inference(places[0])
+    table = read_labels(labels, first.config.label_dim) if labels else None
+    names = class_names(first, table.names if table else None)
+    task = task_of(first, multi_label)
+    clips = read_data(data, root, names, table, how)
+    for note in reading_notes(clips):
+        _say(f"  {note}")
+
+    def evaluations() -> Iterator[Evaluation]:
+        for number, place in enumerate(places, start=1):
+            network = first if number == 1 else load_for_inference(place)
+            theirs = network.labels or names
+            if tuple(theirs) != tuple(names):
+                raise ValueError(
+                    f"{place} has other classes than {places[0]}, or in another order: expected "
+                    "models of the same labels"
+                )
+            audio = AudioConfig(sample_rate_hz=network.frontend_config.sample_rate_hz)
+            found = evaluate(
+                network,
+                dataset_of(clips, audio),
+                batch_size=batch_size,
+                task=task,
+                num_workers=num_workers,
+                progress=True,
+            )
+            _say(f"{models[number - 1]}: {_said(found.figures)}")
+            yield found
+
+    made = mean_of_models(evaluations())
+    _say(f"mean of the predictions of {len(models)} models: {_said(made.figures)}")
+    if json is not None:
+        content = {
+            "models": [
+                {"model": model, "figures": figures}
+                for model, figures in zip(models, made.each, strict=True)
+            ],
+            "ensemble": made.figures,
+            "data": str(data),
+        }
+        json.write_text(json_module.dumps(content, indent=1), encoding="utf-8")
+    return 0
+
+
+def average(models: Sequence[str], out: Path) -> int:
+    """See `cli.average`."""
+    if len(models) < 2:
+        raise ValueError(f"{len(models)} model: expected at least two to average")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds something already: choose another folder")
+    places = [model_of(name) for name in models]
+
+    kept: dict[str, ASTModel] = {}
+
+    def read(place: str | Path) -> dict[str, Tensor]:
+        network = ASTModel.from_pretrained(place)
+        kept.setdefault("first", network)
+        # sizes may agree where what they mean does not: strides, front ends, the order of classes
+        for what in ("config", "frontend_config"):
+            if getattr(network, what) != getattr(kept["first"], what):
+                raise CheckpointError(
+                    f"{place} has another {what} than {places[0]}: expected models of one recipe"
+                )
+        return network.state_dict()
+
+    state = mean_of_weights(read, places)
+    kept["first"].save_pretrained(out, state_dict=state)
+    _say(f"mean of the weights of {len(models)} models: {out}")
+    return 0
+
+
+def model_of(name: str) -> Path | str:
+    """A model's folder: a run's own if it is a run, or else what it says.
+
+    Raises:
+        CheckpointError: the run is not finished.
+    """
+    place = Path(name)
+    if (place / "model").is_dir():
+        return place / "model"
+    if (place / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{name!r} is a run that is not finished: resume it, or name one of its "
+            "checkpoints/step-*/model"
+        )
+    return name
+
+
+def _said(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
