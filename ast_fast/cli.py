@@ -356,6 +356,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--"]:
+        # torchrun takes --run for an option of its own unless a "--" stands before it, and passes that on
+        arguments = arguments[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     # threads that wait for each other by spinning make a shared machine many times slower; this must

@@ -83,20 +83,26 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
             f"train.devices={processes} with several runs: start the command by torchrun, or give one "
             "seed or fold at a time"
         )
-    if not resume and (run / "run.json").exists():
-        raise ValueError(f"{run} holds runs already: resume them or choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", plan)
+    # one process of torchrun's writes for all; what they go by is from before, and the same for all
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        if not resume and (run / "run.json").exists():
+            raise ValueError(f"{run} holds runs already: resume them or choose another folder")
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "run.json", plan)
     figures = {}
     for number, (name, one) in enumerate(several.items(), start=1):
         folder = run / name
-        say(f"run {number} of {len(several)}: {folder}")
-        found = read_result(folder)
-        if found is None:
+        if first:
+            say(f"run {number} of {len(several)}: {folder}")
+        if read_result(folder) is None:
             _train_one(one, folder, (folder / "run.json").is_file(), f"--run {run}")
+        if first:
             found = read_result(folder)
-        assert found is not None
-        figures[name] = found["figures"]
+            assert found is not None
+            figures[name] = found["figures"]
+    if not first:
+        return 0
     summary = together(figures)
     write_json(run / "summary.json", summary)
     for line in summary_lines(summary):

@@ -22,6 +22,7 @@ from .peers import compiled, compiled_parts, need, torchaudio_fbank
 
 # small: what is timed must not run off
 _LR = 1e-6
+_MAX_NORM = 1.0  # transformers' Trainer clips there unless told otherwise
 
 Build = Callable[[str, int, int, State], nn.Module]
 
@@ -40,6 +41,7 @@ class Way:
             compile.
         deterministic: ours: attention's backward without atomics.
         memory: ours: fast or less.
+        clip: clip the gradient's norm; ours always does, and the original never.
     """
 
     build: Build
@@ -50,6 +52,7 @@ class Way:
     mode: str = "off"
     deterministic: bool = True
     memory: str = "fast"
+    clip: bool = True
 
     def autocast(self, device: str) -> AbstractContextManager[object]:
         """Autocast, or nothing."""
@@ -126,6 +129,7 @@ def step_run(way: Way, network: nn.Module, inputs: list[Inputs], frames: int, de
     if way.features == "ours" or way.masters or way.mode in ("graph", "regional"):
         return _ours(way, network, inputs, read, device)
     call: Any = compiled(network) if way.mode == "compile" else network
+    parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = _adamw(dict(network.named_parameters()))
     scaler = torch.amp.GradScaler(device, enabled=way.amp is torch.float16 and device == "cuda")
 
@@ -136,6 +140,9 @@ def step_run(way: Way, network: nn.Module, inputs: list[Inputs], frames: int, de
             logits = call(read(given))
         loss = loss_fn(logits, given["y"])
         scaler.scale(loss).backward()
+        if way.clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
         scaler.step(optimizer)
         scaler.update()
         return (loss.detach(),)
@@ -167,7 +174,7 @@ def _ours(
             logits: Tensor = network(x)
         return logits
 
-    step = training.TrainingStep(call, loss_fn, optimizer, masters=masters, max_norm=1.0)
+    step = training.TrainingStep(call, loss_fn, optimizer, masters=masters, max_norm=_MAX_NORM)
     step.set_lr(_LR)
     held = 0
     if way.mode == "graph":

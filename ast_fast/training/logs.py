@@ -65,6 +65,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(3725.4), _clock(65)
+    ('1:02:05', '1:05')
+    """
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
 class Progress:
     """A bar on a terminal, plain lines elsewhere, nothing if not wanted.
 
@@ -89,7 +100,8 @@ class Progress:
         self.stream = stream or sys.stderr
         self.enabled = enabled
         self.total, self.done, self.title = total, done, title
-        self._said_at = time.monotonic()
+        self._began = self._said_at = time.monotonic()
+        self._here = 0  # steps of this process
         self._bar = None
         tqdm = optional_import("tqdm") if enabled and self.stream.isatty() else None
         if tqdm is not None:
@@ -100,13 +112,17 @@ class Progress:
     def step(self, **values: str) -> None:
         """One step is done; `values` are shown beside it."""
         self.done += 1
+        self._here += 1
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
             self._bar.update()
         elif self.enabled and time.monotonic() - self._said_at > self.PLAIN_SECONDS:
             self._said_at = time.monotonic()
             shown = "  ".join(f"{name} {value}" for name, value in values.items())
-            self.say(f"{self.title}: step {self.done} of {self.total}  {shown}")
+            left = (self.total - self.done) * (self._said_at - self._began) / self._here
+            self.say(
+                f"{self.title}: step {self.done} of {self.total}  {shown}  {_clock(left)} left"
+            )
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -302,7 +302,7 @@ class Trainer:
     def _run_epoch(self, feeder: Feeder, log: RunLog | None, bar: Progress) -> None:
         config, epoch = self.config, self.sampler.epoch
         self._wrapped.train()
-        started, clips = time.perf_counter(), 0
+        started, clips, main = time.perf_counter(), 0, MAIN_FIGURE[self.task]
         self._features.step = self.step
         feeder.stats = FeedStats()
         for fed in feeder:
@@ -313,10 +313,12 @@ class Trainer:
             self.epoch_clips += len(batch)
             self.step += 1
             self.sampler.step()
+            rate = clips / (time.perf_counter() - started)
             shown = {"epoch": str(epoch + 1), **{k: f"{v:.4g}" for k, v in values.items()}}
-            bar.step(**shown)
+            if self._evaluation is not None and main in self._evaluation.figures:
+                shown[main] = f"{self._evaluation.figures[main]:.4f}"
+            bar.step(**shown, clips=f"{rate:.4g}/s")
             if log is not None and values and self.step % config.log_every == 0:
-                rate = clips / (time.perf_counter() - started)
                 log.write(
                     "step",
                     self.step,
