@@ -103,7 +103,7 @@ def read_data(
     if layout == "manifest" and path.is_dir() and (path / MANIFEST).is_file():
         path = path / MANIFEST
     _check_options(layout, path, root, how)
-    beside = {"audioset": _TABLE, "manifest": CLASSES}.get(layout)
+    beside = {"audioset": _TABLE, "original": _TABLE, "manifest": CLASSES}.get(layout)
     if beside is not None and labels is None and classes is None:
         table = path.parent / beside
         labels = read_labels(table) if table.is_file() else None
@@ -158,7 +158,14 @@ def _read(
             root=root,
         )
     if layout == "shards":
-        return ShardSet(path, classes=classes, aliases=aliases)
+        shards = ShardSet(path, classes=classes, aliases=aliases)
+        bare = next((n for n, label in enumerate(shards.labels) if not label), None)
+        if shards.values is None and bare is not None:
+            raise ManifestError(
+                f"{path}: {shards.name(bare)} has no label: expected .json, .cls or .txt beside its "
+                "sound"
+            )
+        return shards
     return read_folder(path, classes=classes, aliases=aliases)
 
 

@@ -45,7 +45,7 @@ FLOORS = (
     ),
     ("models",),
     ("equivalence",),
-    ("testing",),
+    ("testing", "sample_sets"),
     ("training", "inference", "streaming", "integrations"),
     ("report", "plots", "saliency", "throughput", "demo"),
     ("cli", "commands", "train_command", "listen_command", "prepare_command", "__main__"),
