@@ -27,7 +27,7 @@ except ImportError as error:
 
 _AS_FOUND = DataConfig()
 # --layout, --fold, --split, ... rather than --how.layout
-_How = Annotated[DataConfig, tyro.conf.arg(prefix_name=False)]
+_How = Annotated[DataConfig, tyro.conf.arg(name="")]
 
 
 def demo(
