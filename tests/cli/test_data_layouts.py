@@ -48,7 +48,7 @@ def test_speech_commands_are_prepared_trained_on_and_tested_on_their_parts(tmp_p
     shards, out = tmp_path / "shards", tmp_path / "run"
     assert run("prepare", "--data", data, "--out", shards, "--workers", "2") == 0
     said = capsys.readouterr().out
-    assert "recordings in _background_noise_ left out" in said and "20 clips" in said
+    assert "_background_noise_ is left out, files in it: 1" in said and "20 clips" in said
     assert read_data(shards).splits == read_data(data).splits
     assert run("train", "--data", shards, "--run", out, *SETTINGS) == 0
     assert "12 clips of 4 classes to train on, 4 to evaluate on" in capsys.readouterr().out
