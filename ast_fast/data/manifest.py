@@ -146,6 +146,7 @@ def collect(
     value_names: Sequence[str] = (),
     check_files: bool = False,
     leave_out_missing: bool = False,
+    need_labels: bool = True,
     notes: Sequence[str] = (),
 ) -> Manifest:
     """A manifest of rows, every one of them checked.
@@ -159,6 +160,7 @@ def collect(
         value_names: names of the numbers to predict; rows then hold values and need no label.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
+        need_labels: refuse clips without labels.
         notes: what the reader has to say.
 
     Raises:
@@ -186,7 +188,7 @@ def collect(
         text = tuple(labels)
         found = shared.get(text)
         if found is None:
-            if not labels and not value_names:
+            if not labels and need_labels and not value_names:
                 raise ManifestError(f"{_where(source, line)}: {path!r} has no label")
             unknown = [label for label in labels if known is not None and label not in known]
             if unknown:

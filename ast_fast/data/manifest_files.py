@@ -38,6 +38,7 @@ def read_manifest(
     values: Sequence[str] = (),
     check_files: bool = True,
     leave_out_missing: bool = False,
+    need_labels: bool = True,
 ) -> Manifest:
     """Read a manifest by its suffix: .csv, .jsonl, or .json as the original AST lists its data.
 
@@ -55,6 +56,7 @@ def read_manifest(
         values: columns of numbers to predict; labels are not read then.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
+        need_labels: refuse clips without labels; clips that are only to be labelled need none.
 
     Raises:
         ManifestError: with the line.
@@ -78,7 +80,7 @@ def read_manifest(
     if not values:
         named, values = _value_names(named)
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
-    rows = _rows(named, separator, tuple(values), within, path)
+    rows = _rows(named, separator, tuple(values), within, path, need_labels)
     return collect(
         rows,
         path,
@@ -88,6 +90,7 @@ def read_manifest(
         value_names=values,
         check_files=check_files,
         leave_out_missing=leave_out_missing,
+        need_labels=need_labels,
     )
 
 
@@ -135,7 +138,12 @@ def _json(raw: bytes, where: str) -> Any:
 
 
 def _rows(
-    named: _Named, separator: str, values: tuple[str, ...], within: str, source: Path
+    named: _Named,
+    separator: str,
+    values: tuple[str, ...],
+    within: str,
+    source: Path,
+    need_labels: bool,
 ) -> Iterator[Row]:
     parts: dict[str, tuple[str, ...]] = {}  # of label texts seen before
     for line, row in named:
@@ -148,6 +156,8 @@ def _rows(
                     labels = parts[text] = _parts(text, separator)
                 yield Row(line, path.removeprefix(within), labels)
                 continue
+        if not need_labels and isinstance(row, dict):
+            row = {"labels": [], **row}
         yield _row(row, separator, values, within, f"{source}, line {line}", line)
 
 

@@ -480,7 +480,7 @@ def test_clips_without_labels_are_refused_where_labels_are_wanted(tmp_path):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     assert len(ShardSet(tmp_path)) == 2  # to be tagged
-    with pytest.raises(ManifestError, match=r"'x\.tar': clip 0 has no label"):
+    with pytest.raises(ManifestError, match=r"x\.tar/a\.flac has no label"):
         read_data(tmp_path)
 
 
