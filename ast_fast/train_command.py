@@ -162,9 +162,8 @@ def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
         how = how.replace(layout="auto", split=None)
         held = read_data(Path(plan["eval_data"]), root, data.classes, table, how)
         parts = (data, held)
-    for part in parts:
-        for note in reading_notes(part):
-            say(f"  {note}")
+    for note in dict.fromkeys(note for part in parts for note in reading_notes(part)):
+        say(f"  {note}")
     return data, held
 
 

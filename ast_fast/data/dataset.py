@@ -169,7 +169,7 @@ class AudioDataset(Dataset[Any]):
         self.sample_rate_hz = self.audio.sample_rate_hz
         self.classes = manifest.classes
         self.labels = manifest.labels
-        self.values = manifest.values
+        self.values, self.splits = manifest.values, manifest.splits
         self.strict = strict
         self._cache: dict[int, Tensor] | None = {} if cache else None
 

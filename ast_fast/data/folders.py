@@ -116,7 +116,7 @@ def read_speech_commands(
         Row(0, path, [path.split("/", 1)[0]], split=held[path][0] if path in held else "train")
         for path in found
     )
-    notes = [f"{left_out} recordings in {_NOISE} left out"] if left_out else []
+    notes = [f"{_NOISE} is left out, files in it: {left_out}"] if left_out else []
     manifest = collect(rows, root, root, classes=classes, aliases=aliases, notes=notes)
     return manifest.with_missing(missing)
 

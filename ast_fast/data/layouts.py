@@ -6,6 +6,7 @@ prepared and checked.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,13 +35,17 @@ _HELD = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "tes
 _TABLE = "class_labels_indices.csv"
 
 
-def detect_layout(path: Path) -> Layout:
+Place = str | os.PathLike[str]
+
+
+def detect_layout(path: Place) -> Layout:
     """What lies at a path, by names and first bytes.
 
     Raises:
         FileNotFoundError: nothing does.
         ManifestError: nothing known.
     """
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist: expected a manifest or a folder")
     if path.is_file():
@@ -71,8 +76,8 @@ def detect_layout(path: Path) -> Layout:
 
 
 def read_data(
-    path: Path,
-    root: Path | None = None,
+    path: Place,
+    root: Place | None = None,
     classes: Sequence[str] | None = None,
     labels: LabelSet | None = None,
     how: DataConfig = AS_FOUND,
@@ -97,13 +102,14 @@ def read_data(
         FileNotFoundError: there is nothing at the path.
         ValueError: an option does not go with the layout.
     """
+    path, root = Path(path), None if root is None else Path(root)
     layout = detect_layout(path) if how.layout == "auto" else how.layout
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist: expected the layout {layout}")
     if layout == "manifest" and path.is_dir() and (path / MANIFEST).is_file():
         path = path / MANIFEST
     _check_options(layout, path, root, how)
-    beside = {"audioset": _TABLE, "manifest": CLASSES}.get(layout)
+    beside = {"audioset": _TABLE, "original": _TABLE, "manifest": CLASSES}.get(layout)
     if beside is not None and labels is None and classes is None:
         table = path.parent / beside
         labels = read_labels(table) if table.is_file() else None
@@ -158,7 +164,14 @@ def _read(
             root=root,
         )
     if layout == "shards":
-        return ShardSet(path, classes=classes, aliases=aliases)
+        shards = ShardSet(path, classes=classes, aliases=aliases)
+        bare = next((n for n, label in enumerate(shards.labels) if not label), None)
+        if shards.values is None and bare is not None:
+            raise ManifestError(
+                f"{path}: {shards.name(bare)} has no label: expected .json, .cls or .txt beside its "
+                "sound"
+            )
+        return shards
     return read_folder(path, classes=classes, aliases=aliases)
 
 
@@ -187,8 +200,8 @@ def _check_options(layout: Layout, path: Path, root: Path | None, how: DataConfi
 
 
 def read_parts(
-    path: Path,
-    root: Path | None = None,
+    path: Place,
+    root: Place | None = None,
     labels: LabelSet | None = None,
     how: DataConfig = AS_FOUND,
     *,
@@ -215,6 +228,7 @@ def read_parts(
     """
     if how.split is not None and how.fold is not None:
         raise ValueError(f"fold={how.fold} and split={how.split!r}: expected one of them")
+    path = Path(path)
     data = read_data(path, root, None, labels, how)
     if how.fold is not None:
         held = _part(data, path, str(how.fold))

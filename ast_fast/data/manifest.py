@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 
     line: int  # in the file; 0 for a folder
     path: str  # relative to the root, with forward slashes
-    labels: list[str]
+    labels: Sequence[str]
     key: str = ""  # an id that may occur once
     split: str = ""
     values: tuple[float, ...] = ()
@@ -145,6 +146,7 @@ def collect(
     value_names: Sequence[str] = (),
     check_files: bool = False,
     leave_out_missing: bool = False,
+    need_labels: bool = True,
     notes: Sequence[str] = (),
 ) -> Manifest:
     """A manifest of rows, every one of them checked.
@@ -158,6 +160,7 @@ def collect(
         value_names: names of the numbers to predict; rows then hold values and need no label.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
+        need_labels: refuse clips without labels.
         notes: what the reader has to say.
 
     Raises:
@@ -173,27 +176,36 @@ def collect(
     known = _known(classes, aliases)
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple per distinct label set
     for line, path, labels, key, split, numbers in rows:
-        where = f"{source}, line {line}" if line else str(source)
-        check_path(path, where)
-        if key and key in seen_ids:
-            raise ManifestError(f"{where}: id {key!r} was already on line {seen_ids[key]}")
+        # a million times: what is only said of errors is not made before there is one
+        if _SUSPECT(path) is not None:
+            check_path(path, _where(source, line))
         if key:
+            if key in seen_ids:
+                raise ManifestError(
+                    f"{_where(source, line)}: id {key!r} was already on line {seen_ids[key]}"
+                )
             seen_ids[key] = line
-        if not labels and not value_names:
-            raise ManifestError(f"{where}: {path!r} has no label")
-        unknown = [label for label in labels if known is not None and label not in known]
-        if unknown:
-            raise ManifestError(
-                f"{where}: label {unknown[0]!r} is not among the {len(classes or ())} classes"
-            )
-        if check_files and not _file_is_there(root, path, where):
+        text = tuple(labels)
+        found = shared.get(text)
+        if found is None:
+            if not labels and need_labels and not value_names:
+                raise ManifestError(f"{_where(source, line)}: {path!r} has no label")
+            unknown = [label for label in labels if known is not None and label not in known]
+            if unknown:
+                raise ManifestError(
+                    f"{_where(source, line)}: label {unknown[0]!r} is not among the "
+                    f"{len(classes or ())} classes"
+                )
+            found = shared[text] = tuple(dict.fromkeys(text))
+        if check_files and not _file_is_there(root, path, source, line):
             if not leave_out_missing:
-                raise ManifestError(f"{where}: there is no file {path!r} under {str(root)!r}")
+                raise ManifestError(
+                    f"{_where(source, line)}: there is no file {path!r} under {str(root)!r}"
+                )
             missing.append(path)
             continue
-        text = tuple(dict.fromkeys(labels))
         paths.append(path)
-        texts.append(shared.setdefault(text, text))
+        texts.append(found)
         lines.append(line)
         splits.append(split)
         if value_names:
@@ -203,17 +215,18 @@ def collect(
         raise ManifestError(f"{source}: holds no clips{gone}")
     if value_names:
         classes = value_names
-        found: list[tuple[int, ...]] = [()] * len(paths)
+        numbered: list[tuple[int, ...]] = [()] * len(paths)
     else:
+        distinct = set(texts)
         if known is None:
-            classes = sorted({label for text in shared for label in text})
+            classes = sorted({label for text in distinct for label in text})
             known = {name: index for index, name in enumerate(classes)}
-        indices = {text: tuple(dict.fromkeys(known[label] for label in text)) for text in shared}
-        found = [indices[text] for text in texts]
+        indices = {text: tuple(dict.fromkeys(known[label] for label in text)) for text in distinct}
+        numbered = [indices[text] for text in texts]
     return Manifest(
         root,
         paths,
-        found,
+        numbered,
         tuple(classes or ()),
         lines,
         str(source),
@@ -222,6 +235,14 @@ def collect(
         tuple(missing),
         tuple(notes),
     )
+
+
+# a path that is not plainly below the root; `check_path` says what is wrong with it, if anything is
+_SUSPECT = re.compile(r"\Z|[/~]|.:|\.\Z|.*(?:\\|\0|\.\.)", re.DOTALL).match
+
+
+def _where(source: Path, line: int) -> str:
+    return f"{source}, line {line}" if line else str(source)
 
 
 def _known(
@@ -258,13 +279,14 @@ def check_path(path: str, where: str) -> None:
         )
 
 
-def _file_is_there(root: Path, path: str, where: str) -> bool:
+def _file_is_there(root: Path, path: str, source: Path, line: int) -> bool:
     file = os.path.join(root, path)  # noqa: PTH118 - a million Path objects are slow
     if not os.path.exists(file):  # noqa: PTH110
         return False
     if not _inside(root, file):
         raise ManifestError(
-            f"{where}: {path!r} is a link that leaves the root {str(root)!r}; copy the file into it"
+            f"{_where(source, line)}: {path!r} is a link that leaves the root {str(root)!r}; copy the "
+            "file into it"
         )
     return True
 
@@ -302,7 +324,7 @@ def csv_cells(path: Path, *, skip_spaces: bool = False) -> Iterator[tuple[int, l
                 if not cells:
                     continue
                 # the csv module's own limit is larger and belongs to the whole process
-                if max(map(len, cells)) > MAX_FIELD_CHARS:
+                if len(max(cells, key=len)) > MAX_FIELD_CHARS:
                     raise ManifestError(
                         f"{path}, line {reader.line_num}: a field is longer than {MAX_FIELD_CHARS} "
                         "characters: is this a manifest?"
@@ -330,7 +352,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 f"{path}, line {line}: {len(cells)} fields: expected "
                 f"{len(header)} ({', '.join(header)})"
             )
-        yield line, dict(zip(header, cells, strict=True))
+        yield line, dict(zip(header, cells))  # noqa: B905 - as long as each other
 
 
 def check_size(path: Path) -> None:

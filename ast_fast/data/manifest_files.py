@@ -24,6 +24,7 @@ _ALIASES = {
     **{"wav": "path", "file": "path", "filename": "path"},
     **{"label": "labels", "key": "id", "fold": "split"},
 }
+_PLAIN, _PLAIN_CHARS = {"path", "label", "labels"}, 4096
 _Named = Iterator[tuple[int, Any]]  # line, and what stands there by name
 
 
@@ -37,6 +38,7 @@ def read_manifest(
     values: Sequence[str] = (),
     check_files: bool = True,
     leave_out_missing: bool = False,
+    need_labels: bool = True,
 ) -> Manifest:
     """Read a manifest by its suffix: .csv, .jsonl, or .json as the original AST lists its data.
 
@@ -54,6 +56,7 @@ def read_manifest(
         values: columns of numbers to predict; labels are not read then.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
+        need_labels: refuse clips without labels; clips that are only to be labelled need none.
 
     Raises:
         ManifestError: with the line.
@@ -77,10 +80,7 @@ def read_manifest(
     if not values:
         named, values = _value_names(named)
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
-    rows = (
-        _row(row, separator, tuple(values), within, f"{path}, line {line}", line)
-        for line, row in named
-    )
+    rows = _rows(named, separator, tuple(values), within, path, need_labels)
     return collect(
         rows,
         path,
@@ -90,6 +90,7 @@ def read_manifest(
         value_names=values,
         check_files=check_files,
         leave_out_missing=leave_out_missing,
+        need_labels=need_labels,
     )
 
 
@@ -108,13 +109,17 @@ def _read_jsonl(path: Path) -> _Named:
         for line, raw in enumerate(file, start=1):
             if line == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
+            if raw.isspace():
                 continue
             if len(raw) > 4 * MAX_FIELD_CHARS:
                 raise ManifestError(
                     f"{path}, line {line}: {len(raw)} bytes: expected at most {4 * MAX_FIELD_CHARS}"
                 )
-            yield line, _json(raw, f"{path}, line {line}")
+            try:
+                row = json.loads(raw.decode())  # bytes would be asked for their encoding
+            except (ValueError, RecursionError) as error:
+                raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
+            yield line, row
 
 
 def _read_original(path: Path) -> _Named:
@@ -130,6 +135,34 @@ def _json(raw: bytes, where: str) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
+
+
+def _rows(
+    named: _Named,
+    separator: str,
+    values: tuple[str, ...],
+    within: str,
+    source: Path,
+    need_labels: bool,
+) -> Iterator[Row]:
+    parts: dict[str, tuple[str, ...]] = {}  # of label texts seen before
+    for line, row in named:
+        # the plain form of a row, which sets of millions have, needs no copy of it
+        if not values and type(row) is dict and row.keys() <= _PLAIN:
+            path, text = row.get("path"), row.get("label", row.get("labels"))
+            if type(path) is str and type(text) is str and len(path) + len(text) <= _PLAIN_CHARS:
+                labels = parts.get(text)
+                if labels is None:
+                    labels = parts[text] = _parts(text, separator)
+                yield Row(line, path.removeprefix(within), labels)
+                continue
+        if not need_labels and isinstance(row, dict):
+            row = {"labels": [], **row}
+        yield _row(row, separator, values, within, f"{source}, line {line}", line)
+
+
+def _parts(text: str, separator: str) -> tuple[str, ...]:
+    return tuple(part for piece in text.split(separator) if (part := piece.strip()))
 
 
 def _row(
@@ -148,7 +181,7 @@ def _row(
             )
     labels = [] if values else found["labels"]
     if isinstance(labels, str):
-        labels = [part for text in labels.split(separator) if (part := text.strip())]
+        labels = list(_parts(labels, separator))
     path, key, split = found["path"], found.get("id") or "", found.get("split")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ManifestError(f"{where}: labels is {type(labels).__name__}: expected text")

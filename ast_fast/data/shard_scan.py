@@ -78,7 +78,8 @@ def _scan(
     if classes is None:
         numbers = sorted(label for label in everything if isinstance(label, int))
         texts = sorted(label for label in everything if isinstance(label, str))
-        places.update({label: place for place, label in enumerate([*numbers, *texts])})
+        places.update({label: place for place, label in enumerate(numbers)})
+        places.update({label: place for place, label in enumerate(texts, len(numbers))})
         classes = [str(label) for label in places]
     else:
         places.update({label: place for place, label in enumerate(classes)})

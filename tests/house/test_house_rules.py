@@ -45,7 +45,7 @@ FLOORS = (
     ),
     ("models",),
     ("equivalence",),
-    ("testing",),
+    ("testing", "sample_sets"),
     ("training", "recipes", "inference", "streaming", "integrations"),
     ("report", "plots", "saliency", "throughput", "demo"),
     (
