@@ -85,6 +85,7 @@ def read_manifest(
     aliases: Mapping[str, int] | None = None,
     label_separator: str | None = None,
     check_files: bool = True,
+    need_labels: bool = True,
 ) -> Manifest:
     """Read a manifest by its suffix: .csv, .jsonl, or .json as the original AST lists its data.
 
@@ -98,6 +99,7 @@ def read_manifest(
         aliases: further names of classes (such as AudioSet's mids), with their indices.
         label_separator: splits a text of labels; "," for the original's JSON, ";" otherwise.
         check_files: look for each file now rather than when it is read.
+        need_labels: refuse clips without labels; clips that are only to be labelled need none.
 
     Raises:
         ManifestError: with the line.
@@ -110,7 +112,7 @@ def read_manifest(
     size = path.stat().st_size
     if size > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{path}: {size} bytes: expected at most {MAX_MANIFEST_BYTES}")
-    readers: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    readers: dict[str, Callable[[Path, str, bool], Iterator[Row]]] = {
         ".csv": _read_csv,
         ".jsonl": _read_jsonl,
         ".json": _read_original,
@@ -119,7 +121,8 @@ def read_manifest(
     if suffix not in readers:
         raise ManifestError(f"{path}: suffix {suffix!r}: expected .csv, .jsonl or .json")
     separator = label_separator or ("," if suffix == ".json" else ";")
-    return _collect(readers[suffix](path, separator), path, root, classes, aliases, check_files)
+    rows = readers[suffix](path, separator, need_labels)
+    return _collect(rows, path, root, classes, aliases, check_files, need_labels)
 
 
 def read_folder(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> Manifest:
@@ -176,6 +179,7 @@ def _collect(
     classes: Sequence[str] | None,
     aliases: Mapping[str, int] | None,
     check_files: bool,
+    need_labels: bool = True,
 ) -> Manifest:
     paths: list[str] = []
     texts: list[tuple[str, ...]] = []
@@ -195,7 +199,7 @@ def _collect(
             raise ManifestError(f"{where}: id {key!r} was already on line {seen_ids[key]}")
         if key:
             seen_ids[key] = line
-        if not labels:
+        if not labels and need_labels:
             raise ManifestError(f"{where}: {path!r} has no label")
         unknown = [label for label in labels if known is not None and label not in known]
         if unknown:
@@ -280,12 +284,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ManifestError(f"{path}: is not UTF-8 text: {error}") from error
 
 
-def _read_csv(path: Path, separator: str) -> Iterator[Row]:
+def _read_csv(path: Path, separator: str, need_labels: bool) -> Iterator[Row]:
     for line, row in _csv_rows(path):
-        yield _row(row, separator, line, path)
+        yield _row(row, separator, line, path, need_labels)
 
 
-def _read_jsonl(path: Path, separator: str) -> Iterator[Row]:
+def _read_jsonl(path: Path, separator: str, need_labels: bool) -> Iterator[Row]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if line == 1:
@@ -296,16 +300,16 @@ def _read_jsonl(path: Path, separator: str) -> Iterator[Row]:
                 raise ManifestError(
                     f"{path}, line {line}: {len(raw)} bytes: expected at most {4 * MAX_FIELD_CHARS}"
                 )
-            yield _row(_json(raw, f"{path}, line {line}"), separator, line, path)
+            yield _row(_json(raw, f"{path}, line {line}"), separator, line, path, need_labels)
 
 
-def _read_original(path: Path, separator: str) -> Iterator[Row]:
+def _read_original(path: Path, separator: str, need_labels: bool) -> Iterator[Row]:
     content = _json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list):
         raise ManifestError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}')
     for number, row in enumerate(data, start=1):
-        yield _row(row, separator, number, path)
+        yield _row(row, separator, number, path, need_labels)
 
 
 def _json(raw: bytes, where: str) -> Any:
@@ -315,11 +319,13 @@ def _json(raw: bytes, where: str) -> Any:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
 
 
-def _row(row: Any, separator: str, line: int, source: Path) -> Row:
+def _row(row: Any, separator: str, line: int, source: Path, need_labels: bool) -> Row:
     where = f"{source}, line {line}"
     if not isinstance(row, dict):
         raise ManifestError(f"{where}: got {type(row).__name__}: expected path and labels by name")
     found = {_ALIASES.get(name, name): value for name, value in row.items()}
+    if not need_labels:
+        found.setdefault("labels", [])
     for name in ("path", "labels"):
         if name not in found:
             raise ManifestError(

@@ -11,6 +11,7 @@ counted with shard and key; their neighbours are read all the same.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -108,6 +109,20 @@ class ShardSet(Dataset[Any]):
         begin, end = self._bounds(index)
         block = Block(int(self._index.shard_of[index]), begin, end, index, 1)
         return next(self._read(block))
+
+    def name(self, index: int) -> str:
+        """Where the sound of a clip lies: path of the shard, then name in it (or byte, if damaged)."""
+        path = self._index.folder / self._index.shards[self._index.shard_of[index]]
+        begin, end = self._bounds(index)
+        with contextlib.suppress(OSError, ShardError), path.open("rb", buffering=0) as file:
+
+            def read_at(offset: int, count: int) -> bytes:
+                return os.pread(file.fileno(), count, offset)
+
+            for member in members(read_at, begin, end, repr(path.name)):
+                if member.kind == "s16" or f".{member.kind}" in SUFFIXES:
+                    return f"{path}/{member.name}"
+        return f"{path}, byte {begin}"
 
     def _bounds(self, index: int) -> tuple[int, int]:
         """The bytes of a clip in its shard."""
