@@ -21,6 +21,7 @@ GROUND = (
     "config",
     "audio",
     "audio_report",
+    "audio_spans",
     "attention_mask",
     "_optional",
     "_containers",
@@ -48,7 +49,7 @@ FLOORS = (
     ("testing",),
     ("training", "inference", "streaming", "integrations"),
     ("report", "plots", "saliency", "throughput", "demo"),
-    ("cli", "commands", "train_command", "listen_command", "__main__"),
+    ("cli", "commands", "train_command", "listen_command", "infer_command", "__main__"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

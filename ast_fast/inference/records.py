@@ -1,0 +1,126 @@
+"""Results on their way to disk: files that only grow, in which a torn end is known for one.
+
+A record is a line of JSON behind its checksum, then the bytes of its arrays. It is written by one call
+and counts when all of it is there; what a killed process left half written is passed over, and its clip
+is done again. Every process writes files of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SYNC_SECONDS = 5.0  # between flushes to the disk: what a power cut may cost
+_MAX_LINE = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """What is kept of a clip.
+
+    Attributes:
+        number: of the clip among the sources.
+        meta: plain values.
+        arrays: by name.
+    """
+
+    number: int
+    meta: dict[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+    def to_bytes(self) -> bytes:
+        """As it stands in a file."""
+        parts = [np.ascontiguousarray(array) for array in self.arrays.values()]
+        shapes = [
+            [name, part.dtype.str, part.shape]
+            for name, part in zip(self.arrays, parts, strict=True)
+        ]
+        line = json.dumps([self.number, self.meta, shapes], separators=(",", ":")).encode()
+        content = b"".join((line, b"\n", *(part.tobytes() for part in parts)))
+        return b"%08x " % zlib.crc32(content) + content
+
+
+class RecordWriter:
+    """A new file of records.
+
+    Args:
+        folder: where it is made, under a name that no other process has taken.
+        rank: of this process, for its name.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        for attempt in range(10**6):
+            self.path = folder / f"part-{rank:05d}-{attempt:05d}.records"
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                self._handle = os.open(self.path, flags, 0o644)
+                break
+            except FileExistsError:
+                continue
+        else:
+            raise OSError(f"{folder}: a million parts of rank {rank}: delete the folder")
+        flush_folder(folder)
+        self._synced = time.monotonic()
+
+    def write(self, record: Record) -> None:
+        """Append a record; it outlives this process from here on, and the machine a little later."""
+        view = memoryview(record.to_bytes())
+        while view:
+            view = view[os.write(self._handle, view) :]
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have the disk hold all of it."""
+        os.fsync(self._handle)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Have the disk hold all of it, and let go of the file."""
+        if self._handle >= 0:
+            self.sync()
+            os.close(self._handle)
+            self._handle = -1
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file, up to the first that is not whole."""
+    with path.open("rb") as file:
+        while True:
+            head = file.read(9)
+            line = file.readline(_MAX_LINE)
+            if len(head) < 9 or not line.endswith(b"\n"):
+                return
+            try:
+                checksum = int(head[:8], 16)
+                number, meta, shapes = json.loads(line)
+                arrays: dict[str, np.ndarray] = {}
+                total = zlib.crc32(line)
+                for name, kind, shape in shapes:
+                    dtype = np.dtype(kind)
+                    content = file.read(dtype.itemsize * math.prod(shape))
+                    total = zlib.crc32(content, total)
+                    arrays[name] = np.frombuffer(content, dtype).reshape(shape)
+            except (ValueError, TypeError):
+                return
+            if total != checksum:
+                return
+            yield Record(number, meta, arrays)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk hold the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
