@@ -54,9 +54,7 @@ class Span(NamedTuple):
     report: AudioReport
 
 
-def read_span(
-    path: str | os.PathLike[str], start: int, count: int, config: AudioConfig
-) -> Span:
+def read_span(path: str | os.PathLike[str], start: int, count: int, config: AudioConfig) -> Span:
     """Some samples of a file, at the rate that is asked for; from 0 and of a short file, all of it.
 
     A file of at most `count` samples, and one that does not tell its length, is what `load` gives.
@@ -88,7 +86,7 @@ def read_span(
 
 @contextlib.contextmanager
 def _decoder(handle: Any, size: int) -> Iterator[Any]:
-    """libsndfile's view of a file; None if it cannot open it: `load` then says why, or can."""
+    """Libsndfile's view of a file; None if it cannot open it: `load` then says why, or can."""
     soundfile = require_package("soundfile", "reading audio files", "audio")
     file = None
     if size:

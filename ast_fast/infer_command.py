@@ -158,7 +158,7 @@ def _run(
     summary = run_job(
         out,
         list(units_of(paths, root)),
-        lambda: engine,
+        engine,
         encode,
         make_writer,
         settings,

@@ -327,4 +327,3 @@ def _check_sources(sources: Any) -> None:
         raise TypeError(
             f"paths is {sources!r:.100}: expected several, as a list; write [path] for one"
         )
-

@@ -23,7 +23,7 @@ from ..frontend import log_mel_features
 from ..graphs import GraphedForward
 from .loading import Activation, class_probabilities
 from .outputs import ClipOutput, Failure, FrameGrid, Gathered, Pooling, Wanted
-from .reader import MAX_BYTES, Begin, End, Event, Failed, Window, WindowReader
+from .reader import MAX_BYTES, SPAN_SECONDS, Begin, End, Event, Failed, Window, WindowReader
 from .sources import Unit
 from .windows import WindowPlan
 
@@ -54,9 +54,7 @@ class WindowBatch:
         return WindowBatch(wave, lengths, self.marks)
 
 
-def collate_windows(
-    events: list[Event], allocate: Allocate | None = None
-) -> WindowBatch:
+def collate_windows(events: list[Event], allocate: Allocate | None = None) -> WindowBatch:
     """A batch of the windows among events: int16 if all are, float32 otherwise."""
     clips = [event.clip for event in events if isinstance(event, Window)]
     whole = bool(clips) and all(clip.dtype == torch.int16 for clip in clips)
@@ -113,6 +111,7 @@ class Engine:
         batch_size: windows a batch.
         num_workers: processes that read; 0 reads between batches.
         max_bytes: samples read ahead.
+        span_seconds: read at a time of a long file.
 
     Raises:
         ValueError: an argument is out of range.
@@ -130,6 +129,7 @@ class Engine:
         batch_size: int = 16,
         num_workers: int = 0,
         max_bytes: int = MAX_BYTES,
+        span_seconds: float = SPAN_SECONDS,
     ) -> None:
         if pooling not in ("mean", "max"):
             raise ValueError(f"pooling={pooling!r}: expected mean or max")
@@ -146,7 +146,7 @@ class Engine:
         # half the memory where a file holds 16 bits, and the same features to the bit
         self._audio = audio.replace(dtype="auto") if audio.dtype == "float32" else audio
         self._batch_size, self._num_workers = batch_size, num_workers
-        self._max_bytes = max_bytes
+        self._max_bytes, self._span_seconds = max_bytes, span_seconds
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._heads = Heads(model, wanted).eval()
@@ -165,6 +165,7 @@ class Engine:
             self._audio,
             num_workers=self._num_workers,
             max_bytes=self._max_bytes,
+            span_seconds=self._span_seconds,
         )
         # on a GPU one batch computes while the results of the one before are taken apart
         depth = 1 if self._device.type == "cuda" else 0
@@ -244,9 +245,7 @@ class Engine:
                 )
                 row += 1
 
-    def _parts(
-        self, outputs: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _parts(self, outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Probabilities [B, classes], over time [B, t, classes], and embeddings [B, C]."""
         if outputs is None:
             return None, None, None
@@ -259,7 +258,7 @@ class Engine:
         logits, over_time, embeddings = outputs.split(sizes, dim=1)
         return (
             class_probabilities(logits, self._activation) if wanted.scores else None,
-            class_probabilities(over_time.unflatten(1, config.grid[1:] + (-1,)), self._activation)
+            class_probabilities(over_time.unflatten(1, (*config.grid[1:], -1)), self._activation)
             if wanted.frames
             else None,
             embeddings if wanted.embedding else None,

@@ -67,7 +67,7 @@ class Summary:
 def run_job(
     out: Path,
     units: Sequence[Unit],
-    make_engine: Callable[[], Engine],
+    engine: Engine,
     encode: Callable[[ClipOutput], Record],
     make_writer: Callable[[Path], OutputWriter],
     settings: dict[str, Any],
@@ -81,7 +81,7 @@ def run_job(
     Args:
         out: the file that is to be.
         units: the clips, the same in every process and at every start.
-        make_engine: makes what runs them; called once it is known that there is work.
+        engine: runs them.
         encode: what is kept of a clip.
         make_writer: writes the final file at a path.
         settings: plain values; a job is only resumed with the same.
@@ -111,7 +111,7 @@ def run_job(
             for unit in units[ranks.rank :: ranks.world_size]
             if (kept := unit.without(_Flags(done))) is not None
         ]
-        audio_s = job.work(mine, make_engine, encode, ranks, progress)
+        audio_s = job.work(mine, engine, encode, ranks, progress)
         ranks.wait()
         failed = job.merge(make_writer) if ranks.rank == 0 else 0
         failed = ranks.from_first(failed)
@@ -246,7 +246,7 @@ class _Job:
     def work(
         self,
         units: list[Unit],
-        make_engine: Callable[[], Engine],
+        engine: Engine,
         encode: Callable[[ClipOutput], Record],
         ranks: Ranks,
         progress: bool,
@@ -255,7 +255,6 @@ class _Job:
         count = sum(len(unit.numbers) for unit in units)
         if not count:
             return 0.0
-        engine = make_engine()
         writer = RecordWriter(self.folder, ranks.rank)
         bar = Progress(count, title="clips", enabled=progress and ranks.rank == 0)
         pace = Pace(count)

@@ -121,7 +121,9 @@ class Gathered:
         """All of it."""
         begin, rate_hz = self.begin, plan.rate_hz
         begin.report.merge(end.report)
-        spans = [(s / rate_hz, plan.end(s, end.total) / rate_hz) for s in begin.starts[: self.count]]
+        spans = [
+            (s / rate_hz, plan.end(s, end.total) / rate_hz) for s in begin.starts[: self.count]
+        ]
         scores, embedding = self._scores, self._embedding
         if scores is not None and self._pooling == "mean":
             scores = scores / self.count

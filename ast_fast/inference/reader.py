@@ -9,7 +9,6 @@ read what: for each clip a `Begin`, its `Window`s, and an `End`; or a `Failed`, 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -235,11 +234,11 @@ class WindowReader:
         source, number = unit.memory, unit.numbers[0]
         if isinstance(source, Tensor):
             if source.dim() != 1 or not source.numel():
-                raise ValueError(
-                    f"source has shape {tuple(source.shape)}: expected a waveform [N]"
-                )
+                raise ValueError(f"source has shape {tuple(source.shape)}: expected a waveform [N]")
             name, wave, report = "<waveform>", source.detach().cpu(), AudioReport(clips=1)
-            wave = wave if wave.dtype.itemsize == 2 and not wave.is_floating_point() else wave.float()
+            wave = (
+                wave if wave.dtype.itemsize == 2 and not wave.is_floating_point() else wave.float()
+            )
         else:
             name = source_name(source)
             try:
@@ -282,9 +281,7 @@ class WindowReader:
         if self._pool is None:
             read: Any = SpanReader(self._audio, self._span)
             if self._num_workers:
-                self._pool = ProcessWorkers(
-                    read, self._num_workers, self._max_bytes, MAX_RESTARTS
-                )
+                self._pool = ProcessWorkers(read, self._num_workers, self._max_bytes, MAX_RESTARTS)
             else:
                 self._pool = InlineReader(read)
         return self._pool

@@ -1,6 +1,6 @@
 """Results on their way to disk: files that only grow, in which a torn end is known for one.
 
-A record is a line of JSON behind its checksum, then the bytes of its arrays. It is written by one call
+A record is a checksum, a length, a line of JSON, and the bytes of its arrays. It is written by one call
 and counts when all of it is there; what a killed process left half written is passed over, and its clip
 is done again. Every process writes files of its own.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 SYNC_SECONDS = 5.0  # between flushes to the disk: what a power cut may cost
-_MAX_LINE = 64 << 20
+_HEAD = 26  # checksum and length, in hexadecimal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +46,11 @@ class Record:
         ]
         line = json.dumps([self.number, self.meta, shapes], separators=(",", ":")).encode()
         content = b"".join((line, b"\n", *(part.tobytes() for part in parts)))
-        return b"%08x " % zlib.crc32(content) + content
+        return _head(zlib.crc32(content), len(content)) + content
+
+
+def _head(checksum: int, length: int) -> bytes:
+    return b"%08x %016x " % (checksum, length)
 
 
 class RecordWriter:
@@ -95,25 +99,27 @@ class RecordWriter:
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a file, up to the first that is not whole."""
     with path.open("rb") as file:
-        while True:
-            head = file.read(9)
-            line = file.readline(_MAX_LINE)
-            if len(head) < 9 or not line.endswith(b"\n"):
-                return
+        left = os.fstat(file.fileno()).st_size
+        while len(head := file.read(_HEAD)) == _HEAD:
+            left -= _HEAD
             try:
-                checksum = int(head[:8], 16)
-                number, meta, shapes = json.loads(line)
-                arrays: dict[str, np.ndarray] = {}
-                total = zlib.crc32(line)
-                for name, kind, shape in shapes:
-                    dtype = np.dtype(kind)
-                    content = file.read(dtype.itemsize * math.prod(shape))
-                    total = zlib.crc32(content, total)
-                    arrays[name] = np.frombuffer(content, dtype).reshape(shape)
-            except (ValueError, TypeError):
+                checksum, length = (int(text, 16) for text in head.split())
+            except ValueError:
                 return
-            if total != checksum:
+            if not 0 <= length <= left:
                 return
+            left -= length
+            content = file.read(length)
+            if zlib.crc32(content) != checksum or head != _head(checksum, length):
+                return
+            line, _, rest = content.partition(b"\n")
+            number, meta, shapes = json.loads(line)
+            arrays: dict[str, np.ndarray] = {}
+            place = 0
+            for name, kind, shape in shapes:
+                dtype, count = np.dtype(kind), math.prod(shape)
+                arrays[name] = np.frombuffer(rest, dtype, count, place).reshape(shape)
+                place += count * dtype.itemsize
             yield Record(number, meta, arrays)
 
 

@@ -78,7 +78,9 @@ def open_shards(path: str) -> ShardSet:
     return ShardSet(path)
 
 
-def units_of(sources: Iterable[AnySource], root: str | os.PathLike[str] | None = None) -> Iterator[Unit]:
+def units_of(
+    sources: Iterable[AnySource], root: str | os.PathLike[str] | None = None
+) -> Iterator[Unit]:
     """The units of sources in order, found as they are asked for.
 
     A folder stands for its shards and for all audio files in it, a .csv, .jsonl or .json file for

@@ -95,9 +95,7 @@ class JsonLines:
 class CsvTable:
     """Lines under a header; texts that a spreadsheet would take for formulas are quoted."""
 
-    def __init__(
-        self, path: Path, header: tuple[str, ...], lines: Callable[[Record], Any]
-    ) -> None:
+    def __init__(self, path: Path, header: tuple[str, ...], lines: Callable[[Record], Any]) -> None:
         self._file = path.open("w", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file)
         self._writer.writerow([safe_cell(cell) for cell in header])
