@@ -280,7 +280,7 @@ def test_a_job_is_not_begun_over_another_nor_resumed_as_another(tiny_model, clip
         writer = tag_writer(out, TagRows(NAMES, 2))
         run_job(out, units, engine, encode, writer, {"top_k": 2}, progress=False)
 
-    with pytest.raises(KeyboardInterrupt, match="4 of 12 clips.*--resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"4 of 12 clips.*--resume"):
         broken()
     with pytest.raises(JobError, match="unfinished run"):
         start(tiny_model, out, [clips])

@@ -49,7 +49,7 @@ def test_windows_overlap_by_the_hop_and_leave_nothing_out(tiny_model, hop):
             heard[start : plan.end(start, length)] = True
         assert heard.all()
         assert starts == sorted(set(starts)) and starts[0] == 0
-        assert all(b - a == hop for a, b in itertools.pairwise(starts))
+        assert {b - a for a, b in itertools.pairwise(starts[:-1])} <= {hop}
         # no window begins where the one before has heard everything
         assert len(starts) == 1 or starts[-2] + FULL < length
         if length > MOST:
