@@ -1,4 +1,5 @@
-"""The command `ast-fast`: demo, train, eval, tag, embed, listen, prepare, verify, bench, convert, doctor.
+"""The command `ast-fast`: demo, train, eval, report, compare, tag, embed, listen, prepare,
+verify, bench, convert, doctor.
 
 Only the arguments live here, so that `--help` answers without loading PyTorch; the work is in
 `commands`. A mistake of the user is one line on standard error and exit status 2; `--debug` shows
@@ -108,6 +109,48 @@ def evaluate(
     return commands.evaluate(
         data, model, root, labels, multi_label, batch_size, check, json, per_class, precision
     )
+
+
+def report(
+    run: Positional[Path],
+    eval_data: Path | None = None,
+    root: Path | None = None,
+    checkpoint: Literal["final", "best"] = "final",
+    out: Path | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> int:
+    """Write a page on a training run: curves, classes, confusion, calibration, worst clips, settings.
+
+    Args:
+        run: folder of the run.
+        eval_data: what to evaluate on: manifest, folder per class or shards (default: what the run did).
+        root: folder that the paths of a manifest start from.
+        checkpoint: the model after the last step, or that of the best evaluation.
+        out: the page (default: report.html in the run's folder).
+        batch_size: clips a batch.
+        num_workers: processes that read files.
+    """
+    from . import report_command
+
+    return report_command.report(run, eval_data, root, checkpoint, out, batch_size, num_workers)
+
+
+def compare(
+    runs: Positional[tuple[Path, ...]],
+    out: Path = Path("compare.html"),
+) -> int:
+    """Put training runs side by side: a table here, and a page with their curves.
+
+    Runs that differ in their seed alone count as one setting, with a confidence interval.
+
+    Args:
+        runs: folders of two runs or more.
+        out: the page.
+    """
+    from . import report_command
+
+    return report_command.compare(runs, out)
 
 
 def tag(
@@ -320,6 +363,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "train": train,
     "eval": evaluate,
+    "report": report,
+    "compare": compare,
     "tag": tag,
     "embed": embed,
     "listen": listen,

@@ -70,7 +70,7 @@ def train(
             "settings": settings.to_dict(),
         }
     settings = RunConfig.from_dict(plan["settings"])
-    train_data, held_data = _read_plan(plan, settings.train.seed)
+    train_data, held_data = read_plan(plan, settings.train.seed)
     torch.manual_seed(settings.train.seed)
     model, audio = _build(settings, train_data)
     trainer = Trainer(
@@ -103,7 +103,8 @@ def train(
     return 0
 
 
-def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
+def read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
+    """The clips that a run (its run.json) trains on, and those it is evaluated on."""
     root = plan["root"] and Path(plan["root"])
     table = read_labels(plan["labels"]) if plan["labels"] else None
     data = read_data(Path(plan["data"]), root, None, table)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..audio import AudioReport
-from ..data.dataset import ClipSet, max_samples
+from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from .logs import Progress
@@ -56,6 +57,7 @@ def evaluate(
     num_workers: int = 0,
     bfloat16: bool = False,
     progress: bool = False,
+    on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation:
     """Run a model (with `forward_waveform`) over a whole set and measure it.
 
@@ -67,6 +69,7 @@ def evaluate(
         num_workers: loader processes.
         bfloat16: run under autocast to bfloat16.
         progress: show a bar or lines.
+        on_batch: gets each batch and its logits [B, C], for what the figures do not tell.
 
     Raises:
         ValueError: no clip could be read.
@@ -93,6 +96,8 @@ def evaluate(
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model.forward_waveform(batch.wave, batch.lengths)
                 metrics.update(logits, batch.targets)
+                if on_batch is not None:
+                    on_batch(batch, logits)
             bar.step()
     finally:
         feeder.close()

@@ -48,8 +48,14 @@ FLOORS = (
     ("equivalence",),
     ("testing",),
     ("training", "inference", "streaming", "integrations"),
-    ("report", "plots", "saliency", "throughput", "demo"),
-    ("cli", "commands", "train_command", "listen_command", "infer_command", "__main__"),
+    (
+        *("report", "plots", "saliency", "throughput", "demo", "calibration"),
+        *("run_folder", "run_plots", "run_report", "run_compare"),
+    ),
+    (
+        *("cli", "commands", "train_command", "listen_command", "infer_command", "report_command"),
+        "__main__",
+    ),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
