@@ -50,11 +50,9 @@ def history(run: RunFolder) -> bytes:
         if best is not None:
             axis.axhline(best[str(judge)], color=GREY, ls="--", lw=1)
             axis.annotate(
-                f"best {best[str(judge)]:.4f} at step {best['step']}",
-                (1, best[str(judge)]),
-                (-2, -12),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
+                f"best: {best[str(judge)]:.4f} at step {best['step']}",
+                (0.98, 0.05),
+                xycoords="axes fraction",
                 ha="right",
                 color=GREY,
             )

@@ -242,7 +242,7 @@ def _worst(report: HtmlReport, model: Any, dataset: ClipSet, measured: Measured)
         batch = batch.to(next(model.parameters()).device)
         titles = [
             f"{number + 1}. {_short(clip_name(dataset, int(measured.indices[row])), 26)}\n"
-            f"{_short(_truth(dataset, measured, row), 26)}\nsaid {_short(_said(dataset, measured, row), 24)}"
+            f"is {_short(_truth(dataset, measured, row), 24)}\nsaid {_short(_said(dataset, measured, row), 24)}"
             for number, row in enumerate(shown)
         ]
         report.picture(
