@@ -34,6 +34,7 @@ from .audio import (
     source_name,
 )
 from .config import AudioConfig
+from .cpp import available, flac
 
 # soxr's filters are shorter at any ratio: in samples of the lower rate
 _MARGIN = 1024
@@ -73,7 +74,11 @@ def read_span(path: str | os.PathLike[str], start: int, count: int, config: Audi
     if rate_hz is None:
         raise ValueError("config.sample_rate_hz is None: expected the rate of the samples counted")
     name = source_name(path)
-    with _opened(path, name) as (handle, read_at, size), _decoder(handle, size) as file:
+    with _opened(path, name) as (handle, read_at, size), contextlib.ExitStack() as stack:
+        # a FLAC file tells its length in its first bytes: opening a decoder takes a while
+        info = flac.stream_info(read_at(0, flac.HEAD_BYTES)) if available() and not start else None
+        short = info is not None and 0 < _at_rate(info[1], info[0], rate_hz) <= count
+        file = None if short else stack.enter_context(_decoder(handle, size))
         if start or _total(file, rate_hz) > count:
             report = AudioReport(clips=0 if start else 1)
             missing = None if start else missing_audio(read_at, size)
@@ -105,8 +110,11 @@ def _total(file: Any, rate_hz: int) -> int:
     """Samples of the whole file at a rate; 0 if that cannot be told."""
     if file is None or not 0 < file.frames < _UNKNOWN_FRAMES or not file.samplerate:
         return 0
-    frames, own_hz = int(file.frames), int(file.samplerate)
-    # as many as soxr makes of them
+    return _at_rate(int(file.frames), int(file.samplerate), rate_hz)
+
+
+def _at_rate(frames: int, own_hz: int, rate_hz: int) -> int:
+    """As many samples as soxr makes of so many."""
     return frames if own_hz == rate_hz else (2 * frames * rate_hz + own_hz) // (2 * own_hz)
 
 

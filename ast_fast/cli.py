@@ -420,13 +420,13 @@ def is_user_error(error: Exception) -> bool:
         return True
     # these need PyTorch, which has been loaded if one of them was raised
     from .backend import BackendUnavailableError
+    from .data import LoaderError
     from .equivalence import EquivalenceError
     from .throughput import DisagreementError
     from .training import TrainingError
 
-    return isinstance(
-        error, (BackendUnavailableError, EquivalenceError, DisagreementError, TrainingError)
-    )
+    kinds = (EquivalenceError, DisagreementError, TrainingError, LoaderError)
+    return isinstance(error, (BackendUnavailableError, *kinds))
 
 
 def bench(arguments: Sequence[str]) -> int:

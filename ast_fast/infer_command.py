@@ -167,15 +167,17 @@ def _run(
     )
     if ranks.rank:
         return 0  # else torchrun would end the others before the files are whole
-    _say_summary(out, summary)
+    _say_summary(out, summary, ranks.world_size == 1)
     return 1 if summary.failed else 0
 
 
-def _say_summary(out: Path, summary: Summary) -> None:
+def _say_summary(out: Path, summary: Summary, alone: bool) -> None:
     done = summary.clips - summary.before
     pace = ""
     if done and summary.seconds:
-        pace = f" in {summary.seconds:.1f} s ({done / summary.seconds:.1f} clips/s)"
+        pace = f" in {summary.seconds:.1f} s: {done / summary.seconds:.1f} clips a second"
+        if alone:
+            pace += f", {summary.audio_s / summary.seconds:.0f} s of audio a second"
     say(f"{out}: {summary.clips - summary.failed} clips, {summary.before} done before{pace}")
     if summary.failed:
         say(f"{summary.failed} clips could not be read: {summary.errors}")

@@ -21,7 +21,7 @@ from ..data.dataset import Allocate
 from ..data.transfer import on_side_stream
 from ..frontend import log_mel_features
 from ..graphs import GraphedForward
-from .loading import Activation, class_probabilities
+from .loading import Activation, activate
 from .outputs import ClipOutput, Failure, FrameGrid, Gathered, Pooling, Wanted
 from .reader import MAX_BYTES, SPAN_SECONDS, Begin, End, Event, Failed, Window, WindowReader
 from .sources import Unit
@@ -73,29 +73,31 @@ def collate_windows(events: list[Event], allocate: Allocate | None = None) -> Wi
 class Heads(nn.Module):
     """A model as one function of features [B, S, F]: its outputs side by side, [B, K] in float32.
 
-    Logits, then logits over time, then the embedding: the mean of the prefix tokens after the final
-    norm, which is what the head reads.
+    Probabilities, then those over time, then the embedding: the mean of the prefix tokens after the
+    final norm, which is what the head reads.
     """
 
-    def __init__(self, model: Any, wanted: Wanted) -> None:
+    def __init__(self, model: Any, activation: Activation, wanted: Wanted) -> None:
         super().__init__()
-        self.model, self.wanted = model, wanted
+        self.model, self.activation, self.wanted = model, activation, wanted
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, K]."""
         model, wanted = self.model, self.wanted
         if not wanted.frames and not wanted.embedding:
-            return model(x).float()
+            return activate(model(x), self.activation)
         prefix = model.config.num_prefix_tokens
         tokens = model.forward_features(x) if wanted.frames else model.v(x, prefix_only=True)
         embedding = tokens[:, :prefix].mean(1)
-        parts = [model.mlp_head(embedding)] if wanted.scores else []
+        parts = []
+        if wanted.scores:
+            parts.append(activate(model.mlp_head(embedding), self.activation))
         if wanted.frames:
             patches = tokens[:, prefix:].unflatten(1, model.config.grid).mean(1)
-            parts.append(model.mlp_head(patches).flatten(1))
+            parts.append(activate(model.mlp_head(patches), self.activation).flatten(1))
         if wanted.embedding:
-            parts.append(embedding)
-        return torch.cat([part.float() for part in parts], dim=1)
+            parts.append(embedding.float())
+        return torch.cat(parts, dim=1)
 
 
 class Engine:
@@ -138,7 +140,7 @@ class Engine:
                 f"batch_size={batch_size}, num_workers={num_workers}, max_bytes={max_bytes}: "
                 "expected at least 1, 0 and 1"
             )
-        self.model, self._activation, self._wanted = model, activation, wanted
+        self.model, self._wanted = model, wanted
         self.front: LogMelConfig = model.frontend_config
         self.plan = WindowPlan.of(self.front, hop_s)
         self._pooling: Pooling = pooling
@@ -149,7 +151,7 @@ class Engine:
         self._max_bytes, self._span_seconds = max_bytes, span_seconds
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
-        self._heads = Heads(model, wanted).eval()
+        self._heads = Heads(model, activation, wanted).eval()
         graphed = self._device.type == "cuda"
         self._call: Callable[[Tensor], Tensor] = (
             GraphedForward(self._heads) if graphed else self._heads
@@ -255,12 +257,10 @@ class Engine:
             config.grid[1] * config.label_dim if wanted.frames else 0,
             config.embed_dim if wanted.embedding else 0,
         ]
-        logits, over_time, embeddings = outputs.split(sizes, dim=1)
+        scores, curves, embeddings = outputs.split(sizes, dim=1)
         return (
-            class_probabilities(logits, self._activation) if wanted.scores else None,
-            class_probabilities(over_time.unflatten(1, (*config.grid[1:], -1)), self._activation)
-            if wanted.frames
-            else None,
+            scores if wanted.scores else None,
+            curves.unflatten(1, (config.grid[1], -1)) if wanted.frames else None,
             embeddings if wanted.embedding else None,
         )
 

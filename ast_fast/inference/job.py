@@ -225,7 +225,7 @@ class _Job:
         self._lock = (self.folder / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise JobError(
                 f"{str(self.folder)!r}: another process is at this job: wait for it or end it"
             ) from error
@@ -286,8 +286,27 @@ class _Job:
         """Write the final files from the parts; gives how many clips failed."""
         partial = self.out.with_name(f".{self.out.name}.partial")
         errors = self.errors.with_name(f".{self.errors.name}.partial")
+        try:
+            failed = self._write(make_writer(partial), errors)
+        except BaseException:
+            for left in (partial, errors):
+                left.unlink(missing_ok=True)
+            raise
+        _flush(partial)
+        if failed:
+            _flush(errors)
+            errors.replace(self.errors)
+        else:
+            errors.unlink()
+            self.errors.unlink(missing_ok=True)
+        partial.replace(self.out)
+        flush_folder(self.out.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return failed
+
+    def _write(self, writer: OutputWriter, errors: Path) -> int:
+        """Give all records to a writer, in order, and list those that failed."""
         parts = [read_records(path) for path in self._parts()]
-        writer = make_writer(partial)
         failed, last, clips = 0, -1, 0
         with errors.open("w", encoding="utf-8") as file:
             for record in heapq.merge(*parts, key=lambda record: record.number):
@@ -304,16 +323,6 @@ class _Job:
             raise JobError(
                 f"{str(self.folder)!r} holds {clips} of {self.clips} clips: run it again to resume"
             )
-        _flush(partial)
-        if failed:
-            _flush(errors)
-            errors.replace(self.errors)
-        else:
-            errors.unlink()
-            self.errors.unlink(missing_ok=True)
-        partial.replace(self.out)
-        flush_folder(self.out.parent)
-        shutil.rmtree(self.folder, ignore_errors=True)
         return failed
 
     def errors_found(self) -> Path | None:

@@ -81,10 +81,15 @@ def resolve_activation(activation: Activation, model: Any) -> Activation:
     return "sigmoid" if known else "softmax"
 
 
-def class_probabilities(logits: Tensor, activation: Activation) -> Tensor:
-    """Probabilities [..., classes] on the CPU in float32; `activation` as `resolve_activation` gives it."""
-    logits = logits.float().cpu()
+def activate(logits: Tensor, activation: Activation) -> Tensor:
+    """Probabilities [..., classes] in float32; `activation` as `resolve_activation` gives it."""
+    logits = logits.float()
     return logits.softmax(-1) if activation == "softmax" else logits.sigmoid()
+
+
+def class_probabilities(logits: Tensor, activation: Activation) -> Tensor:
+    """What `activate` gives, on the CPU."""
+    return activate(logits.float().cpu(), activation)
 
 
 def best_labels(

@@ -76,10 +76,20 @@ class RecordWriter:
         self._synced = time.monotonic()
 
     def write(self, record: Record) -> None:
-        """Append a record; it outlives this process from here on, and the machine a little later."""
+        """Append a record; it outlives this process from here on, and the machine a little later.
+
+        Raises:
+            OSError: the disk is full, or not to be written to.
+        """
         view = memoryview(record.to_bytes())
-        while view:
-            view = view[os.write(self._handle, view) :]
+        try:
+            while view:
+                view = view[os.write(self._handle, view) :]
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: cannot be written: {error.strerror}; what was done before is kept: make "
+                "room, and go on with --resume"
+            ) from error
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 

@@ -96,7 +96,8 @@ class CsvTable:
     """Lines under a header; texts that a spreadsheet would take for formulas are quoted."""
 
     def __init__(self, path: Path, header: tuple[str, ...], lines: Callable[[Record], Any]) -> None:
-        self._file = path.open("w", encoding="utf-8", newline="")
+        # file names need not be text
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
         self._writer = csv.writer(self._file)
         self._writer.writerow([safe_cell(cell) for cell in header])
         self._lines = lines
@@ -127,7 +128,10 @@ class Parquet:
 
     def add(self, record: Record) -> None:
         """The next clip."""
-        self._waiting += self._rows(record)
+        for row in self._rows(record):
+            # Parquet holds text, which a file name need not be
+            name = row["file"].encode("utf-8", "backslashreplace").decode()
+            self._waiting.append({**row, "file": name})
         if len(self._waiting) >= _ROWS_A_GROUP:
             self._flush()
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -307,6 +308,53 @@ def test_two_processes_at_one_job_are_told_apart(tiny_model, clips, tmp_path):
     os.waitpid(child, 0)
     start(tiny_model, out, [clips], resume=True)
     assert len(rows_of(out)) == 10
+
+
+def test_ctrl_c_says_how_to_go_on(model_folder, clips, tmp_path, capfd):
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "many.txt").write_text(f"{clips}/09.flac\n" * 3000)
+    arguments = ["tag", str(tmp_path / "many.txt"), "--model", str(model_folder), "--out", str(out)]
+    child = in_child(lambda: os._exit(cli.main([*arguments, "--num-workers", "1", "--resume"])))
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size for p in tmp_path.glob("out.jsonl.parts/part-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 130
+    said = capfd.readouterr().err
+    assert re.search(r"interrupted after \d+ of 3000 clips; .*--resume", said), said
+    assert "Traceback" not in said and not out.exists()
+
+
+def test_a_full_disk_is_said_and_what_was_done_is_kept(tiny_model, clips, tmp_path):
+    out = tmp_path / "out.jsonl"
+
+    def limited():
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        with pytest.raises(OSError, match=r"cannot be written: File too large.*--resume"):
+            start(tiny_model, out, [clips])
+
+    assert os.waitpid(in_child(limited), 0)[1] == 0
+    summary = start(tiny_model, out, [clips], resume=True)
+    assert 0 < summary.before < 12 and len(rows_of(out)) == 10
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_file_names_need_not_be_text(tiny_model, clips, tmp_path, suffix):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in (b"\xff.wav", "\u00e4 \n b.wav".encode()):
+        (folder / os.fsdecode(name)).write_bytes((clips / "02.wav").read_bytes())
+    engine, rows = Engine(tiny_model, "softmax", Wanted(scores=True)), TagRows(NAMES, 2)
+    out = tmp_path / f"out.{suffix}"
+    units, writer = list(units_of([folder])), tag_writer(out, rows)
+    summary = run_job(out, units, engine, rows.encode, writer, {}, progress=False)
+    assert summary.clips == 2 and summary.failed == 0
+    text = out.read_bytes()
+    assert (b"udcff" in text) if suffix != "parquet" else text.startswith(b"PAR1")
 
 
 def free_port():
