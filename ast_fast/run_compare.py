@@ -208,7 +208,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     )
     if comparison.different:
         report.table(*setting_table(comparison))
-    return report.write(out)
+    return report.write(out, f"{out.stem}_plots")
 
 
 def table_text(table: Table) -> str:

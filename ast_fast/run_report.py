@@ -105,7 +105,7 @@ def write_run_report(
 
     Args:
         run: the run.
-        out: the page; pictures are put in `plots/` beside it.
+        out: the page; pictures are put beside it, in `plots/` or PAGE_plots/.
         model: the model that was measured.
         dataset: what it was measured on.
         measured: what came out; without it the page has the curves and settings alone.
@@ -132,7 +132,8 @@ def write_run_report(
     report.section("Settings")
     rows = [(name, _text(value)) for name, value in sorted(run.settings.items())]
     report.table(("setting", "value"), rows)
-    return report.write(out)
+    # of another page in the same folder, the pictures are others
+    return report.write(out, "plots" if out.name == "report.html" else f"{out.stem}_plots")
 
 
 def _cards(report: HtmlReport, run: RunFolder, measured: Measured | None) -> None:

@@ -60,8 +60,8 @@ def place(tmp_path_factory):
     return root
 
 
-def picture(folder, name):
-    image = Image.open(folder / "plots" / f"{name}.png").convert("L")
+def picture(folder, name, plots="plots"):
+    image = Image.open(folder / plots / f"{name}.png").convert("L")
     assert image.width > 400 and image.height > 200
     low, high = image.getextrema()
     assert high == 255 and low < 100, name
@@ -89,7 +89,7 @@ def test_several_labels_have_average_precision_and_no_confusion(place):
     assert run("report", place / "several", "--out", out, "--checkpoint", "best") == 0
     page = out.read_text()
     assert "Average precision of each class" in page and "What it confuses" not in page
-    picture(out.parent, "classes")
+    picture(out.parent, "classes", "several_plots")
     assert "all classes of all clips" not in page  # it is in the picture
     assert "mean average precision" in page
 
@@ -171,7 +171,7 @@ def test_runs_that_differ_in_their_seed_are_one_setting(place, tmp_path, capsys)
     said = capsys.readouterr().out
     assert "settings that differ" in said and "over seeds" in said and "slow" in said
     for name in ("curves", "final_accuracy"):
-        picture(tmp_path, name)
+        picture(tmp_path, name, "compare_plots")
     assert "95 % confidence interval" in out.read_text()
 
 
