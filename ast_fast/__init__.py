@@ -25,6 +25,7 @@ _HOMES = {
     "StreamingTagger": "streaming",
     "check_equivalence": "equivalence",
     "create_model": "models.registry",
+    "embed": "inference",
     "list_models": "models.registry",
     "optimize_for_inference": "optimized",
     "predict": "inference",
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     from .backend import use_backend
     from .equivalence import check_equivalence
     from .frontend import MFCC, LogMel
-    from .inference import predict, tag
+    from .inference import embed, predict, tag
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
     from .optimized import optimize_for_inference
@@ -94,6 +95,7 @@ __all__ = [
     "config",
     "create_model",
     "data",
+    "embed",
     "equivalence",
     "frontend",
     "hub",

@@ -292,13 +292,7 @@ def _decode_flac(
 def _read(
     file: Any, name: str, config: AudioConfig, report: AudioReport
 ) -> tuple[np.ndarray, int, str]:
-    rate_hz, channels, promised = int(file.samplerate), int(file.channels), int(file.frames)
-    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
-        raise AudioDecodeError(
-            name, f"the header claims {rate_hz} Hz: expected {MIN_RATE_HZ} to {MAX_RATE_HZ}"
-        )
-    if not 1 <= channels <= _MAX_CHANNELS:
-        raise AudioDecodeError(name, f"has {channels} channels: expected 1 to {_MAX_CHANNELS}")
+    (rate_hz, channels), promised = _check_header(file, name), int(file.frames)
     whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
     blocks, total = [], 0
@@ -316,6 +310,18 @@ def _read(
     if total < promised < 1 << 40:  # beyond: unknown length
         _truncated(name, f"the header promises {promised} samples, {total} decode", config, report)
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks)), rate_hz, str(file.subtype)
+
+
+def _check_header(file: Any, name: str) -> tuple[int, int]:
+    """Rate and channels, if they can be true."""
+    rate_hz, channels = int(file.samplerate), int(file.channels)
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise AudioDecodeError(
+            name, f"the header claims {rate_hz} Hz: expected {MIN_RATE_HZ} to {MAX_RATE_HZ}"
+        )
+    if not 1 <= channels <= _MAX_CHANNELS:
+        raise AudioDecodeError(name, f"has {channels} channels: expected 1 to {_MAX_CHANNELS}")
+    return rate_hz, channels
 
 
 def _check_limits(name: str, frames: int, channels: int, rate_hz: int, config: AudioConfig) -> None:

@@ -1,4 +1,5 @@
-"""The command `ast-fast`: demo, train, eval, tag, listen, prepare, verify, bench, convert, doctor.
+"""The command `ast-fast`: demo, train, eval, report, compare, tag, embed, listen, prepare,
+verify, bench, convert, doctor.
 
 Only the arguments live here, so that `--help` answers without loading PyTorch; the work is in
 `commands`. A mistake of the user is one line on standard error and exit status 2; `--debug` shows
@@ -170,37 +171,138 @@ def average(models: Positional[tuple[str, ...]], out: Path) -> int:
     return ensemble_command.average(models, out)
 
 
+def report(
+    run: Positional[Path],
+    eval_data: Path | None = None,
+    root: Path | None = None,
+    checkpoint: Literal["final", "best"] = "final",
+    out: Path | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> int:
+    """Write a page on a training run: curves, classes, confusion, calibration, worst clips, settings.
+
+    Args:
+        run: folder of the run.
+        eval_data: what to evaluate on: manifest, folder per class or shards (default: what the run did).
+        root: folder that the paths of a manifest start from.
+        checkpoint: the model after the last step, or that of the best evaluation.
+        out: the page (default: report.html in the run's folder).
+        batch_size: clips a batch.
+        num_workers: processes that read files.
+    """
+    from . import report_command
+
+    return report_command.report(run, eval_data, root, checkpoint, out, batch_size, num_workers)
+
+
+def compare(
+    runs: Positional[tuple[Path, ...]],
+    out: Path = Path("compare.html"),
+) -> int:
+    """Put training runs side by side: a table here, and a page with their curves.
+
+    Runs that differ in their seed alone count as one setting, with a confidence interval.
+
+    Args:
+        runs: folders of two runs or more.
+        out: the page.
+    """
+    from . import report_command
+
+    return report_command.compare(runs, out)
+
+
 def tag(
     paths: Positional[tuple[Path, ...]],
     model: str,
+    out: Path | None = None,
     top_k: int = 5,
+    all_: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    windows: bool = False,
+    frames: bool = False,
+    hop: float | None = None,
+    pooling: Literal["mean", "max"] = "mean",
     labels: Path | None = None,
     activation: Literal["auto", "softmax", "sigmoid"] = "auto",
+    root: Path | None = None,
     keep_truncated: bool = False,
     batch_size: int = 16,
+    num_workers: int = 0,
     json: bool = False,
     precision: Literal["exact", "bf16", "int8"] = "exact",
+    resume: bool = False,
 ) -> int:
-    """Print the most probable labels of files, and of all audio files in folders.
+    """Label clips of any length: files, folders, manifests, lists of paths (.txt), tar shards.
 
-    Bad files are reported and skipped; the exit status is then 1.
+    Without --out the labels are printed; with it they go to a file, which appears when it is whole. A job
+    that was stopped, or killed, goes on with the same command and --resume. Several processes share the
+    work under torchrun. Bad files are reported and skipped; the exit status is then 1.
 
     Args:
-        paths: files and folders.
+        paths: files, folders, manifests (.csv, .jsonl, .json), lists (.txt) and shards (.tar).
         model: pretrained directory, file or hub id.
-        top_k: labels a file.
+        out: write the results here: .jsonl, .csv or .parquet; files that fail go to OUT.errors.jsonl.
+        top_k: labels a clip.
+        all_: all labels rather than the top ones.
+        windows: labels of each window of a clip, too.
+        frames: scores over time, too, of the labels given.
+        hop: seconds from one window to the next (default: they follow one another).
+        pooling: how the scores of a clip's windows become the clip's.
         labels: class_labels_indices.csv or a list of names; default: the model's own.
         activation: sigmoid for several labels a clip, softmax for one; auto takes what the model was
             trained for, else sigmoid for 527 classes.
+        root: folder that the paths of manifests and lists start from (default: theirs).
         keep_truncated: use what there is of truncated files.
-        batch_size: clips run at a time.
+        batch_size: windows run at a time.
+        num_workers: processes that read files.
         json: print one JSON object a file instead of text.
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
+        resume: go on with an unfinished --out.
     """
-    from . import commands
+    from . import infer_command
 
-    return commands.tag(
-        *(paths, model, top_k, labels, activation, keep_truncated, batch_size, json, precision)
+    return infer_command.tag(
+        *(paths, model, out, top_k, all_, windows, frames, hop, pooling, labels, activation, root),
+        *(keep_truncated, batch_size, num_workers, json, precision, resume),
+    )
+
+
+def embed(
+    paths: Positional[tuple[Path, ...]],
+    model: str,
+    out: Path,
+    windows: bool = False,
+    hop: float | None = None,
+    root: Path | None = None,
+    keep_truncated: bool = False,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    precision: Literal["exact", "bf16", "int8"] = "exact",
+    resume: bool = False,
+) -> int:
+    """Write clips of any length as vectors: the mean of the prefix tokens after the final norm.
+
+    Sources, resuming, torchrun and bad files are as for `ast-fast tag`.
+
+    Args:
+        paths: files, folders, manifests (.csv, .jsonl, .json), lists (.txt) and shards (.tar).
+        model: pretrained directory, file or hub id.
+        out: write the vectors here: .npy (with OUT.index.csv), .parquet, .jsonl or .csv.
+        windows: a vector for each window rather than their mean for each clip.
+        hop: seconds from one window to the next (default: they follow one another).
+        root: folder that the paths of manifests and lists start from (default: theirs).
+        keep_truncated: use what there is of truncated files.
+        batch_size: windows run at a time.
+        num_workers: processes that read files.
+        precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
+        resume: go on with an unfinished --out.
+    """
+    from . import infer_command
+
+    return infer_command.embed(
+        *(paths, model, out, windows, hop, root, keep_truncated, batch_size, num_workers),
+        *(precision, resume),
     )
 
 
@@ -344,7 +446,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": evaluate,
     "ensemble": ensemble,
     "average": average,
+    "report": report,
+    "compare": compare,
     "tag": tag,
+    "embed": embed,
     "listen": listen,
     "prepare": prepare,
     "verify": verify,
@@ -401,13 +506,13 @@ def is_user_error(error: Exception) -> bool:
         return True
     # these need PyTorch, which has been loaded if one of them was raised
     from .backend import BackendUnavailableError
+    from .data import LoaderError
     from .equivalence import EquivalenceError
     from .throughput import DisagreementError
     from .training import TrainingError
 
-    return isinstance(
-        error, (BackendUnavailableError, EquivalenceError, DisagreementError, TrainingError)
-    )
+    kinds = (EquivalenceError, DisagreementError, TrainingError, LoaderError)
+    return isinstance(error, (BackendUnavailableError, *kinds))
 
 
 def bench(arguments: Sequence[str]) -> int:

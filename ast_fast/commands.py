@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,11 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, backend, hub
-from .audio import AudioReport
 from .config import AudioConfig, DataConfig, ModelConfig, MonitorConfig
 from .data import ClipSet, Collate, class_counts, dataset_of, read_data, reading_notes
 from .data.manifest import safe_cell
 from .frontend import log_mel_features
-from .inference import Activation, Failure, class_names, load_for_inference
-from .inference import tag as tag_files
+from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
 from .optimized import Precision
@@ -137,66 +134,6 @@ def _check(model: ASTModel, dataset: ClipSet) -> dict[str, Any] | None:
         f"{row.logits[1]:.1e} (budget {row.logits_budget[1]:.1e})"
     )
     return row.to_dict()
-
-
-def tag(
-    paths: Sequence[Path],
-    model: str,
-    top_k: int,
-    labels: Path | None,
-    activation: Activation,
-    keep_truncated: bool,
-    batch_size: int,
-    as_json: bool,
-    precision: Precision,
-) -> int:
-    """See `cli.tag`."""
-    if not paths:
-        raise ValueError("no files were named: expected audio files or folders")
-    network = load_for_inference(model, precision)
-    names = read_labels(labels, network.config.label_dim).names if labels else None
-    audio = AudioConfig(truncated="keep" if keep_truncated else "error")
-    report, tagged = AudioReport(), 0
-    for result in tag_files(
-        paths,
-        network,
-        top_k=top_k,
-        labels=names,
-        activation=activation,
-        audio=audio,
-        batch_size=batch_size,
-    ):
-        if isinstance(result, Failure):
-            report.skip(result.error)
-            print(f"ast-fast: skipped {result.error}", file=sys.stderr, flush=True)
-            if as_json:
-                print(json.dumps({"file": result.path, "error": result.error.reason}))
-            continue
-        tagged += 1
-        report.merge(result.report)
-        if as_json:
-            found = [{"label": name, "score": score} for name, score in result.labels]
-            print(
-                json.dumps(
-                    {
-                        "file": result.path,
-                        "labels": found,
-                        "windows": result.windows,
-                        "notes": result.report.notes,
-                    }
-                )
-            )
-            continue
-        print(result.source + (f" ({result.windows} windows)" if result.windows > 1 else ""))
-        for name, score in result.labels:
-            print(f"  {score:8.4f}  {name}")
-        for note in result.report.notes:
-            print(f"  note: {note}")
-    if not tagged and not report.num_skipped:
-        raise ValueError("no audio files were found in the folders named")
-    if report.changes():
-        print(f"files: {report.summary()}", file=sys.stderr)
-    return 1 if report.num_skipped else 0
 
 
 def verify(

@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import __version__, backend, plots
 from .config import AugmentConfig, LogMelConfig, MonitorConfig, TrainConfig
 from .data.dataset import Collate, WaveformDataset
 from .data.syllables import SAMPLE_RATE_HZ, tone_datasets
-from .frontend import LogMel, log_mel_features
+from .frontend import LogMel
 from .inference import Failure, Prediction, tag
 from .models.registry import create_model
-from .reference.mel import mel_filters, mel_sizes
 from .report import HtmlReport
-from .saliency import attention_rollout, spread_patches
+from .saliency import attention_picture
 from .throughput import compare_throughput
 from .training import Trainer
 from .training.evaluation import Evaluation
@@ -223,30 +221,8 @@ def _pictures_of_attention(model: Any, test: WaveformDataset) -> bytes:
     chosen = [test.labels.index((tone,)) for tone in range(len(test.classes))]
     batch = Collate(len(test.classes))([test[index] for index in chosen])
     batch = batch.to(next(model.parameters()).device)
-    front = model.frontend_config
-    features = log_mel_features(batch.wave, front, batch.lengths)
-    weights = spread_patches(attention_rollout(model, features), model)
-    energies = (features * (2.0 * front.std) + front.mean).cpu()
-    sizes = mel_sizes(**front.framing)
-    lengths = [min(sizes.num_frames(int(n)), features.shape[1]) for n in batch.lengths]
-    longest = min(features.shape[1], max(lengths) + 2)
-    return plots.attention_overlays(
-        energies[:, :longest].transpose(1, 2),
-        weights[:, :, :longest],
-        [test.classes[test.labels[index][0]].replace(" (", "\n(") for index in chosen],
-        front.hop_ms / 1000.0,
-        _centres_hz(front),
-        lengths,
-    )
-
-
-def _centres_hz(front: LogMelConfig) -> list[float]:
-    """Where each mel filter peaks, in Hz."""
-    n_fft = 1 << 14  # fine enough that every filter has a peak
-    filters: Tensor = mel_filters(
-        front.num_mel_bins, n_fft, front.sample_rate_hz, front.low_freq_hz, front.high_freq_hz
-    )
-    return [float(index) * front.sample_rate_hz / n_fft for index in filters.argmax(1)]
+    titles = [test.classes[test.labels[index][0]].replace(" (", "\n(") for index in chosen]
+    return attention_picture(model, batch.wave, batch.lengths, titles)
 
 
 def _write_report(

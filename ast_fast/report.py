@@ -68,10 +68,10 @@ class HtmlReport:
             f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
-    def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page, and the pictures into `plots/` beside it."""
+    def write(self, path: str | os.PathLike[str], plots: str = "plots") -> Path:
+        """Write the page, and the pictures into a folder beside it."""
         path = Path(path)
-        folder = path.parent / "plots"
+        folder = path.parent / plots
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in self._pictures.items():
             (folder / f"{name}.png").write_bytes(png)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import plots
+from .config import LogMelConfig
+from .frontend import log_mel_features
+from .reference.mel import mel_filters, mel_sizes
 
 
 @torch.no_grad()
@@ -50,3 +56,47 @@ def spread_patches(values: Tensor, model: Any) -> Tensor:
             canvas[(slice(None), *place)] += values[:, row, column].cpu()[:, None, None]
             count[place] += 1
     return canvas / count.clamp(min=1)
+
+
+@torch.no_grad()
+def attention_picture(
+    model: Any,
+    wave: Tensor,  # [B, N]
+    lengths: Tensor,  # [B]
+    titles: Sequence[str],
+) -> bytes:
+    """Spectrograms of a few clips, and where the model looked, as PNG.
+
+    Args:
+        model: an `ASTModel`.
+        wave: [B, N], on the model's device.
+        lengths: [B] samples.
+        titles: one a clip.
+    """
+    front: LogMelConfig = model.frontend_config
+    features = log_mel_features(wave, front, lengths)
+    inputs = features.to(next(model.parameters()).dtype)
+    # clip by clip: the maps of a long input take much memory
+    rollouts = [attention_rollout(model, clip[None]) for clip in inputs]
+    weights = spread_patches(torch.cat(rollouts), model)
+    energies = (features * (2.0 * front.std) + front.mean).cpu()
+    sizes = mel_sizes(**front.framing)
+    frames = [min(sizes.num_frames(int(n)), features.shape[1]) for n in lengths]
+    longest = min(features.shape[1], max(frames) + 2)
+    return plots.attention_overlays(
+        energies[:, :longest].transpose(1, 2),
+        weights[:, :, :longest],
+        titles,
+        sizes.hop_samples / front.sample_rate_hz,
+        _centres_hz(front),
+        frames,
+    )
+
+
+def _centres_hz(front: LogMelConfig) -> list[float]:
+    """Where each mel filter peaks, in Hz."""
+    n_fft = 1 << 14  # fine enough that every filter has a peak
+    filters: Tensor = mel_filters(
+        front.num_mel_bins, n_fft, front.sample_rate_hz, front.low_freq_hz, front.high_freq_hz
+    )
+    return [float(index) * front.sample_rate_hz / n_fft for index in filters.argmax(1)]

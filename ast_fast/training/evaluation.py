@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..audio import AudioReport
 from ..config import Task
-from ..data.dataset import ClipSet, max_samples
+from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from .logs import Progress
@@ -65,6 +66,7 @@ def evaluate(
     progress: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation:
     """Run a model (with `forward_waveform`) over a whole set and measure it.
 
@@ -80,6 +82,7 @@ def evaluate(
         progress: show a bar or lines.
         rank: of this process; each evaluates its share, and all get the figures of the whole.
         world_size: processes of the default group of torch.distributed.
+        on_batch: gets each batch and its logits [B, C], for what the figures do not tell.
 
     Raises:
         ValueError: no clip could be read.
@@ -107,6 +110,8 @@ def evaluate(
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     logits = model.forward_waveform(batch.wave, batch.lengths)
                 parts.append((batch.indices, logits.float().cpu(), batch.targets.cpu()))
+                if on_batch is not None:
+                    on_batch(batch, logits)
             bar.step()
     finally:
         feeder.close()

@@ -158,7 +158,7 @@ def test_evaluation_and_tagging_in_other_precisions(place, capsys, tmp_path, pre
 
 
 def test_a_precision_that_is_not_to_be_had_is_refused_by_name(place, capsys, monkeypatch):
-    monkeypatch.setattr(inference, "why_not", lambda precision: "this CPU has no VNNI")
+    monkeypatch.setattr(inference.loading, "why_not", lambda precision: "this CPU has no VNNI")
     monkeypatch.setattr(optimized, "why_not", lambda precision: "this CPU has no VNNI")
     clip, model = place / "data" / "low" / "00.wav", place / "run" / "model"
     if not torch.cuda.is_available():

@@ -21,6 +21,7 @@ GROUND = (
     "config",
     "audio",
     "audio_report",
+    "audio_spans",
     "attention_mask",
     "_optional",
     "_containers",
@@ -47,14 +48,13 @@ FLOORS = (
     ("equivalence",),
     ("testing", "sample_sets"),
     ("training", "recipes", "inference", "streaming", "integrations"),
-    ("report", "plots", "saliency", "throughput", "demo"),
     (
-        "cli",
-        "commands",
-        "ensemble_command",
-        "train_command",
-        "listen_command",
-        "prepare_command",
+        *("report", "plots", "saliency", "throughput", "demo", "calibration"),
+        *("run_folder", "run_plots", "run_report", "run_compare"),
+    ),
+    (
+        *("cli", "commands", "train_command", "ensemble_command", "infer_command"),
+        *("listen_command", "prepare_command", "report_command"),
         "__main__",
     ),
 )

@@ -1,0 +1,95 @@
+"""What `ast-fast report` and `ast-fast compare` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import DataConfig
+from .data import ClipSet, dataset_of, read_data
+from .inference import load_for_inference
+from .run_compare import (
+    compare_runs,
+    figure_table,
+    seed_table,
+    setting_table,
+    table_text,
+    write_comparison,
+)
+from .run_folder import RunFolder
+from .run_report import measure, write_run_report
+from .train_command import read_plan, say, say_figures
+from .training import RunConfig
+from .training.tasks import task_of
+
+
+def report(
+    folder: Path,
+    eval_data: Path | None,
+    root: Path | None,
+    checkpoint: Literal["final", "best"],
+    out: Path | None,
+    batch_size: int,
+    num_workers: int,
+) -> int:
+    """See `cli.report`."""
+    run = RunFolder.read(folder)
+    out = out or folder / "report.html"
+    if eval_data is None and not run.plan:
+        say(f"{folder}: begun without ast-fast train: give --eval-data to have more than curves")
+        say(f"report: {write_run_report(run, out)}")
+        return 0
+    model = load_for_inference(str(run.model_folder(checkpoint)))
+    dataset = _evaluation_set(run, model, eval_data, root)
+    if dataset is None:
+        say(f"report: {write_run_report(run, out)}")
+        return 0
+    measured = measure(
+        model,
+        dataset,
+        task=task_of(model),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=True,
+    )
+    model.set_precision("exact")  # attention maps come of the plain blocks, without packed weights
+    say_figures(measured.evaluation.figures)
+    if measured.evaluation.report.changes():
+        say(f"files: {measured.evaluation.report.summary()}")
+    say(f"report: {write_run_report(run, out, model, dataset, measured)}")
+    return 0
+
+
+def _evaluation_set(
+    run: RunFolder, model: Any, eval_data: Path | None, root: Path | None
+) -> ClipSet | None:
+    """What is given, else what the run kept aside; None if it kept nothing."""
+    settings = RunConfig.from_dict(run.plan["settings"]) if run.plan else RunConfig()
+    if eval_data is not None:
+        held = read_data(eval_data, root, model.labels, None, DataConfig())
+    else:
+        _, kept = read_plan(run.plan, settings.train.seed)
+        if kept is None:
+            return None
+        held = kept
+    return dataset_of(
+        held, settings.audio.replace(sample_rate_hz=model.frontend_config.sample_rate_hz)
+    )
+
+
+def compare(folders: Sequence[Path], out: Path) -> int:
+    """See `cli.compare`."""
+    comparison = compare_runs(folders)
+    say(table_text(figure_table(comparison)))
+    seeds = seed_table(comparison)
+    if seeds is not None:
+        say("\nover seeds: mean +- half of the 95 % confidence interval")
+        say(table_text(seeds))
+    if comparison.different:
+        say("\nsettings that differ")
+        say(table_text(setting_table(comparison)))
+    else:
+        say("\nno setting differs but the seed")
+    say(f"\nreport: {write_comparison(comparison, out)}")
+    return 0
