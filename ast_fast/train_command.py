@@ -100,6 +100,10 @@ def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
     table = read_labels(plan["labels"]) if plan["labels"] else None
     how = DataConfig.from_dict(plan.get("how", {}))
     path = Path(plan["data"])
+    if plan["eval_data"] and how.fold is not None:
+        raise ValueError(
+            f"fold={how.fold} and --eval-data both say what to evaluate on: leave one out"
+        )
     if not plan["eval_data"]:
         data, held = read_parts(path, root, table, how, holdout=plan["holdout"], seed=seed)
         parts = (data,) if held is None else (data, held)

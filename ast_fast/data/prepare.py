@@ -28,7 +28,7 @@ Drop = Literal["silent", "duplicates"]
 CLIPS = "clips.jsonl"
 _PROGRESS = "prepare.partial.json"
 _MAX_BYTES = 256 << 20
-_MAX_RESTARTS = 100
+_MAX_RESTARTS = 1000  # three a file that ends its process
 _CLIPS_A_TASK = 8
 
 

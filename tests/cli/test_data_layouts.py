@@ -39,6 +39,8 @@ def test_a_fold_of_esc50_from_train_to_evaluation(tmp_path, capsys):
     assert "16 clips of 4 classes" in capsys.readouterr().out
     assert run("train", "--run", out, "--resume", "--fold", "2") == 2
     assert "leave out" in capsys.readouterr().err
+    assert run("train", "--data", data, "--fold", "2", "--eval-data", data, "--run", out) == 2
+    assert "both say what to evaluate on" in capsys.readouterr().err
     assert run("train", "--data", data, "--run", tmp_path / "other", *SETTINGS) == 2
     assert "choose the fold to evaluate on" in capsys.readouterr().err
 
