@@ -24,6 +24,7 @@ from .shards import ShardSet
 from .threads import InlineReader
 from .workers import ProcessWorkers
 
+Content = bytes | memoryview
 Drop = Literal["silent", "duplicates"]
 CLIPS = "clips.jsonl"
 _PROGRESS = "prepare.partial.json"
@@ -52,7 +53,7 @@ class Store(Protocol):
     def is_due(self, size: int) -> bool:
         """Whether to commit before a clip of so many bytes is added."""
 
-    def add(self, index: int, content: bytes) -> None:
+    def add(self, index: int, content: Content) -> None:
         """Take the bytes of a clip."""
 
     def commit(self) -> Any:
@@ -157,7 +158,7 @@ def _steps(dataset: ClipSet, begin: int) -> Iterator[Step]:
         yield Step([(number, indices)], refs, [number])
 
 
-def _told(dataset: ClipSet, item: Waveform | Skip) -> tuple[dict[str, Any], bytes]:
+def _told(dataset: ClipSet, item: Waveform | Skip) -> tuple[dict[str, Any], Content]:
     """The line of a clip, and its bytes."""
     index = item.index
     line: dict[str, Any] = {"clip": index, "name": clip_name(dataset, index)}
@@ -184,7 +185,7 @@ def _told(dataset: ClipSet, item: Waveform | Skip) -> tuple[dict[str, Any], byte
     content = torch.empty(item.length, dtype=torch.uint8)
     if item.length:
         item.copy_to(content)
-    return line, content.numpy().tobytes()
+    return line, content.numpy().data
 
 
 def _dropped(line: dict[str, Any], drop: Sequence[Drop], seen: dict[str, int]) -> dict[str, str]:
