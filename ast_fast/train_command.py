@@ -115,6 +115,9 @@ def _read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
         parts = (data, held)
     for note in dict.fromkeys(note for part in parts for note in reading_notes(part)):
         say(f"  {note}")
+    for purpose, part in zip(("train", "evaluate"), parts, strict=False):
+        if part.splits is not None:
+            say(f"  parts to {purpose} on: {', '.join(sorted(set(part.splits)))}")
     return data, held
 
 

@@ -8,6 +8,7 @@ So the result is the same however often it was interrupted, and by however many 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ..config import AudioConfig
 from .dataset import Clip, ClipSet, Skip, Waveform
 from .examine import SILENT_PEAK, Energies, Examiner, Pack, changes_of
 from .manifest import ManifestError
@@ -105,6 +107,8 @@ def prepare_clips(
         "clips": len(dataset),
         "classes": list(dataset.classes),
         "sample_rate_hz": dataset.sample_rate_hz,
+        "source": _digest(dataset),
+        "audio": _plain(getattr(dataset, "audio", None)),
         "frames": frames if energies is not None else 0,
         "drop": sorted(drop),
         **store.settings(),
@@ -138,6 +142,21 @@ def prepare_clips(
     finally:
         ledger.close()
         pool.close()
+
+
+def _digest(dataset: ClipSet) -> str:
+    """What tells the clips of one set from those of another of the same size."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in getattr(getattr(dataset, "manifest", None), "paths", ()):
+        found.update(path.encode("utf-8", "surrogateescape") + b"\0")
+    found.update(repr(dataset.labels).encode())
+    for column in (getattr(dataset, "values", None), getattr(dataset, "splits", None)):
+        found.update(b"" if column is None else repr(list(map(str, column))).encode())
+    return found.hexdigest()
+
+
+def _plain(audio: AudioConfig | None) -> dict[str, Any] | None:
+    return None if audio is None else audio.to_dict()
 
 
 def _steps(dataset: ClipSet, begin: int) -> Iterator[Step]:
