@@ -76,7 +76,8 @@ def train(
             has some, are trained and evaluated on as they say.
         run: folder for checkpoints, log and the trained model.
         eval_data: what to evaluate on after each epoch, of the same kinds.
-        holdout: share of the clips to evaluate on if eval_data is not given; 0 for none.
+        holdout: share of the clips to evaluate on, where neither eval_data nor the parts of the set say
+            which; 0 for none.
         root: folder that the paths of manifests start from (default: the manifest's folder).
         labels: class_labels_indices.csv or a list of names, in the order of the classes.
         set_: one setting, as train.epochs=3; may be repeated, and wins over the recipe.

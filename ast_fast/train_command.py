@@ -154,6 +154,10 @@ def read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
     table = read_labels(plan["labels"]) if plan["labels"] else None
     how = DataConfig.from_dict(plan.get("how", {}))
     path = Path(plan["data"])
+    if plan["eval_data"] and how.fold is not None:
+        raise ValueError(
+            f"fold={how.fold} and --eval-data both say what to evaluate on: leave one out"
+        )
     if not plan["eval_data"]:
         data, held = read_parts(path, root, table, how, holdout=plan["holdout"], seed=seed)
         parts = (data,) if held is None else (data, held)
@@ -165,6 +169,9 @@ def read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
         parts = (data, held)
     for note in dict.fromkeys(note for part in parts for note in reading_notes(part)):
         say(f"  {note}")
+    for purpose, part in zip(("train", "evaluate"), parts, strict=False):
+        if part.splits is not None:
+            say(f"  parts to {purpose} on: {', '.join(sorted(set(part.splits)))}")
     return data, held
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from .manifest import Manifest, ManifestError, Row, audio_paths, collect, csv_cells
 
-_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+_ID_CHARS = 11
+_ID = re.compile(rf"[A-Za-z0-9_-]{{{_ID_CHARS}}}")
 _MID = re.compile(r"/[a-z]/[A-Za-z0-9_]{1,32}")
 _MAX_SECONDS = 1e6
 
@@ -53,16 +54,20 @@ def read_segments(
         raise ManifestError(f"root {str(root)!r} is not a folder")
     files: dict[str, str] = {}
     twice: list[str] = []
+    bounded: set[str] = set()  # ids of which a file's name says more: of two millions, mostly none
     for file in audio_paths(root):
         stem = file.rpartition("/")[2].rpartition(".")[0]
         if files.setdefault(stem, file) is not file:
             twice.append(file)
+        if len(stem) > _ID_CHARS + 1:  # more than an id with a "Y"
+            bounded.update((stem[:_ID_CHARS], stem[1 : _ID_CHARS + 1]))
     missing: list[str] = []
     used: dict[str, int] = {}
 
     def rows() -> Iterator[Row]:
         for line, video, start, end, labels in _segments(path):
-            stem = next((name for name in file_names(video, start, end) if name in files), None)
+            names = file_names(video, start, end) if video in bounded else (video, f"Y{video}")
+            stem = next((name for name in names if name in files), None)
             if stem is None:
                 missing.append(f"{video}_{start:g}")
                 continue

@@ -15,7 +15,7 @@ import numpy as np
 from .dataset import Clip, ClipSet
 from .examine import Pack, flac_bytes
 from .manifest import ManifestError, safe_cell
-from .prepare import replace, stored, sync_folder
+from .prepare import Content, replace, stored, sync_folder
 
 MANIFEST, CLASSES = "manifest.jsonl", "classes.csv"
 _CSV = "manifest.csv"
@@ -60,7 +60,7 @@ class ManifestStore:
         """Every so often."""
         return self._clips >= _COMMIT_CLIPS or self._bytes >= _COMMIT_BYTES
 
-    def add(self, index: int, content: bytes) -> None:
+    def add(self, index: int, content: Content) -> None:
         """See `Store`."""
         self._clips += 1
         self._bytes += len(content)
@@ -141,7 +141,7 @@ class FileStore(ManifestStore):
         """See `Store`."""
         return {"form": "files"}
 
-    def add(self, index: int, content: bytes) -> None:
+    def add(self, index: int, content: Content) -> None:
         """See `Store`."""
         super().add(index, content)
         path = self._folder / self._names[index]

@@ -34,7 +34,6 @@ _TRAIN = ("train", "training", "development", "dev")
 _HELD = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "testing")
 _TABLE = "class_labels_indices.csv"
 
-
 Place = str | os.PathLike[str]
 
 
@@ -108,7 +107,7 @@ def read_data(
         raise FileNotFoundError(f"{str(path)!r} does not exist: expected the layout {layout}")
     if layout == "manifest" and path.is_dir() and (path / MANIFEST).is_file():
         path = path / MANIFEST
-    _check_options(layout, path, root, how)
+    _check_options(layout, path, how)
     beside = {"audioset": _TABLE, "original": _TABLE, "manifest": CLASSES}.get(layout)
     if beside is not None and labels is None and classes is None:
         table = path.parent / beside
@@ -176,20 +175,19 @@ def _read(
 
 
 _TAKES = {
-    "root": ("manifest", "original", "audioset", "huggingface"),
     "values": ("manifest", "deam", "huggingface"),
     "audio_column": ("huggingface",),
     "label_column": ("huggingface",),
 }
 
 
-def _check_options(layout: Layout, path: Path, root: Path | None, how: DataConfig) -> None:
-    given = {"root": root, **{name: getattr(how, name) for name in _TAKES if name != "root"}}
+def _check_options(layout: Layout, path: Path, how: DataConfig) -> None:
+    # a root is taken everywhere: training and evaluation data share it, and one may be a folder
     for name, layouts in _TAKES.items():
-        # a root beside a folder has always been passed over: recipes name one for both their lists
-        if given[name] and layout not in layouts and name != "root":
+        given = getattr(how, name)
+        if given and layout not in layouts:
             raise ValueError(
-                f"{name}={given[name]!r} does not go with the layout {layout} of {str(path)!r}: "
+                f"{name}={given!r} does not go with the layout {layout} of {str(path)!r}: "
                 f"expected it with {', '.join(layouts)}"
             )
     wants_folder = layout in ("esc50", "speechcommands", "deam", "folders")

@@ -8,6 +8,7 @@ So the result is the same however often it was interrupted, and by however many 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ..config import AudioConfig
 from .dataset import Clip, ClipSet, Skip, Waveform
 from .examine import SILENT_PEAK, Energies, Examiner, Pack, changes_of
 from .manifest import ManifestError
@@ -24,11 +26,12 @@ from .shards import ShardSet
 from .threads import InlineReader
 from .workers import ProcessWorkers
 
+Content = bytes | memoryview
 Drop = Literal["silent", "duplicates"]
 CLIPS = "clips.jsonl"
 _PROGRESS = "prepare.partial.json"
 _MAX_BYTES = 256 << 20
-_MAX_RESTARTS = 100
+_MAX_RESTARTS = 1000  # three a file that ends its process
 _CLIPS_A_TASK = 8
 
 
@@ -52,7 +55,7 @@ class Store(Protocol):
     def is_due(self, size: int) -> bool:
         """Whether to commit before a clip of so many bytes is added."""
 
-    def add(self, index: int, content: bytes) -> None:
+    def add(self, index: int, content: Content) -> None:
         """Take the bytes of a clip."""
 
     def commit(self) -> Any:
@@ -104,6 +107,8 @@ def prepare_clips(
         "clips": len(dataset),
         "classes": list(dataset.classes),
         "sample_rate_hz": dataset.sample_rate_hz,
+        "source": _digest(dataset),
+        "audio": _plain(getattr(dataset, "audio", None)),
         "frames": frames if energies is not None else 0,
         "drop": sorted(drop),
         **store.settings(),
@@ -139,6 +144,21 @@ def prepare_clips(
         pool.close()
 
 
+def _digest(dataset: ClipSet) -> str:
+    """What tells the clips of one set from those of another of the same size."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in getattr(getattr(dataset, "manifest", None), "paths", ()):
+        found.update(path.encode("utf-8", "surrogateescape") + b"\0")
+    found.update(repr(dataset.labels).encode())
+    for column in (getattr(dataset, "values", None), getattr(dataset, "splits", None)):
+        found.update(b"" if column is None else repr(list(map(str, column))).encode())
+    return found.hexdigest()
+
+
+def _plain(audio: AudioConfig | None) -> dict[str, Any] | None:
+    return None if audio is None else audio.to_dict()
+
+
 def _steps(dataset: ClipSet, begin: int) -> Iterator[Step]:
     """Tasks for the clips from a number on, in order: blocks of shards, or a few files at a time."""
     number = 0
@@ -157,7 +177,7 @@ def _steps(dataset: ClipSet, begin: int) -> Iterator[Step]:
         yield Step([(number, indices)], refs, [number])
 
 
-def _told(dataset: ClipSet, item: Waveform | Skip) -> tuple[dict[str, Any], bytes]:
+def _told(dataset: ClipSet, item: Waveform | Skip) -> tuple[dict[str, Any], Content]:
     """The line of a clip, and its bytes."""
     index = item.index
     line: dict[str, Any] = {"clip": index, "name": clip_name(dataset, index)}
@@ -184,7 +204,7 @@ def _told(dataset: ClipSet, item: Waveform | Skip) -> tuple[dict[str, Any], byte
     content = torch.empty(item.length, dtype=torch.uint8)
     if item.length:
         item.copy_to(content)
-    return line, content.numpy().tobytes()
+    return line, content.numpy().data
 
 
 def _dropped(line: dict[str, Any], drop: Sequence[Drop], seen: dict[str, int]) -> dict[str, str]:

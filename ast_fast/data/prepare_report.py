@@ -15,6 +15,7 @@ import numpy as np
 from ..audio import AudioReport
 from .dataset import ClipSet
 from .examine import SILENT_PEAK, Moments
+from .reading import clip_name
 
 _EXAMPLES = 20
 _NORM_BATCH = 1000  # clips whose figures the original's script averages
@@ -133,14 +134,15 @@ def summarise(
     """
     problems = {"missing": _Found()}
     for name in missing:
-        problems["missing"].add(name)
+        problems["missing"].add(repr(name))
     found: dict[str, _Found] = {}
-    firsts: dict[str, tuple[int, str, Any, str]] = {}
+    firsts: dict[bytes, int] = {}  # hash to clip: all that is kept of millions
     double, crossing, disagreeing = _Found(), 0, 0
     seconds = array.array("d")
     counts = [0] * len(dataset.classes)
     splits: dict[str, int] = {}
     statistics = _Statistics(frames)
+    values, parts = getattr(dataset, "values", None), getattr(dataset, "splits", None)
     total = dropped = 0
     for line in lines:
         total += 1
@@ -156,12 +158,13 @@ def summarise(
             found.setdefault("silent (peak below -60 dB)", _Found()).add(name)
         if line.get("limited"):
             found.setdefault("beyond full scale, clipped where stored", _Found()).add(name)
-        what = line.get("labels", line.get("values"))
-        first = firsts.setdefault(line["hash"], (line["clip"], name, what, line.get("split", "")))
-        if first[0] != line["clip"]:
-            double.add(f"{name} = {first[1]}")
-            crossing += first[3] != line.get("split", "")
-            disagreeing += first[2] != what
+        clip = line["clip"]
+        first = firsts.setdefault(bytes.fromhex(line["hash"]), clip)
+        if first != clip:
+            double.add(f"{name} = {clip_name(dataset, first)}")
+            crossing += parts is not None and parts[first] != parts[clip]
+            told = dataset.labels if values is None else values
+            disagreeing += not np.array_equal(told[first], told[clip])
         if "dropped" in line:
             dropped += 1
             continue
@@ -189,7 +192,7 @@ def summarise(
         "splits": splits,
         "statistics": statistics.to_dict(),
     }
-    if getattr(dataset, "values", None) is None:
+    if values is None:
         report["classes"] = dict(zip(dataset.classes, counts, strict=True))
     return report
 

@@ -15,7 +15,7 @@ from ..audio import AudioReport
 from .dataset import Clip, ClipSet
 from .examine import flac_bytes
 from .manifest import ManifestError
-from .prepare import prepare_clips, read_lines, replace, stored
+from .prepare import Content, prepare_clips, read_lines, replace, stored
 from .prepare_report import audio_report
 from .sampler import class_counts
 from .shard_index import FORMAT, INDEX, VERSION, is_shards
@@ -125,7 +125,7 @@ class ShardStore:
         """A shard is closed before it would grow too large."""
         return bool(self._offsets) and self._size + size + len(END) > self._shard_bytes
 
-    def add(self, index: int, content: bytes) -> None:
+    def add(self, index: int, content: Content) -> None:
         """See `Store`."""
         if self._file is None:
             name = f"{len(self._shards):06d}.tar"

@@ -29,6 +29,7 @@ def test_a_fold_of_esc50_from_train_to_evaluation(tmp_path, capsys):
     assert run("train", "--data", data, "--fold", "3", "--run", out, *SETTINGS) == 0
     said = capsys.readouterr().out
     assert "16 clips of 4 classes to train on, 4 to evaluate on" in said
+    assert "parts to train on: 1, 2, 4, 5" in said and "parts to evaluate on: 3" in said
     assert plan_of(out)["how"]["fold"] == 3
     assert ASTModel.from_pretrained(out / "model").labels == sample_sets.CATEGORIES
     arguments = ("eval", "--data", data, "--model", out / "model", "--json", tmp_path / "e.json")
@@ -39,6 +40,14 @@ def test_a_fold_of_esc50_from_train_to_evaluation(tmp_path, capsys):
     assert "16 clips of 4 classes" in capsys.readouterr().out
     assert run("train", "--run", out, "--resume", "--fold", "2") == 2
     assert "leave out" in capsys.readouterr().err
+    (tmp_path / "plain" / "dog").mkdir(parents=True)
+    clip = next((data / "audio").glob("*-0.wav"))
+    (tmp_path / "plain" / "dog" / "1.wav").write_bytes(clip.read_bytes())
+    options = ("--eval-data", tmp_path / "plain", "--run", tmp_path / "plain run", *SETTINGS)
+    assert run("train", "--data", data, "--split", "2", *options) == 0
+    assert "4 clips of 4 classes to train on, 1 to evaluate on" in capsys.readouterr().out
+    assert run("train", "--data", data, "--fold", "2", "--eval-data", data, "--run", out) == 2
+    assert "both say what to evaluate on" in capsys.readouterr().err
     assert run("train", "--data", data, "--run", tmp_path / "other", *SETTINGS) == 2
     assert "choose the fold to evaluate on" in capsys.readouterr().err
 

@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 
+from ast_fast import augment
 from ast_fast.config import LogMelConfig
-from ast_fast.data import BatchSampler, Feeder, WaveformDataset
+from ast_fast.data import BatchSampler, Feeder, WaveformDataset, WholeSetMixup
 from ast_fast.frontend import log_mel_features
 
 pytestmark = [
@@ -50,6 +51,26 @@ def test_batches_made_on_the_side_stream_are_those_of_the_cpu(workers, prefetch)
                 assert torch.equal(wave.cpu(), fed.batch.wave)
                 assert torch.equal(targets.cpu(), fed.features[1])
                 torch.testing.assert_close(mel.cpu(), fed.features[0], rtol=1e-3, atol=1e-3)
+
+
+def test_partners_of_the_whole_set_come_along_and_mix_alike():
+    data, mixup = dataset(), WholeSetMixup(5, 0.5, 100)
+
+    def mixed(batch):
+        wave = batch.wave / 32768.0
+        targets = torch.nn.functional.one_hot(batch.targets, 3).float()
+        return augment.mixup_pairs(wave, batch.lengths, targets, batch.mix)
+
+    expected = list(Feeder(data, SAMPLER, transform=mixed, mixup=mixup))
+    options = {"device": "cuda", "num_workers": 2, "mixup": mixup}
+    with Feeder(data, SAMPLER, transform=mixed, **options) as feeder:
+        for fed, cpu in zip(feeder, expected, strict=True):
+            for name in ("rows", "wave", "lengths", "targets", "weights", "indices"):
+                found = getattr(fed.batch.mix, name)
+                assert found.is_cuda == (name != "indices")
+                assert torch.equal(found.cpu(), getattr(cpu.batch.mix, name))
+            for found, wanted in zip(fed.features, cpu.features, strict=True):
+                torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_mistakes_and_an_early_end_leave_no_thread():

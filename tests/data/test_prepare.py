@@ -355,6 +355,14 @@ def test_interrupted_copies_resume_to_the_same_files(tmp_path, monkeypatch, form
         go("cut", resume=False)
     with pytest.raises(ManifestError, match="other drop"):
         go("cut", drop=())
+    dataset.audio = dataset.audio.replace(truncated="keep")
+    with pytest.raises(ManifestError, match="other audio"):
+        go("cut")
+    dataset.audio = dataset.audio.replace(truncated="error")
+    dataset.labels[3], before = (1 - dataset.labels[3][0],), dataset.labels[3]
+    with pytest.raises(ManifestError, match="other source"):
+        go("cut")
+    dataset.labels[3] = before
     go("cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
