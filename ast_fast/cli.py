@@ -203,7 +203,7 @@ def compare(
 ) -> int:
     """Put training runs side by side: a table here, and a page with their curves.
 
-    Runs that differ in their seed alone count as one setting, with a confidence interval.
+    Runs that differ in seed or fold alone count as one setting, with a confidence interval.
 
     Args:
         runs: folders of two runs or more.

@@ -90,6 +90,6 @@ def compare(folders: Sequence[Path], out: Path) -> int:
         say("\nsettings that differ")
         say(table_text(setting_table(comparison)))
     else:
-        say("\nno setting differs but the seed")
+        say("\nno setting differs but seed and fold")
     say(f"\nreport: {write_comparison(comparison, out)}")
     return 0

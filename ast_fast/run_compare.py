@@ -20,7 +20,8 @@ _T = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-_SEEDS = ("settings.train.seed", "train.seed", "settings.seed")
+# runs that differ in these alone repeat one setting
+_REPEATS = frozenset({"seed", "fold"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class Comparison:
 
     Attributes:
         runs: in the order given, with names that tell them apart.
-        groups: of each run, the number of its setting: those that differ in their seed alone share one.
-        different: settings that are not the same in all runs, but for seeds: by name, of each run.
+        groups: of each run, the number of its setting: those that differ in seed or fold alone share one.
+        different: settings that are not the same in all runs, but for those: by name, of each run.
     """
 
     runs: list[RunFolder]
@@ -110,7 +111,8 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
             dataclasses.replace(run, name=f"{place.parent.name}/{place.name}")
             for run, place in zip(runs, places, strict=True)
         ]
-    names = sorted({name for run in runs for name in run.settings} - set(_SEEDS))
+    found = {name for run in runs for name in run.settings}
+    names = sorted(name for name in found if name.rpartition(".")[2] not in _REPEATS)
     columns = {name: [run.settings.get(name) for run in runs] for name in names}
     different = {
         name: values
@@ -188,7 +190,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     if seeds is not None:
         report.section(
             "Over seeds",
-            "Runs that differ in their seed alone: mean and 95 % confidence interval by Student's t.",
+            "Runs that differ in seed or fold alone: mean and 95 % confidence interval by Student's t.",
         )
         report.table(*seeds)
     judges = list(dict.fromkeys(run.judge for run in comparison.runs if run.judge is not None))
@@ -204,7 +206,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     report.picture("curves", run_plots.overlaid(comparison.runs, comparison.groups), "By step.")
     report.section(
         "Settings that differ",
-        "" if comparison.different else "None, but for the seed.",
+        "" if comparison.different else "None, but for seed and fold.",
     )
     if comparison.different:
         report.table(*setting_table(comparison))

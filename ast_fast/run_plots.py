@@ -118,7 +118,7 @@ def class_bars(
         )
     if gap is not None:
         axis.annotate("...", (0.01, gap), va="center", color=GREY)
-    axis.invert_yaxis()
+    axis.set_ylim(max(places, default=0) + 0.6, -0.6)
     axis.grid(False, axis="y")
     axis.set(title=f"{title} (clips of the class)", xlim=(0, 1))
     return _png(figure)

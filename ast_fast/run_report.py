@@ -24,7 +24,8 @@ from .saliency import attention_picture
 from .training.evaluation import Evaluation, evaluate
 
 WORST = 4  # clips shown
-_LISTED = 20  # clips listed, and classes in the table
+_LISTED = 20  # clips listed
+_TITLE = 22  # letters over a picture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -257,8 +258,13 @@ def _worst(report: HtmlReport, model: Any, dataset: ClipSet, measured: Measured)
     if len(batch) == len(shown):
         batch = batch.to(next(model.parameters()).device)
         titles = [
-            f"{number + 1}. {_short(clip_name(dataset, int(measured.indices[row])), 26)}\n"
-            f"is {_short(_truth(dataset, measured, row), 24)}\nsaid {_short(_said(dataset, measured, row), 24)}"
+            "\n".join(
+                (
+                    f"{number + 1}. {_end(clip_name(dataset, int(measured.indices[row])))}",
+                    f"is {_start(_truth(dataset, measured, row))}",
+                    f"said {_start(_said(dataset, measured, row, 1))}",
+                )
+            )
             for number, row in enumerate(shown)
         ]
         report.picture(
@@ -270,7 +276,7 @@ def _worst(report: HtmlReport, model: Any, dataset: ClipSet, measured: Measured)
         (
             clip_name(dataset, int(measured.indices[row])),
             _truth(dataset, measured, row),
-            _said(dataset, measured, row),
+            _said(dataset, measured, row, 3 if measured.multi_label else 1),
             f"{float(losses[row]):.3f}",
         )
         for row in order[:_LISTED]
@@ -299,20 +305,27 @@ def _truth(dataset: ClipSet, measured: Measured, row: int) -> str:
     return ", ".join(dataset.classes[label] for label in labels) or "none"
 
 
-def _said(dataset: ClipSet, measured: Measured, row: int) -> str:
+def _said(dataset: ClipSet, measured: Measured, row: int, most: int) -> str:
+    """The most probable labels of a clip and their probabilities, or its numbers."""
+    logits = measured.logits[row]
     if measured.task == "regression":
-        return _numbers(dataset, measured.logits[row])
-    probabilities = measured.probabilities[row]
-    count = min(3 if measured.multi_label else 1, len(probabilities))
-    best = probabilities.topk(count)
+        return _numbers(dataset, logits)
+    probabilities = logits.sigmoid() if measured.multi_label else logits.softmax(0)
+    best = probabilities.topk(min(most, len(probabilities)))
     return ", ".join(
         f"{dataset.classes[index]} {value:.2f}"
         for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     )
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"...{text[3 - most :]}"
+def _start(text: str) -> str:
+    """As much as fits over a picture."""
+    return text if len(text) <= _TITLE else f"{text[: _TITLE - 3]}..."
+
+
+def _end(text: str) -> str:
+    """The same from its end: of a path the file's name."""
+    return text if len(text) <= _TITLE else f"...{text[3 - _TITLE :]}"
 
 
 def _text(value: Any) -> str:

@@ -153,6 +153,8 @@ class Engine:
         self._device, self._dtype = weight.device, weight.dtype
         self._heads = Heads(model, activation, wanted).eval()
         graphed = self._device.type == "cuda"
+        # on a GPU one batch computes while the results of the one before are taken apart
+        self._depth = int(graphed)
         self._call: Callable[[Tensor], Tensor] = (
             GraphedForward(self._heads) if graphed else self._heads
         )
@@ -169,14 +171,12 @@ class Engine:
             max_bytes=self._max_bytes,
             span_seconds=self._span_seconds,
         )
-        # on a GPU one batch computes while the results of the one before are taken apart
-        depth = 1 if self._device.type == "cuda" else 0
         launched: deque[tuple[list[Mark], Tensor | None, Any]] = deque()
         self._open = None
         with contextlib.closing(self._batches(reader)) as batches:
             for batch, features in batches:
                 launched.append((batch.marks, *self._launch(features)))
-                while len(launched) > depth:
+                while len(launched) > self._depth:
                     yield from self._finish(*launched.popleft())
             while launched:
                 yield from self._finish(*launched.popleft())

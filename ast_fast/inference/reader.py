@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..audio import AudioError, AudioReport, load, source_name
@@ -113,6 +114,9 @@ class WindowReader:
         num_workers: processes; 0 reads when a batch is asked for.
         max_bytes: samples read ahead, in all. What the next batch needs is read in any case.
         span_seconds: read at a time of a long file.
+
+    Attributes:
+        peak_bytes: most that the samples read ahead have held, once it is closed.
     """
 
     def __init__(
@@ -133,13 +137,7 @@ class WindowReader:
         self._waiting: deque[_Task] = deque()  # not given out yet, the most urgent first
         self._flying: dict[int, _Task] = {}
         self._numbers = self._held = self._held_bytes = self._largest = 0
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most that the samples read ahead have held."""
-        return self._peak_bytes
-
-    _peak_bytes = 0
+        self.peak_bytes = 0
 
     def batches(self, size: int) -> Generator[list[Event], None, None]:
         """Events in order, with `size` windows in each list; the last may have fewer."""
@@ -163,7 +161,7 @@ class WindowReader:
         """End the workers."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            self._peak_bytes = pool.peak_bytes
+            self.peak_bytes = pool.peak_bytes
             pool.close()
 
     # ---- clips in order
@@ -236,9 +234,7 @@ class WindowReader:
             if source.dim() != 1 or not source.numel():
                 raise ValueError(f"source has shape {tuple(source.shape)}: expected a waveform [N]")
             name, wave, report = "<waveform>", source.detach().cpu(), AudioReport(clips=1)
-            wave = (
-                wave if wave.dtype.itemsize == 2 and not wave.is_floating_point() else wave.float()
-            )
+            wave = wave if wave.dtype == torch.int16 else wave.float()
         else:
             name = source_name(source)
             try:

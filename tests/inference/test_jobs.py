@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -292,7 +293,11 @@ def test_a_job_is_not_begun_over_another_nor_resumed_as_another(tiny_model, clip
     units, writer = list(units_of([clips])), tag_writer(out, rows)
     with pytest.raises(JobError, match="top_k was 2, is 3"):
         run_job(out, units, engine, rows.encode, writer, {"top_k": 3}, resume=True, progress=False)
+    # what two processes have both done is written once
+    (part,) = (tmp_path / "out.jsonl.parts").glob("part-*")
+    shutil.copy(part, part.with_name("part-00007-00000.records"))
     assert start(tiny_model, out, [clips], resume=True).before == 4
+    assert len(rows_of(out)) == 10
     with pytest.raises(JobError, match="exists already"):
         start(tiny_model, out, [clips])
 

@@ -97,7 +97,7 @@ def test_several_labels_have_average_precision_and_no_confusion(place):
 def test_the_worst_clips_are_those_of_the_highest_loss(place):
     model = load_model(place / "one" / "model")
     dataset = AudioDataset(read_folder(place / "data"), AudioConfig())
-    measured = measure(model, dataset, multi_label=False, batch_size=5)
+    measured = measure(model, dataset, task="single_label", batch_size=5)
     with torch.no_grad():
         waves = torch.stack([dataset[index].wave for index in range(len(dataset))])
         logits = model.forward_waveform(waves)
