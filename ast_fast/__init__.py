@@ -17,17 +17,20 @@ if not (_checkout / "ast_fast" / "kernels").is_dir() and (_checkout / "kernels")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ASTFeatureExtractor": "integrations.feature_extractor",
     "ASTModel": "models.ast",
     "LogMel": "frontend",
     "MFCC": "frontend",
     "Resample": "resample",
     "StreamingLogMel": "streaming",
     "StreamingTagger": "streaming",
+    "accelerate": "integrations.transformers",
     "check_equivalence": "equivalence",
     "create_model": "models.registry",
     "list_models": "models.registry",
     "optimize_for_inference": "optimized",
     "predict": "inference",
+    "restore": "integrations.transformers",
     "tag": "inference",
     "use_backend": "backend",
 }
@@ -41,6 +44,7 @@ _MODULES = (
     "frontend",
     "hub",
     "inference",
+    "integrations",
     "models",
     "ops",
     "reference",
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
         frontend,
         hub,
         inference,
+        integrations,
         models,
         ops,
         reference,
@@ -73,6 +78,8 @@ if TYPE_CHECKING:
     from .equivalence import check_equivalence
     from .frontend import MFCC, LogMel
     from .inference import predict, tag
+    from .integrations.feature_extractor import ASTFeatureExtractor
+    from .integrations.transformers import accelerate, restore
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
     from .optimized import optimize_for_inference
@@ -81,12 +88,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MFCC",
+    "ASTFeatureExtractor",
     "ASTModel",
     "LogMel",
     "Resample",
     "StreamingLogMel",
     "StreamingTagger",
     "__version__",
+    "accelerate",
     "audio",
     "augment",
     "backend",
@@ -98,6 +107,7 @@ __all__ = [
     "frontend",
     "hub",
     "inference",
+    "integrations",
     "list_models",
     "models",
     "ops",
@@ -105,6 +115,7 @@ __all__ = [
     "predict",
     "reference",
     "resample",
+    "restore",
     "seeding",
     "streaming",
     "tag",
