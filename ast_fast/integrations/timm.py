@@ -123,8 +123,8 @@ class TimmAST(ASTModel):
         """How parameters belong to layers, for layer-wise rates."""
         blocks: Any = r"^v\.blocks\.(\d+)" if coarse else [(r"^v\.blocks\.(\d+)", None)]
         if not coarse:
-            blocks.append((r"^v\.norm|^mlp_head", (99999,)))
-        stem = r"^v\.(cls_token|dist_token|pos_embed|patch_embed)"
+            blocks.append((r"^v\.norm\.", (99999,)))
+        stem = r"^v\.(?:cls_token|dist_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": blocks}
 
 
