@@ -28,7 +28,9 @@ def export(
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if format == "aoti":
         # generated code runs on as many threads as there were when it was made
-        say(f"compiling for {device or 'cpu'} with {torch.get_num_threads()} threads; a minute or more")
+        say(
+            f"compiling for {device or 'cpu'} with {torch.get_num_threads()} threads; a minute or more"
+        )
     report = export_model(network, out, format, input, check=check)
     say(report.table())
     if check:

@@ -181,6 +181,5 @@ SWITCHED: dict[type, type] = {
     theirs.ASTForAudioClassification: ASTForAudioClassification,
 }
 
-# transformers finds what a model can record by the text of its class
 for _model in (ASTModel, ASTForAudioClassification):
     RECORDABLE[str(_model)] = theirs.ASTPreTrainedModel._can_record_outputs

@@ -24,13 +24,15 @@ from ._hf_attention import Keys, attend
 # version 4 splits attention and MLP into several modules
 VERSION_4 = hasattr(theirs, "ASTSelfAttention")
 
+_active_collector: Any = None
 if VERSION_4:
-    from transformers.utils.generic import _CAN_RECORD_REGISTRY as RECORDABLE
-
-    _active_collector = None
+    from transformers.utils import generic as _capturing
 else:  # version 5 records outputs by hooks that stay on the modules
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as RECORDABLE
-    from transformers.utils.output_capturing import _active_collector
+    from transformers.utils import output_capturing as _capturing
+
+    _active_collector = _capturing._active_collector
+# what a model can record, by the text of its class
+RECORDABLE: dict[str, Any] = _capturing._CAN_RECORD_REGISTRY
 
 
 def recorded() -> Any:

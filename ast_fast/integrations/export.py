@@ -225,7 +225,11 @@ def export_model(
                 f"{_first_line(error)}"
             ) from error
         report = ExportReport(
-            target, format, input, made.stat().st_size / 1e6, _checked(portable, made, format, check)
+            target,
+            format,
+            input,
+            made.stat().st_size / 1e6,
+            _checked(portable, made, format, check),
         )
         failed = [str(row.batch_size) for row in report.batches if not row.ok]
         if failed:

@@ -20,12 +20,13 @@ from ..frontend import log_mel_features
 from ..reference.mel import mel_sizes
 
 _transformers = require_package("transformers", "ast_fast.ASTFeatureExtractor", "hf")
+_Theirs: Any = _transformers.ASTFeatureExtractor
 _log = logging.getLogger("ast_fast.integrations")
 
 _SERIES = (list, tuple, np.ndarray, Tensor)
 
 
-class ASTFeatureExtractor(_transformers.ASTFeatureExtractor):  # type: ignore[misc]
+class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
     """Waveforms to the normalised log-mel that AST takes, batched, on the CPU or a GPU.
 
     Beside what transformers' class takes: tensors on any device, batches as one array or tensor [B, N], and
@@ -65,7 +66,7 @@ class ASTFeatureExtractor(_transformers.ASTFeatureExtractor):  # type: ignore[mi
         **kwargs: Any,
     ) -> None:
         # not the parent's, which computes filters for its path without torchaudio
-        super(_transformers.ASTFeatureExtractor, self).__init__(
+        super(_Theirs, self).__init__(
             feature_size=feature_size,
             sampling_rate=sampling_rate,
             padding_value=padding_value,

@@ -102,13 +102,11 @@ class TimmAST(ASTModel):
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: expected 0 (no classifier) or more")
         if num_classes:
-            weight = self.mlp_head[0].weight
+            weight = self.v.pos_embed
             head: nn.Module = nn.Linear(self.num_features, num_classes)
             head = head.to(device=weight.device, dtype=weight.dtype)
             # the config has no model without classes: it keeps what it was until there are some
-            self.config = self.config.replace(
-                label_dim=num_classes, labels=None, problem_type=None
-            )
+            self.config = self.config.replace(label_dim=num_classes, labels=None, problem_type=None)
         else:
             head = nn.Identity()
         self.mlp_head[1] = head
@@ -189,8 +187,9 @@ def _entry_point(name: str) -> Callable[..., TimmAST]:
         settings = _plain_settings(settings)
         if pretrained:
             given = {**_as_dict(pretrained_cfg), **(pretrained_cfg_overlay or {})}
-            classes = {"label_dim": num_classes} if num_classes else {}
-            model = TimmAST.from_pretrained(_source(name, given), **classes, **settings)
+            if num_classes:
+                settings["label_dim"] = num_classes
+            model = TimmAST.from_pretrained(_source(name, given), **settings)
         else:
             with torch.device("meta"):  # its sizes alone are of interest
                 made: Any = create_model(name, num_classes or None, **settings)

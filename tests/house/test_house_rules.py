@@ -48,7 +48,7 @@ FLOORS = (
     ("testing",),
     ("training", "inference", "streaming", "integrations"),
     ("report", "plots", "saliency", "throughput", "demo"),
-    ("cli", "commands", "train_command", "listen_command", "__main__"),
+    ("cli", "commands", "train_command", "listen_command", "export_command", "__main__"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

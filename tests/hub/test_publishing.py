@@ -90,7 +90,9 @@ def test_what_cannot_be_published_is_named(model, api):
         model.push_to_hub("me/tones", licence="mit", to="keras")
     api.upload_folder.assert_not_called()
     api.create_repo.side_effect = OSError("no network here")
-    with pytest.raises(CheckpointError, match=r"'me/tones' could not be uploaded \(OSError: no net"):
+    with pytest.raises(
+        CheckpointError, match=r"'me/tones' could not be uploaded \(OSError: no net"
+    ):
         model.push_to_hub("me/tones", licence="mit")
 
 

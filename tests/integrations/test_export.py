@@ -145,7 +145,9 @@ def test_a_file_with_other_numbers_gets_no_name(model, tmp_path, monkeypatch):
         raise RuntimeError("no such operator\nand a long trace")
 
     monkeypatch.setitem(export._WRITERS, "torch", broken)
-    with pytest.raises(ExportError, match=r"torch from features\): RuntimeError: no such operator$"):
+    with pytest.raises(
+        ExportError, match=r"torch from features\): RuntimeError: no such operator$"
+    ):
         export_model(model, path)
 
 

@@ -42,7 +42,10 @@ def oracle(clip, extractor):
 )
 def test_outputs_are_transformers_within_the_budget(settings):
     pytest.importorskip("torchaudio")
-    theirs, ours = transformers.ASTFeatureExtractor(**settings), ast_fast.ASTFeatureExtractor(**settings)
+    theirs, ours = (
+        transformers.ASTFeatureExtractor(**settings),
+        ast_fast.ASTFeatureExtractor(**settings),
+    )
     rate = settings.get("sampling_rate", 16000)
     clips = waves(rate, 401, 3 * rate, 12 * rate)
     want = theirs(clips, sampling_rate=rate)["input_values"]
@@ -140,4 +143,6 @@ def test_features_are_made_where_they_are_wanted():
     assert got.is_cuda
     torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-4)
     on_device = torch.from_numpy(np.stack(waves(8000, 8000))).cuda()
-    assert ast_fast.ASTFeatureExtractor(max_length=64)(on_device, 16000, "pt")["input_values"].is_cuda
+    assert ast_fast.ASTFeatureExtractor(max_length=64)(on_device, 16000, "pt")[
+        "input_values"
+    ].is_cuda

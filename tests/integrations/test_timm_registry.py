@@ -10,9 +10,8 @@ import ast_fast
 from ast_fast.hub import CheckpointError
 
 timm = pytest.importorskip("timm")
-
-import timm.optim  # noqa: E402
-import timm.scheduler  # noqa: E402
+pytest.importorskip("timm.optim")
+pytest.importorskip("timm.scheduler")
 
 import ast_fast.integrations.timm as integration  # noqa: E402
 
@@ -81,9 +80,7 @@ def test_a_training_run_with_timms_optimiser_and_scheduler(decay):
     assert id(model.v.pos_embed) in undecayed and id(model.v.norm.weight) in undecayed
     assert id(model.v.blocks[0].attn.qkv.weight) not in undecayed
     if decay:
-        scales = {
-            id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]
-        }
+        scales = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
         rates = [
             scales[id(p)]
             for p in (
@@ -92,7 +89,9 @@ def test_a_training_run_with_timms_optimiser_and_scheduler(decay):
             )
         ]  # fmt: skip
         assert rates == sorted(rates) and rates[0] < rates[1] < rates[2] < rates[3] == 1.0
-    scheduler = timm.scheduler.CosineLRScheduler(optimizer, t_initial=8, warmup_t=2, warmup_lr_init=1e-4)
+    scheduler = timm.scheduler.CosineLRScheduler(
+        optimizer, t_initial=8, warmup_t=2, warmup_lr_init=1e-4
+    )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(10, 64, 64, generator=generator)
     y = torch.arange(10) % 5
@@ -118,7 +117,11 @@ def test_weights_from_files(tmp_path):
     loaded = timm.create_model("ast_tiny_p16_s10", pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(loaded.eval()(x), model(x)) and loaded.default_cfg["num_classes"] == 5
     other = timm.create_model(
-        "ast_tiny_p16_s10", pretrained=True, num_classes=2, input_tdim=96, pretrained_cfg_overlay=overlay
+        "ast_tiny_p16_s10",
+        pretrained=True,
+        num_classes=2,
+        input_tdim=96,
+        pretrained_cfg_overlay=overlay,
     )
     assert other(torch.randn(1, 96, 64)).shape == (1, 2)
     assert torch.equal(other.v.norm.weight, model.v.norm.weight)

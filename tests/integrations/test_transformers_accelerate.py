@@ -49,7 +49,9 @@ def run(model, x, y, **kwargs):
 
 def check(model, fast, x, y, dtype=torch.float32, **kwargs):
     """Both within the budget of one another's float64."""
-    oracle = run(copy.deepcopy(ast_fast.restore(copy.deepcopy(model))).double(), x.double(), y, **kwargs)
+    oracle = run(
+        copy.deepcopy(ast_fast.restore(copy.deepcopy(model))).double(), x.double(), y, **kwargs
+    )
     plain, ours = (run(m, x.to(dtype), y, **kwargs) for m in (model, fast))
     precision = precision_of(dtype)
     allowed = budget("logits", precision, measure(plain[0], oracle[0]))
@@ -68,7 +70,9 @@ def fused(model, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "layer_norm_eps": 1e-3, "num_labels": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": False, "layer_norm_eps": 1e-3, "num_labels": 3}]
+)
 def test_outputs_and_gradients_are_within_budget(make_ast, batch, dtype, changes):
     x, y = batch
     model = make_ast(**changes).to(dtype)
@@ -190,9 +194,7 @@ def test_gradient_checkpointing(make_ast, batch, reentrant):
     layer = layers_of(fast)[0]
     plain = type(layer).forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            type(layer), "forward", lambda *a, **k: calls.append(a[0]) or plain(*a, **k)
-        )
+        patch.setattr(type(layer), "forward", lambda *a, **k: calls.append(a[0]) or plain(*a, **k))
         want, got = run(model, x, y), run(fast, x, y)
     assert calls.count(layer) == 2  # once more in backward
     for ours, theirs in zip(got[1], want[1], strict=True):
@@ -200,7 +202,7 @@ def test_gradient_checkpointing(make_ast, batch, reentrant):
 
 
 def test_dropout_of_hidden_states_draws_alike_and_of_probabilities_is_kept(make_ast, batch):
-    x, y = batch
+    x, _ = batch
     model = make_ast(hidden_dropout_prob=0.2).train()
     fast = ast_fast.accelerate(copy.deepcopy(model))
     torch.manual_seed(0)

@@ -159,7 +159,7 @@ def test_what_it_does_not_compute_is_refused():
     module.is_causal = False
     out, weights = attention_forward(module, q, k, v, None, scaling=0.3)
     assert out.shape == (3, 29, 2, 64) and out.is_contiguous() and weights is None
-    with pytest.raises(ValueError, match="2 query heads and 1 key heads.*sdpa"):
+    with pytest.raises(ValueError, match=r"2 query heads and 1 key heads.*sdpa"):
         attention_forward(module, q, k[:, :1], v[:, :1], None)
     with pytest.raises(ValueError, match="is causal"):
         attention_forward(module, q, k, v, None, is_causal=True)
