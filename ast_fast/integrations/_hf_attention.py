@@ -225,18 +225,25 @@ def attention_forward(
 
 
 def mask_function(bidirectional: Any, others: Callable[..., Any]) -> Callable[..., Tensor | None]:
-    """What makes masks for `attention_forward`: the [B, T] mask itself where it hides keys alone.
+    """What makes masks for `attention_forward`: where only keys are hidden, a view of the [B, T] mask.
 
     Args:
         bidirectional: transformers' pattern that hides nothing.
-        others: transformers' function for every other pattern.
+        others: transformers' function for every other pattern; what it gives has the same form.
     """
 
     def make(*args: Any, **kwargs: Any) -> Tensor | None:
         mask: Tensor | None = kwargs.get("attention_mask")
-        if bidirectional is None or kwargs.get("mask_function") is not bidirectional:
+        queries, keys = kwargs.get("q_length"), kwargs.get("kv_length")
+        pattern = kwargs.get("mask_function")
+        if bidirectional is None or pattern is not bidirectional or queries is None:
             made: Tensor | None = others(*args, **kwargs)
             return made
-        return None if mask is None else mask
+        if mask is None:
+            return None
+        if mask.shape[1] != keys:
+            made = others(*args, **kwargs)
+            return made
+        return mask.bool()[:, None, None].expand(-1, 1, queries, -1)
 
     return make

@@ -24,10 +24,12 @@ from ._hf_parts import (
     VERSION_4,
     Layer,
     Norm,
+    can_fuse,
     is_plain_norm,
     is_touched,
     patch_tokens,
     recorded,
+    why_not_halves,
 )
 
 _PREFIX = 2  # class and distillation tokens, in every AST of transformers
@@ -98,13 +100,13 @@ class ASTLayer(theirs.ASTLayer):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[B, T, C] to [B, T, C]."""
         mask = args[0] if args else kwargs.get(_LAYER_MASK)
-        parts = Layer(self, mask)
-        why = parts.why_not_halves()
+        why = why_not_halves(self)
         if VERSION_4 and mask is not None:
             why = "it was called with a head mask"
         if why is not None:
             say_once(f"a layer of transformers' AST runs its own forward: {why}")
             return super().forward(hidden_states, *args, **kwargs)
+        parts = Layer(self, mask)
         update, stream = parts.halves(hidden_states, parts.norm1(hidden_states))
         return stream + update
 
@@ -166,10 +168,12 @@ def fused_tokens(
     mask = None if request.mask is None else keys_of(request.mask)
     if isinstance(mask, Tensor):
         return None
-    blocks = [Layer(layer, mask) for layer in layers]
-    plain = [block.can_fuse for block in blocks]
+    plain = [can_fuse(layer) for layer in layers]
     if mask is not None and not all(plain):
         return None  # a layer's own forward wants transformers' form of the mask
+    blocks = [
+        Layer(layer, mask) if fused else layer for layer, fused in zip(layers, plain, strict=True)
+    ]
     stream = model.embeddings(request.x)
     return run_in_halves(stream, blocks, plain, Norm(model.layernorm, True), True, keep)
 

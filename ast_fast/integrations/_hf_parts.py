@@ -99,15 +99,12 @@ class Layer:
     """A layer's modules by what they do.
 
     Args:
-        layer: an `ASTLayer`.
+        layer: an `ASTLayer` for which `why_not_halves` gives None.
         mask: what its queries see.
-        arguments: what else the layer is called with where it runs by itself.
     """
 
-    def __init__(
-        self, layer: Any, mask: Tensor | Keys | None = None, arguments: dict[str, Any] | None = None
-    ) -> None:
-        self.layer, self.mask, self.arguments = layer, mask, arguments or {}
+    def __init__(self, layer: Any, mask: Tensor | Keys | None = None) -> None:
+        self.layer, self.mask = layer, mask
         outer = layer.attention
         if VERSION_4:
             attention, out = outer.attention, outer.output
@@ -127,30 +124,6 @@ class Layer:
             self.probability = attention.attention_dropout
         self.attention = attention
         self.norm1, self.norm2 = Norm(layer.layernorm_before), Norm(layer.layernorm_after)
-
-    def __call__(self, stream: Tensor) -> Tensor:
-        """The layer itself: [B, T, C] to [B, T, C]."""
-        made: Tensor = self.layer(stream, self.mask, **self.arguments)
-        return made
-
-    def why_not_halves(self) -> str | None:
-        """Why the layer must run its own forward, or None."""
-        for module, expected in _containers(self.layer):
-            if type(module) is not expected:
-                return f"its {expected.__name__} was replaced by {type(module).__name__}"
-            if is_touched(module, "attentions"):
-                return f"its {expected.__name__} is hooked"
-        for norm in (self.layer.layernorm_before, self.layer.layernorm_after):
-            if not is_plain_norm(norm):
-                return "a LayerNorm is hooked or was replaced"
-        return None
-
-    @property
-    def can_fuse(self) -> bool:
-        """Whether the layer's norms may be computed together with additions outside it."""
-        layer = self.layer
-        checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
-        return not checkpointed and not is_touched(layer) and self.why_not_halves() is None
 
     @property
     def can_keep_first(self) -> bool:
@@ -191,17 +164,40 @@ def _is_exact_gelu(act: Any) -> bool:
     return type(act) is GELUActivation
 
 
-def _containers(layer: Any) -> list[tuple[nn.Module, type]]:
-    if VERSION_4:
-        outer = layer.attention
-        return [
-            (outer, theirs.ASTAttention),
-            (outer.attention, theirs.ASTSelfAttention),
-            (outer.output, theirs.ASTSelfOutput),
-            (layer.intermediate, theirs.ASTIntermediate),
-            (layer.output, theirs.ASTOutput),
-        ]
-    return [(layer.attention, theirs.ASTAttention), (layer.mlp, theirs.ASTMLP)]
+def why_not_halves(layer: Any) -> str | None:
+    """Why a layer must run its own forward, or None."""
+    for path, name in _CONTAINERS:
+        module: Any = layer
+        for part in path.split("."):
+            module = getattr(module, part)
+        if type(module) is not getattr(theirs, name):
+            return f"its {name} was replaced by {type(module).__name__}"
+        if is_touched(module, "attentions"):
+            return f"its {name} is hooked"
+    for norm in (layer.layernorm_before, layer.layernorm_after):
+        if not is_plain_norm(norm):
+            return "a LayerNorm is hooked or was replaced"
+    return None
+
+
+def can_fuse(layer: Any) -> bool:
+    """Whether a layer's norms may be computed together with additions outside it."""
+    checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return not checkpointed and not is_touched(layer) and why_not_halves(layer) is None
+
+
+# what holds the linear layers, outer ones first
+_CONTAINERS = (
+    (
+        ("attention", "ASTAttention"),
+        ("attention.attention", "ASTSelfAttention"),
+        ("attention.output", "ASTSelfOutput"),
+        ("intermediate", "ASTIntermediate"),
+        ("output", "ASTOutput"),
+    )
+    if VERSION_4
+    else (("attention", "ASTAttention"), ("mlp", "ASTMLP"))
+)
 
 
 def patch_tokens(embeddings: Any, x: Tensor) -> Tensor | None:

@@ -270,6 +270,10 @@ def _portable(model: Any, target: Path, format: str, input: str) -> Portable:
         raise ValueError(f"the model is {dtype}: expected float32; call model.float()")
     if model.precision != "exact":
         raise ValueError("the model computes in FP8: call model.set_precision('exact') first")
+    if model.v.merging is not None:
+        raise ValueError(
+            "the model merges tokens, which an export does not: call model.set_token_merging(0) first"
+        )
     if format == "aoti" and shutil.which(os.environ.get("CXX", "c++")) is None:
         raise ValueError("format='aoti' compiles: expected a C++ compiler (c++, or CXX names one)")
     return Portable(model, input)  # type: ignore[arg-type]

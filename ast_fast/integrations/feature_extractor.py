@@ -84,7 +84,7 @@ class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
         return values
 
     @property
-    def config(self) -> LogMelConfig:
+    def frontend_config(self) -> LogMelConfig:
         """The settings as our front end takes them."""
         return LogMelConfig(
             sample_rate_hz=self.sampling_rate,
@@ -137,7 +137,7 @@ class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
         target = torch.device(device) if device is not None else self._device
         wave, lengths = self._padded(clips, target)
         with torch.no_grad():
-            features = log_mel_features(wave, self.config, lengths)
+            features = log_mel_features(wave, self.frontend_config, lengths)
         kind = getattr(return_tensors, "value", return_tensors)
         made: Any = features
         if kind is None:
@@ -150,7 +150,7 @@ class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
         self, clips: Sequence[Tensor], device: torch.device | None
     ) -> tuple[Tensor, Tensor]:  # [B, N], [B]
         """Clips as one float32 batch, cut to what the frames reach, and their lengths."""
-        framing = self.config.framing
+        framing = self.frontend_config.framing
         sizes = mel_sizes(**framing)
         window = sizes.window_samples
         most = window + (self.max_length - 1) * sizes.hop_samples

@@ -161,6 +161,10 @@ def test_bad_arguments_are_named(model, saved, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=said):
             export_model(*arguments)
+    merging = ast_fast.ASTModel.from_pretrained(saved)
+    merging.set_token_merging(2)
+    with pytest.raises(ValueError, match=r"set_token_merging\(0\)"):
+        export_model(merging, tmp_path / "m.pt2")
     assert main(["export", saved, str(tmp_path / "m"), "--device", "cuda"]) == 2
     assert "only aoti" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "m")]) == 2

@@ -174,6 +174,20 @@ def test_hooked_and_replaced_parts_keep_their_own_forward_said_once(make_ast, ba
     assert outputs[0].shape == (3, 47, 128)
 
 
+def test_an_attention_of_another_kind_is_called(make_ast, batch):
+    class Other(nn.Module):
+        def forward(self, hidden_states, *args, **kwargs):
+            made = hidden_states.flip(1)
+            return (made, None) if MAJOR >= 5 else made
+
+    x, _ = batch
+    model = make_ast()
+    layers_of(model)[1].attention = Other()
+    fast = ast_fast.accelerate(copy.deepcopy(model))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x).logits, model(x).logits, atol=5e-5, rtol=1e-4)
+
+
 def test_a_hook_on_the_last_layer_sees_every_token(make_ast, batch):
     x, _ = batch
     fast = ast_fast.accelerate(make_ast())
@@ -292,11 +306,24 @@ def test_replicas_use_their_own_parameters(make_ast, batch):
 
 
 def test_torch_compile_in_one_graph(make_ast, batch):
-    x, _ = batch
+    x, y = batch
     fast = ast_fast.accelerate(make_ast())
     want = fast(x).logits
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x).logits, want, atol=1e-5, rtol=1e-5)
+    loss = compiled(x, labels=y).loss
+    loss.backward()
+    got = [p.grad for p in fast.parameters()]
+    fast.zero_grad()
+    fast(x, labels=y).loss.backward()
+    for ours, eager in zip(got, fast.parameters(), strict=True):
+        torch.testing.assert_close(ours, eager.grad, atol=1e-5, rtol=1e-3)
+    if MAJOR >= 5:
+        mask = torch.ones(3, 47)
+        mask[0, 30:] = 0
+        masked = fast(x, attention_mask=mask).logits
+        got = compiled(x, attention_mask=mask).logits
+        torch.testing.assert_close(got, masked, atol=1e-5, rtol=1e-4)
 
 
 def test_lora_trains_and_merges(make_ast, batch):
