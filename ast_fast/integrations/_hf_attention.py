@@ -38,9 +38,10 @@ class Keys(NamedTuple):
 
 def say_once(message: str) -> None:
     """A warning that is worth one line a process; none while a compiler traces."""
-    if message not in _said and not torch.compiler.is_compiling():
-        _said.add(message)
-        _log.warning("%s", message)
+    if torch.compiler.is_compiling() or message in _said:
+        return
+    _said.add(message)
+    _log.warning("%s", message)
 
 
 def key_vector(mask: Tensor) -> Tensor | None:

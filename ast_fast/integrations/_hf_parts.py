@@ -58,7 +58,8 @@ def is_touched(module: nn.Module, records: str = "") -> bool:
         return True
     active = recorded() or ()
     for hook in module._forward_hooks.values():
-        if hook.__module__ != "transformers.utils.output_capturing" or records in active:
+        home = getattr(hook, "__module__", None)
+        if home != "transformers.utils.output_capturing" or records in active:
             return True
     return False
 
@@ -182,8 +183,11 @@ def why_not_halves(layer: Any) -> str | None:
 
 def can_fuse(layer: Any) -> bool:
     """Whether a layer's norms may be computed together with additions outside it."""
-    checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
-    return not checkpointed and not is_touched(layer) and why_not_halves(layer) is None
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        return False
+    if layer._compiled_call_impl is not None:  # compiled by itself: layer.compile()
+        return False
+    return not is_touched(layer) and why_not_halves(layer) is None
 
 
 # what holds the linear layers, outer ones first

@@ -326,6 +326,17 @@ def test_torch_compile_in_one_graph(make_ast, batch):
         torch.testing.assert_close(got, masked, atol=1e-5, rtol=1e-4)
 
 
+def test_a_layer_compiled_by_itself_is_called(make_ast, batch):
+    x, _ = batch
+    fast = ast_fast.accelerate(make_ast())
+    want = fast(x).logits
+    traced = []
+    layer = layers_of(fast)[1]
+    layer.compile(backend=lambda graph, inputs: traced.append(graph) or graph)
+    torch.testing.assert_close(fast(x).logits, want, atol=1e-5, rtol=1e-5)
+    assert traced
+
+
 def test_lora_trains_and_merges(make_ast, batch):
     peft = pytest.importorskip("peft")
     x, y = batch
