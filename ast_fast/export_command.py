@@ -31,6 +31,8 @@ def export(
         say(
             f"compiling for {device or 'cpu'} with {torch.get_num_threads()} threads; a minute or more"
         )
+    elif check:
+        say("exporting, then comparing with the float64 reference")
     report = export_model(network, out, format, input, check=check)
     say(report.table())
     if check:

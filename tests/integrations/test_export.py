@@ -141,6 +141,10 @@ def test_a_file_with_other_numbers_gets_no_name(model, tmp_path, monkeypatch):
     assert path.read_text() == "what was there before"
     assert list(tmp_path.iterdir()) == [path]
 
+    monkeypatch.setitem(export._WRITERS, "torch", lambda portable, target: target.write_bytes(b"?"))
+    with pytest.raises(ExportError, match=r"does not run \(torch\)"):
+        export_model(model, path)
+
     def broken(portable, target):
         raise RuntimeError("no such operator\nand a long trace")
 
