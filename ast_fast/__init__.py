@@ -17,18 +17,21 @@ if not (_checkout / "ast_fast" / "kernels").is_dir() and (_checkout / "kernels")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ASTFeatureExtractor": "integrations.feature_extractor",
     "ASTModel": "models.ast",
     "LogMel": "frontend",
     "MFCC": "frontend",
     "Resample": "resample",
     "StreamingLogMel": "streaming",
     "StreamingTagger": "streaming",
+    "accelerate": "integrations.transformers",
     "check_equivalence": "equivalence",
     "create_model": "models.registry",
     "embed": "inference",
     "list_models": "models.registry",
     "optimize_for_inference": "optimized",
     "predict": "inference",
+    "restore": "integrations.transformers",
     "tag": "inference",
     "use_backend": "backend",
 }
@@ -42,6 +45,7 @@ _MODULES = (
     "frontend",
     "hub",
     "inference",
+    "integrations",
     "models",
     "ops",
     "reference",
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
         frontend,
         hub,
         inference,
+        integrations,
         models,
         ops,
         reference,
@@ -74,6 +79,8 @@ if TYPE_CHECKING:
     from .equivalence import check_equivalence
     from .frontend import MFCC, LogMel
     from .inference import embed, predict, tag
+    from .integrations.feature_extractor import ASTFeatureExtractor
+    from .integrations.transformers import accelerate, restore
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
     from .optimized import optimize_for_inference
@@ -82,12 +89,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MFCC",
+    "ASTFeatureExtractor",
     "ASTModel",
     "LogMel",
     "Resample",
     "StreamingLogMel",
     "StreamingTagger",
     "__version__",
+    "accelerate",
     "audio",
     "augment",
     "backend",
@@ -100,6 +109,7 @@ __all__ = [
     "frontend",
     "hub",
     "inference",
+    "integrations",
     "list_models",
     "models",
     "ops",
@@ -107,6 +117,7 @@ __all__ = [
     "predict",
     "reference",
     "resample",
+    "restore",
     "seeding",
     "streaming",
     "tag",

@@ -1,5 +1,5 @@
-"""The command `ast-fast`: demo, train, eval, report, compare, tag, embed, listen, prepare,
-verify, bench, convert, doctor.
+"""The command `ast-fast`: demo, train, eval, ensemble, average, report, compare, tag, embed, listen, prepare,
+verify, bench, convert, export, doctor.
 
 Only the arguments live here, so that `--help` answers without loading PyTorch; the work is in
 `commands`. A mistake of the user is one line on standard error and exit status 2; `--debug` shows
@@ -434,6 +434,32 @@ def convert(
     return commands.convert(source, out, to, labels)
 
 
+def export(
+    model: Positional[str],
+    out: Positional[Path],
+    format: Literal["torch", "onnx", "aoti"] = "torch",
+    input: Literal["features", "waveform"] = "features",
+    device: str | None = None,
+    check: bool = True,
+) -> int:
+    """Write a model as one file for serving, that needs nothing of ast_fast to run.
+
+    The file is loaded again and compared with the float64 reference on several batch sizes before it gets
+    its name. A .json beside it says what goes in and comes out.
+
+    Args:
+        model: pretrained directory, file or hub id.
+        out: file to write; .pt2 or .onnx is added if it has no suffix.
+        format: torch for torch.export.load, onnx for ONNX Runtime and the like, aoti for compiled code.
+        input: features takes normalised log-mel; waveform takes samples and lengths, front end included.
+        device: for aoti, what to compile for: cpu (default) or cuda.
+        check: compare with the reference; --no-check writes at once.
+    """
+    from . import export_command
+
+    return export_command.export(model, out, format, input, device, check)
+
+
 def doctor() -> int:
     """Print what is installed, which devices there are, and which backend each op takes and why."""
     from . import commands
@@ -455,6 +481,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": prepare,
     "verify": verify,
     "convert": convert,
+    "export": export,
     "doctor": doctor,
 }
 
@@ -509,10 +536,11 @@ def is_user_error(error: Exception) -> bool:
     from .backend import BackendUnavailableError
     from .data import LoaderError
     from .equivalence import EquivalenceError
+    from .integrations.export import ExportError
     from .throughput import DisagreementError
     from .training import TrainingError
 
-    kinds = (EquivalenceError, DisagreementError, TrainingError, LoaderError)
+    kinds = (EquivalenceError, DisagreementError, ExportError, TrainingError, LoaderError)
     return isinstance(error, (BackendUnavailableError, *kinds))
 
 

@@ -242,5 +242,6 @@ _PACKAGES = (
     ("tyro", "this command"),
     ("timm", "weights from image models"),
     ("transformers", "reading and speeding up its AST"),
+    ("onnxruntime", "checking exports (with onnx and onnxscript)"),
     ("torchaudio", "comparison only"),
 )

@@ -405,23 +405,44 @@ class Trunk(nn.Module):
             update, stream = layers_fp8.run(stream, blocks, keep)
             assert isinstance(last_norm, LayerNorm)
             return last_norm.after_add(update, stream)[0]
-        normed = None  # norm of the stream, where the step before already computed it
-        for index, block in enumerate(blocks):
-            last = index + 1 == len(blocks)
-            if not plain[index]:
-                stream, normed = block(stream), None
-                continue
-            if normed is None:
-                normed = block.norm1(stream)
-            short = last and keep is not None and fuse_last and block.can_keep_first
-            update, stream = block.halves(stream, normed, keep if short else None)
-            following: Any = last_norm if last else blocks[index + 1]
-            if fuse_last if last else plain[index + 1]:
-                norm = following if last else following.norm1
-                normed, stream = norm.after_add(update, stream)
-            else:
-                stream, normed = stream + update, None
-        return last_norm(stream) if normed is None else normed
+        return run_in_halves(stream, blocks, plain, last_norm, fuse_last, keep)
+
+
+def run_in_halves(
+    stream: Tensor,  # [B, T, C]
+    blocks: list[Any],
+    plain: list[bool],
+    last_norm: Any,
+    fuse_last: bool,
+    keep: int | None = None,
+) -> Tensor:  # [B, T, C]
+    """`last_norm` of the stream after the blocks, each norm fused with the addition before it.
+
+    Args:
+        stream: [B, T, C].
+        blocks: in order; each is called, or has the parts of `Block` (norm1, halves, can_keep_first).
+        plain: which of them may be computed by these parts.
+        last_norm: applied after the last of them.
+        fuse_last: whether `last_norm.after_add` may stand in for calling it.
+        keep: only the first tokens are asked for; more may come back.
+    """
+    normed = None  # norm of the stream, where the step before already computed it
+    for index, block in enumerate(blocks):
+        last = index + 1 == len(blocks)
+        if not plain[index]:
+            stream, normed = block(stream), None
+            continue
+        if normed is None:
+            normed = block.norm1(stream)
+        short = last and keep is not None and fuse_last and block.can_keep_first
+        update, stream = block.halves(stream, normed, keep if short else None)
+        following: Any = last_norm if last else blocks[index + 1]
+        if fuse_last if last else plain[index + 1]:
+            norm = following if last else following.norm1
+            normed, stream = norm.after_add(update, stream)
+        else:
+            stream, normed = stream + update, None
+    return last_norm(stream) if normed is None else normed
 
 
 def patch_conv(config: ModelConfig) -> nn.Conv2d:

@@ -7,6 +7,7 @@ the new weights can be loaded.
 
 from .errors import CheckpointError, require_match
 from .keys import dialect_of, to_ours, to_transformers
+from .publishing import model_card, upload, write_card
 from .reading import locate, read_weights
 from .writing import write_pretrained, write_transformers
 
@@ -14,10 +15,13 @@ __all__ = [
     "CheckpointError",
     "dialect_of",
     "locate",
+    "model_card",
     "read_weights",
     "require_match",
     "to_ours",
     "to_transformers",
+    "upload",
+    "write_card",
     "write_pretrained",
     "write_transformers",
 ]

@@ -27,21 +27,31 @@ FORMAT = "ast_fast"  # key of our settings in config.json and in the safetensors
 _MAX_JSON_BYTES = 16 * 2**20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HINT = "download it again, or convert it with the program that wrote it"
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local path of a file, a directory or a Hugging Face hub id (fetched if it is one).
 
+    Args:
+        source: what to look for.
+        revision: branch, tag or commit hash of a hub id: a hash pins what is loaded for good.
+
     Raises:
-        CheckpointError: nothing is there, and it is no hub id or the hub is out of reach.
+        CheckpointError: nothing is there, and it is no hub id or the hub is out of reach; or a revision
+            was asked of a local path.
     """
     path = Path(source).expanduser()
     if path.exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} was asked of the local path {str(path)!r}: revisions are of hub "
+                "ids; leave it out"
+            )
         return path
     name = os.fspath(source)
-    if not _HUB_ID.fullmatch(name) or path.suffix in _SUFFIXES:
+    if not HUB_ID.fullmatch(name) or path.suffix in _SUFFIXES:
         raise CheckpointError(
             f"{name!r} does not exist: expected a file, a directory or a hub id owner/name"
         )
@@ -54,12 +64,15 @@ def locate(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(
             hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"],
             )
         )
     except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
-            f"{name!r} does not exist here and cannot be had from the Hugging Face hub "
+            f"{name!r} does not exist here and cannot be had from the Hugging Face hub{at} "
             f"({type(error).__name__}: {error}): download https://huggingface.co/{name} on a machine "
             "with network and pass the directory"
         ) from error

@@ -103,6 +103,12 @@ def _write_text(text: str) -> Callable[[Path], None]:
     return write
 
 
+def replace_text(target: Path, text: str) -> Path:
+    """Fill a text file, whole or not at all; returns its path."""
+    replace_file(target, _write_text(text))
+    return target
+
+
 def write_pretrained(
     directory: str | os.PathLike[str], state: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> Path:

@@ -6,26 +6,23 @@ keyword-only. Dimensions: B clips, N samples, S frames, F mel bins, T tokens, H 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .. import hub
 from ..config import LogMelConfig, ModelConfig, PositionRule
 from ..frontend import log_mel_features
 from ..layers import Block, LayerNorm, Trunk, patch_conv
 from ..layers_fp8 import ModelPrecision, set_precision, uses_fp8
 from ..positions import trunc_normal_
 from . import pretrained
+from .hub_mixin import HubMixin
 from .registry import register_model
 from .token_options import TokenOptions
 
 
-class ASTModel(TokenOptions):
+class ASTModel(HubMixin, TokenOptions):
     """Audio Spectrogram Transformer: `[B, S, F]` normalised log-mel to logits `[B, label_dim]`.
 
     The positional arguments are the original's, with its defaults. Unlike the original, forward
@@ -284,32 +281,6 @@ class ASTModel(TokenOptions):
             raise ValueError(
                 f"x is {x.dtype} and the model {weight.dtype}: convert the input with x.to({weight.dtype})"
             )
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
-        """Load a model from a directory, a file or a Hugging Face hub id.
-
-        Args:
-            source: directory (ours or transformers'), file (.pth, .bin, .safetensors) or hub id.
-            overrides: sizes to change: label_dim (a new head), input_tdim, input_fdim, fstride,
-                tstride (positions are adapted), labels, position_rule.
-
-        Raises:
-            CheckpointError: the file is missing, broken or does not fit; says what to do.
-        """
-        return pretrained.load_model(cls, source, overrides)
-
-    def save_pretrained(
-        self, directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
-    ) -> Path:
-        """Write weights and settings to a directory, so that a crash leaves the old ones loadable.
-
-        Args:
-            directory: made if absent.
-            state_dict: weights to write in place of the model's own, such as wider ones.
-        """
-        settings = {"model": self.config.to_dict(), "frontend": self.frontend_config.to_dict()}
-        return hub.write_pretrained(directory, state_dict or self.state_dict(), settings)
 
 
 def _check_frontend(frontend: LogMelConfig | None, config: ModelConfig) -> LogMelConfig:

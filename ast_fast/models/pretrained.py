@@ -240,12 +240,15 @@ def start_from_weights(model: ASTModel, kind: str, rule: str = "bilinear") -> No
 
 
 def load_model(
-    cls: type[Model], source: str | os.PathLike[str], overrides: Mapping[str, Any]
+    cls: type[Model],
+    source: str | os.PathLike[str],
+    overrides: Mapping[str, Any],
+    revision: str | None = None,
 ) -> Model:
     """A model from a directory, file or hub id; see `ASTModel.from_pretrained`."""
     changes = dict(overrides)
     rule = changes.pop("position_rule", "bilinear")
-    path = hub.locate(source)
+    path = hub.locate(source, revision)
     state, info = hub.read_weights(path)
     if not info["model"]:
         raise CheckpointError(

@@ -54,7 +54,7 @@ FLOORS = (
     ),
     (
         *("cli", "commands", "train_command", "ensemble_command", "infer_command"),
-        *("listen_command", "prepare_command", "report_command"),
+        *("export_command", "listen_command", "prepare_command", "report_command"),
         "__main__",
     ),
 )
