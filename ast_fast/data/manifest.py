@@ -336,23 +336,38 @@ def csv_cells(path: Path, *, skip_spaces: bool = False) -> Iterator[tuple[int, l
             raise ManifestError(f"{path}: is not UTF-8 text: {error}") from error
 
 
-def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by the name of their column.
+def csv_table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Names of the columns, and line number and cells of each row.
 
     Raises:
         ManifestError: see `csv_cells`; or a row has more or fewer fields than the header.
     """
-    header: list[str] | None = None
-    for line, cells in csv_cells(path):
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            continue
-        if len(cells) != len(header):
-            raise ManifestError(
-                f"{path}, line {line}: {len(cells)} fields: expected "
-                f"{len(header)} ({', '.join(header)})"
-            )
-        yield line, dict(zip(header, cells))  # noqa: B905 - as long as each other
+    rows = csv_cells(path)
+    _, header = next(rows, (0, []))
+    header = [cell.strip() for cell in header]
+    width = len(header)
+
+    def checked() -> Iterator[tuple[int, list[str]]]:
+        for row in rows:
+            if len(row[1]) != width:
+                raise ManifestError(
+                    f"{path}, line {row[0]}: {len(row[1])} fields: expected {width} "
+                    f"({', '.join(header)})"
+                )
+            yield row
+
+    return header, checked()
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells by the name of their column.
+
+    Raises:
+        ManifestError: see `csv_table`.
+    """
+    header, rows = csv_table(path)
+    for line, cells in rows:
+        yield line, dict(zip(header, cells, strict=True))
 
 
 def check_size(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .manifest import (
     check_size,
     collect,
     csv_rows,
+    csv_table,
     finite,
 )
 
@@ -24,7 +25,7 @@ _ALIASES = {
     **{"wav": "path", "file": "path", "filename": "path"},
     **{"label": "labels", "key": "id", "fold": "split"},
 }
-_PLAIN, _PLAIN_CHARS = {"path", "label", "labels"}, 4096
+_PLAIN_CHARS = 4096
 _Named = Iterator[tuple[int, Any]]  # line, and what stands there by name
 
 
@@ -67,20 +68,18 @@ def read_manifest(
     if not root.is_dir():
         raise ManifestError(f"root {str(root)!r} is not a folder")
     check_size(path)
-    readers: dict[str, Callable[[Path], _Named]] = {
-        ".csv": csv_rows,
-        ".jsonl": _read_jsonl,
-        ".json": _read_original,
-    }
     suffix = path.suffix.lower()
-    if suffix not in readers:
+    if suffix not in (".csv", ".jsonl", ".json"):
         raise ManifestError(f"{path}: suffix {suffix!r}: expected .csv, .jsonl or .json")
     separator = label_separator or ("," if suffix == ".json" else ";")
-    named = readers[suffix](path)
-    if not values:
-        named, values = _value_names(named)
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
-    rows = _rows(named, separator, tuple(values), within, path, need_labels)
+    rows = _plain_csv(path, separator, within) if suffix == ".csv" and not values else None
+    if rows is None:
+        readers = {".csv": csv_rows, ".jsonl": _read_jsonl, ".json": _read_original}
+        named = readers[suffix](path)
+        if not values:
+            named, values = _value_names(named)
+        rows = _rows(named, separator, tuple(values), within, path, need_labels)
     return collect(
         rows,
         path,
@@ -137,6 +136,26 @@ def _json(raw: bytes, where: str) -> Any:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
 
 
+def _plain_csv(path: Path, separator: str, within: str) -> Iterator[Row] | None:
+    """Rows of a path and labels, the form that sets of millions have; None for other columns."""
+    header, rows = csv_table(path)
+    columns = [_ALIASES.get(name, name) for name in header]
+    if sorted(columns) != ["labels", "path"]:
+        return None
+    place, label = columns.index("path"), columns.index("labels")
+    parts: dict[str, tuple[str, ...]] = {}  # of label texts seen before
+
+    def plain() -> Iterator[Row]:
+        for line, cells in rows:
+            text = cells[label]
+            labels = parts.get(text)
+            if labels is None:
+                labels = parts[text] = _parts(text, separator)
+            yield Row(line, cells[place].removeprefix(within), labels)
+
+    return plain()
+
+
 def _rows(
     named: _Named,
     separator: str,
@@ -145,10 +164,10 @@ def _rows(
     source: Path,
     need_labels: bool,
 ) -> Iterator[Row]:
-    parts: dict[str, tuple[str, ...]] = {}  # of label texts seen before
+    parts: dict[str, tuple[str, ...]] = {}
     for line, row in named:
-        # the plain form of a row, which sets of millions have, needs no copy of it
-        if not values and type(row) is dict and row.keys() <= _PLAIN:
+        # the plain form again: nothing is copied, and no message made
+        if not values and type(row) is dict and len(row) == 2:
             path, text = row.get("path"), row.get("label", row.get("labels"))
             if type(path) is str and type(text) is str and len(path) + len(text) <= _PLAIN_CHARS:
                 labels = parts.get(text)

@@ -6,7 +6,14 @@ import tracemalloc
 
 import pytest
 
-from ast_fast.data import ManifestError, audio_files, class_counts, read_folder, read_manifest
+from ast_fast.data import (
+    ManifestError,
+    audio_files,
+    class_counts,
+    read_folder,
+    read_manifest,
+    read_segments,
+)
 from ast_fast.data.manifest import safe_cell
 
 
@@ -102,6 +109,24 @@ def test_other_broken_manifests_are_refused(tmp_path):
             read_manifest(write(tmp_path, content, name), check_files=False)
     with pytest.raises(FileNotFoundError):
         read_manifest(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "row"),
+    [
+        ("a.csv", "path,labels\n", 'x.wav,"{}"\n'),
+        ("b.csv", "path,labels,id\n", "{}.wav,dog,1\n"),
+        ("c.jsonl", "", '{{"path": "x.wav", "label": "{}"}}\n'),
+        ("d.csv", "# YTID, start_seconds\n", 'abcdefghijk, 0, 10, "{}"\n'),
+    ],
+)
+def test_a_field_of_ten_megabytes_is_refused_with_its_line(name, head, row, tmp_path):
+    path = write(tmp_path, head + row.format("y" * 10_000_000), name)
+    read = read_segments if name.startswith("d") else read_manifest
+    start = time.process_time()
+    with pytest.raises(ManifestError, match=r"line [12]: ") as caught:
+        read(path)
+    assert len(str(caught.value)) < 1000 and time.process_time() - start < 2.0
 
 
 def test_unknown_labels_are_refused_when_the_classes_are_given(tmp_path):
