@@ -42,6 +42,9 @@ def report(
         return 0
     model = load_for_inference(str(run.model_folder(checkpoint)))
     dataset = _evaluation_set(run, model, eval_data, root)
+    if dataset is not None and getattr(dataset, "values", None) is not None:
+        say(f"{folder}: was trained on numbers to predict: the page has no part on classes")
+        dataset = None
     if dataset is None:
         say(f"report: {write_run_report(run, out)}")
         return 0

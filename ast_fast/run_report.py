@@ -139,7 +139,9 @@ def write_run_report(
         _worst(report, model, dataset, measured)
     else:
         report.section(
-            "Evaluation", "Nothing was evaluated: the run kept no clips aside, and none were given."
+            "Evaluation",
+            "Nothing was evaluated for this page: the run kept no clips aside and none were given, or "
+            "it predicts numbers rather than classes.",
         )
     report.section("Settings")
     rows = [(name, _text(value)) for name, value in sorted(run.settings.items())]

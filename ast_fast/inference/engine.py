@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -159,7 +160,6 @@ class Engine:
             GraphedForward(self._heads) if graphed else self._heads
         )
         self._grid = FrameGrid(self.plan, model.config) if wanted.frames else None
-        self._open: Gathered | None = None
 
     def run(self, units: Iterator[Unit]) -> Generator[ClipOutput | Failure, None, None]:
         """The outputs of clips in order; a clip that cannot be read is a `Failure` at its place."""
@@ -172,22 +172,21 @@ class Engine:
             span_seconds=self._span_seconds,
         )
         launched: deque[tuple[list[Mark], Tensor | None, Any]] = deque()
-        self._open = None
+        clips: list[Gathered] = []  # the one whose windows are coming, if any
         with contextlib.closing(self._batches(reader)) as batches:
             for batch, features in batches:
                 launched.append((batch.marks, *self._launch(features)))
                 while len(launched) > self._depth:
-                    yield from self._finish(*launched.popleft())
+                    yield from self._finish(clips, *launched.popleft())
             while launched:
-                yield from self._finish(*launched.popleft())
+                yield from self._finish(clips, *launched.popleft())
 
     def _batches(self, reader: WindowReader) -> Generator[tuple[WindowBatch, Tensor], None, None]:
         if self._device.type == "cuda":
-            source: Any = lambda: reader.batches(self._batch_size)  # noqa: E731
-            collate: Any = collate_windows
-            transform: Any = self._features
-            made: Any = on_side_stream(source, collate, self._device, transform, _PREFETCH)
-            yield from made
+            # what feeds training, with windows for clips
+            feed: Any = on_side_stream
+            source = functools.partial(reader.batches, self._batch_size)
+            yield from feed(source, collate_windows, self._device, self._features, _PREFETCH)
             return
         with contextlib.closing(reader.batches(self._batch_size)) as batches:
             for events in batches:
@@ -220,7 +219,7 @@ class Engine:
             ) from error
 
     def _finish(
-        self, marks: list[Mark], outputs: Tensor | None, arrived: Any
+        self, clips: list[Gathered], marks: list[Mark], outputs: Tensor | None, arrived: Any
     ) -> Iterator[ClipOutput | Failure]:
         """Take a batch apart: rows to their clips, and the clips that end in it."""
         if arrived is not None:
@@ -229,17 +228,14 @@ class Engine:
         row = 0
         for mark in marks:
             if isinstance(mark, Begin):
-                self._open = Gathered(mark, self._wanted, self._pooling)
+                clips.append(Gathered(mark, self._wanted, self._pooling))
             elif isinstance(mark, Failed):
-                self._open = None
+                clips.clear()
                 yield Failure(mark.name, mark.path, mark.error, mark.number)
             elif isinstance(mark, End):
-                assert self._open is not None
-                yield self._open.output(mark, self.plan)
-                self._open = None
+                yield clips.pop().output(mark, self.plan)
             else:
-                clip = self._open
-                assert clip is not None
+                clip = clips[-1]
                 clip.add(
                     None if scores is None else scores[row],
                     None if embeddings is None else embeddings[row],

@@ -40,7 +40,7 @@ class Wanted:
     scores: bool = False  # pooled over windows
     embedding: bool = False  # mean over windows
     windows: bool = False  # of each window, too
-    frames: bool = False  # scores over time; needs `scores`
+    frames: bool = False  # scores over time
 
 
 @dataclasses.dataclass(slots=True)

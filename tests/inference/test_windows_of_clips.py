@@ -261,6 +261,16 @@ def test_embeddings_are_the_mean_of_the_prefix_tokens(tiny_model, voice):
     assert one.windows == 3 and one.spans_s[0] == (0.0, MOST / 16000)
 
 
+def test_one_engine_runs_several_sources_at_a_time(tiny_model, clips, voice):
+    engine = Engine(tiny_model, "softmax", Wanted(scores=True), batch_size=3)
+    sources = [[clips], [voice, *sorted(clips.glob("0?.*"))]]
+    alone = [list(engine.run(units_of(each))) for each in sources]
+    both = list(zip(*(engine.run(units_of(each)) for each in sources), strict=False))
+    for place, results in enumerate(zip(*both, strict=True)):
+        for mine, other in zip(results, alone[place], strict=False):
+            assert isinstance(mine, Failure) or torch.equal(mine.scores, other.scores)
+
+
 def test_pooling_is_the_mean_or_the_most_over_windows(tiny_model, voice):
     for pooling, expected in (("mean", lambda x: x.mean(0)), ("max", lambda x: x.amax(0))):
         found = predict(voice[:40000], tiny_model, pooling=pooling, windows=True)
