@@ -39,6 +39,7 @@ PEERS = {
     "loop": "one call a clip",
     "all-tokens": "ours without patchout or token merging",
     "transformers": "transformers' AST with SDPA; for the front end its feature extractor",
+    "native": "our own model of the same weights",
     "transformers-eager": "transformers' AST with eager attention",
     "transformers-compile": "transformers' AST with SDPA under torch.compile",
     "transformers-compile-frozen": "the same with Inductor's freezing, which packs weights on a CPU",

@@ -18,7 +18,7 @@ from .tables import Content, load, newest
 OURS, RIVAL, GRID = "#1b6ca8", "#8a8f98", "#d7dae0"
 _TIMED = (
     *("frontend", "path", "inference", "training", "attention", "block", "patch_embed"),
-    *("decisions", "headline", "tokens"),
+    *("decisions", "headline", "tokens", "accelerated"),
 )
 
 

@@ -18,6 +18,7 @@ SUITES = (
     "patch_embed",
     "decisions",
     "tokens",
+    "accelerated",
 )
 
 

@@ -171,6 +171,8 @@ def test_bad_arguments_are_named(model, saved, tmp_path, capsys):
         export_model(merging, tmp_path / "m.pt2")
     assert main(["export", saved, str(tmp_path / "m"), "--device", "cuda"]) == 2
     assert "only aoti" in capsys.readouterr().err
+    assert main(["export", saved, str(tmp_path / "unchecked" / "m"), "--no-check"]) == 0
+    assert "not checked" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "m")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not list(tmp_path.glob("m*.pt2"))
