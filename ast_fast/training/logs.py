@@ -22,7 +22,12 @@ class RunLog:
     """
 
     def __init__(self, path: Path, resume_step: int = 0, events: Path | None = None) -> None:
-        rows = [row for row in read_log(path) if row.get("step", 0) <= resume_step]
+        # what is said at the end of a run is said again
+        rows = [
+            row
+            for row in read_log(path)
+            if row.get("step", 0) <= resume_step and row.get("kind") != "average"
+        ]
         partial = path.with_name(f".{path.name}-{os.getpid()}")
         text = "".join(json.dumps(row) + "\n" for row in rows if resume_step)
         partial.write_text(text, encoding="utf-8")

@@ -219,7 +219,8 @@ class Trainer:
         return prepared_step(step, self._mode, model)
 
     def _make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        depth = self.model.config.depth
+        # of a model of another kind every layer counts as the first
+        depth = getattr(getattr(self.model, "config", None), "depth", 0)
         return make_optimizer(parameters, self.config, depth, self._mode == "graph")
 
     def _make_teacher(self, given: Any) -> Teacher | None:

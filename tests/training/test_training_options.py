@@ -193,6 +193,8 @@ def test_the_plain_mean_is_that_of_the_epochs_asked_for(tmp_path):
         torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
     rows = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "average"]
     assert len(rows) == 1 and rows[0]["epochs"] == 3
+    trainer(tmp_path, config, network=model(9), eval_set=tones(12, 1), resume=True).fit()
+    assert rows == [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "average"]
     assert rows[0]["accuracy"] == result.figures["accuracy"]
 
 
