@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 SIZES = {
     "hidden_size": 128,
     "num_hidden_layers": 3,
@@ -19,6 +17,8 @@ SIZES = {
 @pytest.fixture
 def make_ast():
     """Builds `ASTForAudioClassification`, or another class, with weights away from zeros and ones."""
+
+    transformers = pytest.importorskip("transformers")
 
     def make(kind="ASTForAudioClassification", attention="sdpa", **changes):
         torch.manual_seed(3)
