@@ -72,7 +72,7 @@ def _evaluation_set(
     if eval_data is not None:
         held = read_data(eval_data, root, model.labels, None, DataConfig())
     else:
-        _, kept = read_plan(run.plan, settings.train.seed)
+        _, kept = read_plan(run.plan)
         if kept is None:
             return None
         held = kept

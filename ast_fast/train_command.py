@@ -112,7 +112,7 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
 
 def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -> None:
     settings = RunConfig.from_dict(plan["settings"])
-    train_data, held_data = read_plan(plan, settings.train.seed)
+    train_data, held_data = read_plan(plan)
     torch.manual_seed(settings.train.seed)
     model, audio = _build(settings, train_data)
     trainer = Trainer(
@@ -148,8 +148,10 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
     say(f"model: {run / 'model'}")
 
 
-def read_plan(plan: dict[str, Any], seed: int) -> tuple[Data, Data | None]:
+def read_plan(plan: dict[str, Any]) -> tuple[Data, Data | None]:
     """The clips that a run (its run.json) trains on, and those it is evaluated on."""
+    # runs of several seeds are measured on the same clips
+    seed = plan.get("holdout_seed", plan["settings"]["train"]["seed"])
     root = plan["root"] and Path(plan["root"])
     table = read_labels(plan["labels"]) if plan["labels"] else None
     how = DataConfig.from_dict(plan.get("how", {}))
