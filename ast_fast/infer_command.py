@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def tag(
     if out is None:
         return _print(engine, units_of(paths, root), rows, as_json)
     settings = {
-        **{"command": "tag", "model": _model_name(model), "precision": precision},
+        **{"command": "tag", "weights": _weights(network), "precision": precision},
         **{"top_k": rows.top_k, "windows": windows, "frames": frames, "hop": hop_s},
         **{"pooling": pooling, "activation": activation, "keep_truncated": keep_truncated},
         "labels": hashlib.sha256("\0".join(names).encode()).hexdigest()[:16],
@@ -113,7 +113,7 @@ def embed(
         num_workers=num_workers,
     )
     settings = {
-        **{"command": "embed", "model": _model_name(model), "precision": precision},
+        **{"command": "embed", "weights": _weights(network), "precision": precision},
         **{"windows": windows, "hop": hop_s, "keep_truncated": keep_truncated},
     }
     make_writer = embedding_writer(out, network.config.embed_dim)
@@ -139,9 +139,13 @@ def _audio(keep_truncated: bool) -> AudioConfig:
     return AudioConfig(truncated="keep" if keep_truncated else "error")
 
 
-def _model_name(model: str) -> str:
-    """A path in full, so that another folder's model of the same name is another."""
-    return str(Path(model).resolve()) if os.path.exists(model) else model  # noqa: PTH110
+def _weights(model: torch.nn.Module) -> str:
+    """What a model's weights are known by, wherever it lies."""
+    found = 0
+    for name, tensor in model.state_dict().items():
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found = zlib.crc32(content.numpy().data, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
 
 
 def _run(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from ast_fast import cli, embed, tag
+from ast_fast import ASTModel, cli, embed, tag
 from ast_fast.inference import Engine, Failure, Wanted
 from ast_fast.inference.job import JobError, run_job
 from ast_fast.inference.ranks import RankLostError, Ranks
@@ -206,7 +206,7 @@ def test_a_job_killed_at_random_moments_loses_nothing_and_writes_nothing_twice(
     assert (summary.clips, summary.failed, summary.before) == (72, 12, 0)
     out, rng, kills = tmp_path / "killed.jsonl", random.Random(0), 0
     while not out.exists():
-        child = in_child(lambda: start(tiny_model, out, sources, 0.004, resume=True))
+        child = in_child(lambda: start(tiny_model, out, sources, 0.01, resume=True))
         time.sleep(rng.uniform(0.02, 0.2))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -329,6 +329,13 @@ def test_ctrl_c_says_how_to_go_on(model_folder, clips, tmp_path, capfd):
     said = capfd.readouterr().err
     assert re.search(r"interrupted after \d+ of 3000 clips; .*--resume", said), said
     assert "Traceback" not in said and not out.exists()
+    # other weights do not go on with it, wherever they lie
+    other = ASTModel.from_pretrained(model_folder)
+    torch.nn.init.zeros_(other.mlp_head[1].bias)
+    other.save_pretrained(tmp_path / "other")
+    arguments[arguments.index(str(model_folder))] = str(tmp_path / "other")
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "weights was" in capfd.readouterr().err
 
 
 def test_a_full_disk_is_said_and_what_was_done_is_kept(tiny_model, clips, tmp_path):
