@@ -102,14 +102,14 @@ class Manifest:
 
 
 @functools.lru_cache(maxsize=64)
-def _real(root: Path) -> str:
+def _real(root: str) -> str:
     """The root with its links followed and a slash behind; looked up once, not for every clip."""
     real = os.path.realpath(root)
     return real if real.endswith(os.sep) else real + os.sep
 
 
 def _inside(root: Path, path: str | Path) -> bool:
-    return os.path.realpath(path).startswith(_real(root))
+    return os.path.realpath(path).startswith(_real(os.path.abspath(root)))  # noqa: PTH100 - asked for every clip
 
 
 def audio_files(folder: Path) -> list[Path]:

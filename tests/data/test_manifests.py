@@ -232,3 +232,12 @@ def test_fifty_thousand_rows_open_fast_and_small(tmp_path):
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert held < 15e6 and class_counts(manifest.labels, len(manifest.classes))[0] == 1000
+
+
+def test_a_relative_root_is_looked_up_where_the_process_is(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name / "set" / "low").mkdir(parents=True)
+        (tmp_path / name / "set" / "low" / "a.wav").write_bytes(b"RIFF")
+        monkeypatch.chdir(tmp_path / name)
+        found = read_folder("set")
+        assert found.file(0).is_file()
