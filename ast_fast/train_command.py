@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
+from .training.processes import by_torchrun, is_first
 from .training.recipe import read_config
 from .training.several import read_result, summary_lines, together, variants, write_json
 
@@ -78,13 +78,13 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
     """One run after the other, each in a folder of its own, and what they come to together."""
     several = variants(plan)
     processes = int(plan["settings"]["train"]["devices"])
-    if processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if processes > 1 and not by_torchrun():
         raise ValueError(
             f"train.devices={processes} with several runs: start the command by torchrun, or give one "
             "seed or fold at a time"
         )
     # one process of torchrun's writes for all; what they go by is from before, and the same for all
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     if first:
         if not resume and (run / "run.json").exists():
             raise ValueError(f"{run} holds runs already: resume them or choose another folder")

@@ -33,6 +33,7 @@ class BatchFeatures:
         num_clips: of the training set.
         num_classes: of the targets.
         device: where features are made.
+        alone: no other process takes part in a step: one without clips may be left out.
 
     Attributes:
         step: of the run, of the next batch.
@@ -45,7 +46,10 @@ class BatchFeatures:
         num_clips: int,
         num_classes: int,
         device: torch.device,
+        *,
+        alone: bool = True,
     ) -> None:
+        self._alone = alone
         self._model, self._config, self._device = model, config, device
         self._num_clips, self._num_classes = num_clips, num_classes
         self.step = 0
@@ -55,7 +59,7 @@ class BatchFeatures:
         """Features [B, S, F] and targets of a batch; None: there is nothing to do in its step."""
         config = self._config
         step, self.step = self.step, self.step + 1
-        if not len(batch) and config.devices == 1:
+        if not len(batch) and self._alone:
             return None
         seeds = clip_seeds(config.seed, step, batch.indices, self._num_clips)
         placed, settings = seeds.to(self._device), config.augment

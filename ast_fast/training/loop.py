@@ -43,6 +43,7 @@ from .master import MasterWeights
 from .metrics import MAIN_FIGURE
 from .modes import chosen_mode, prepared_step
 from .optimizers import freeze, make_optimizer
+from .processes import machines
 from .scaling import LossScaler
 from .schedules import run_factor
 from .snapshot import restore, state_of, tensors_of
@@ -118,10 +119,11 @@ class Trainer:
         self.fabric = fabric_module.Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
+            num_nodes=machines(),
             # float16 is cast and scaled here: a scaler of Fabric's would wait for the device
             precision="bf16-mixed" if self._autocast is torch.bfloat16 else "32-true",
         )
-        if config.devices > 1:
+        if config.devices * machines() > 1:
             self.fabric.launch()
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
         self.model: Any = _with_problem_type(model, self.task)
@@ -144,7 +146,8 @@ class Trainer:
         if self._teacher is not None:
             loss = DistillationLoss(loss, self.task, config.distill)
         self._loss = of_rows(loss)
-        self._mode = chosen_mode(config, self.fabric.device)
+        everywhere = config.replace(devices=self.fabric.world_size)
+        self._mode = chosen_mode(everywhere, self.fabric.device)
         if config.activation_memory != "fast":
             self.model.set_activation_memory(config.activation_memory)
         self._step_function = self._make_step(model)
@@ -154,7 +157,12 @@ class Trainer:
 
             self._monitor = EquivalenceMonitor(model, config.monitor, self._autocast)
         self._features = BatchFeatures(
-            self.model, config, len(train_set), len(train_set.classes), self.fabric.device
+            self.model,
+            config,
+            len(train_set),
+            len(train_set.classes),
+            self.fabric.device,
+            alone=self.fabric.world_size == 1,
         )
         self.average, self.cumulative = WeightAverage(config.average), PredictionMean()
         self.divergence = Divergence(config.divergence)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -89,3 +90,51 @@ def test_a_process_that_dies_ends_all_of_them_within_a_minute(tmp_path):
     done = torchrun(script)
     assert done.returncode != 0 and "exitcode  : 17" in done.stderr
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_process_train_as_one(data, tmp_path):
+    """Two launchers that meet on this machine stand for the machines."""
+    settings = [s for s in SETTINGS if "devices" not in s]
+    settings = [part for setting in settings for part in ("--set", setting)]
+    common = [*("-m", "ast_fast", "--", "train", "--data", str(data)), "--holdout", "0.25"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "localhost")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", *meet, "--master-port", str(port)),
+                *("--node-rank", str(rank), *common, "--run", str(tmp_path / "two"), *settings),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    one = subprocess.run(
+        [
+            *(sys.executable, "-m", "ast_fast", *common[3:]),
+            "--run",
+            str(tmp_path / "one"),
+            *settings,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    assert one.returncode == 0, one.stderr
+    losses = []
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        losses.append([row["loss"] for row in rows if row["kind"] in ("step", "eval")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
