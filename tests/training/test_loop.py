@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from ast_fast import ASTModel, create_model, use_backend
-from ast_fast.config import AugmentConfig, LogMelConfig, MonitorConfig, TrainConfig
+from ast_fast.config import (
+    AugmentConfig,
+    AverageConfig,
+    LogMelConfig,
+    MonitorConfig,
+    TrainConfig,
+)
 from ast_fast.data import WaveformDataset
 from ast_fast.equivalence import EquivalenceError
 from ast_fast.hub import CheckpointError
@@ -45,7 +51,7 @@ BY_CLIP = EVERYTHING.replace(mixup=0.0)
 CONFIG = TrainConfig(
     epochs=3, batch_size=8, lr=2e-3, warmup_steps=2, log_every=1, augment=EVERYTHING, seed=5
 )
-
+KILLED_CONFIG = CONFIG.replace(checkpoint_every=2, average=AverageConfig(ema=0.9, cumulative=True))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,7 +203,9 @@ KILLED = """
     spec = importlib.util.spec_from_file_location("loop_tests", {tests!r})
     tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(tests)
     torch.set_num_threads(1)
-    run = tests.trainer({folder!r}, tests.CONFIG.replace(checkpoint_every=2), resume={resume})
+    run = tests.trainer(
+        {folder!r}, tests.KILLED_CONFIG, eval_set=tests.tones(12, 1), resume={resume}
+    )
     inner = run._train_step
     def killed(batch, log):
         if run.step == {kill_at}:
@@ -208,7 +216,11 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("kill_at", [9])
+# steps drawn once; an epoch has six
+@pytest.mark.parametrize(
+    "kill_at",
+    [9, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 4, 8, 11, 13, 16))],
+)
 def test_a_run_killed_with_sigkill_resumes_to_the_same_bits(kill_at, tmp_path):
     def start(resume, kill_at):
         script = textwrap.dedent(KILLED).format(
@@ -221,12 +233,19 @@ def test_a_run_killed_with_sigkill_resumes_to_the_same_bits(kill_at, tmp_path):
     assert start(False, kill_at).returncode == -signal.SIGKILL
     last = start(True, -1)
     assert last.returncode == 0, last.stderr
-    whole = trainer(tmp_path / "whole", CONFIG.replace(checkpoint_every=2))
+    whole = trainer(tmp_path / "whole", KILLED_CONFIG, eval_set=tones(12, 1))
     whole.fit()
     latest = (tmp_path / "killed" / "checkpoints" / "latest").read_text().strip()
     assert latest == "step-00000018"
     found = load_file(tmp_path / "killed/checkpoints" / latest / "model/model.safetensors")
     assert same(found, weights(whole))
+    # optimiser, averaged weights, predictions of all epochs, random state
+    states = [
+        load_file(tmp_path / name / "checkpoints" / latest / "state.safetensors")
+        for name in ("killed", "whole")
+    ]
+    assert same(*states) and any(name.startswith("average.") for name in states[0])
+    assert "cumulative.predictions" in states[0]
 
 
 def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):
