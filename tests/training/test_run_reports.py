@@ -239,7 +239,7 @@ def test_reading_a_manifest_again_gives_the_clips_that_were_kept_aside(place):
     plan = RunFolder.read(place / "several").plan
     from ast_fast.train_command import read_plan
 
-    train, held = read_plan(plan, plan["settings"]["train"]["seed"])
+    train, held = read_plan(plan)
     everything = set(read_manifest(place / "several.csv").paths)
     assert set(train.paths) | set(held.paths) == everything
     assert not set(train.paths) & set(held.paths)
