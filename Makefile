@@ -13,7 +13,7 @@ QUICK := not slow and not gpu and not interpret and not aot
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-interpret test-aot test-slow lint verify bench wheel clean
+.PHONY: help setup demo test test-quick test-interpret test-aot test-slow lint verify bench docs wheel clean
 
 help:
 	@echo "make demo            train, evaluate and tag real audio; writes runs/demo/report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint            ruff and mypy"
 	@echo "make verify          the table of errors and budgets on this machine"
 	@echo "make bench           the CPU benchmark suites (about 15 minutes)"
+	@echo "make docs            the pages of docs/ as a site in build/site"
 	@echo "make wheel           a wheel in dist/, checked"
 	@echo "make clean           remove what these commands made, except runs/"
 
@@ -87,6 +88,9 @@ verify: setup
 
 bench: setup
 	@PYTHON=$(BIN)/python benchmarks/cpu.sh
+
+docs: setup
+	@$(BIN)/mkdocs build --strict
 
 wheel: setup
 	@rm -rf dist/wheel && mkdir -p dist/wheel
