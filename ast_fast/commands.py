@@ -82,8 +82,7 @@ def evaluate(
     if table is None and network.labels is None:
         raise ValueError(f"model {model!r} has no class names: give --labels")
     rate = network.frontend_config.sample_rate_hz
-    if how.fold is not None:
-        how = how.replace(fold=None, split=str(how.fold))
+    how = how.one_part()
     clips = read_data(data, root, names, table, how)
     for note in reading_notes(clips):
         say(f"  {note}")

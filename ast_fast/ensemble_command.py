@@ -14,9 +14,11 @@ from .hub import CheckpointError
 from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
+from .train_command import say
 from .training import Evaluation, evaluate
 from .training.ensembles import ensemble as mean_of_models
 from .training.ensembles import mean_of_weights
+from .training.logs import figures_text
 from .training.tasks import task_of
 
 
@@ -34,8 +36,7 @@ def ensemble(
     """See `cli.ensemble`."""
     if len(models) < 2:
         raise ValueError(f"{len(models)} model: expected at least two to be an ensemble")
-    if how.fold is not None:
-        how = how.replace(fold=None, split=str(how.fold))
+    how = how.one_part()
     places = [str(model_of(name)) for name in models]
     first = load_for_inference(places[0])
     table = read_labels(labels, first.config.label_dim) if labels else None
@@ -43,7 +44,7 @@ def ensemble(
     task = task_of(first, multi_label)
     clips = read_data(data, root, names, table, how)
     for note in reading_notes(clips):
-        _say(f"  {note}")
+        say(f"  {note}")
 
     def evaluations() -> Iterator[Evaluation]:
         for number, place in enumerate(places, start=1):
@@ -63,11 +64,11 @@ def ensemble(
                 num_workers=num_workers,
                 progress=True,
             )
-            _say(f"{models[number - 1]}: {_said(found.figures)}")
+            say(f"{models[number - 1]}: {figures_text(found.figures)}")
             yield found
 
     made = mean_of_models(evaluations())
-    _say(f"mean of the predictions of {len(models)} models: {_said(made.figures)}")
+    say(f"mean of the predictions of {len(models)} models: {figures_text(made.figures)}")
     if json is not None:
         content = {
             "models": [
@@ -104,7 +105,7 @@ def average(models: Sequence[str], out: Path) -> int:
 
     state = mean_of_weights(read, places)
     kept["first"].save_pretrained(out, state_dict=state)
-    _say(f"mean of the weights of {len(models)} models: {out}")
+    say(f"mean of the weights of {len(models)} models: {out}")
     return 0
 
 
@@ -123,11 +124,3 @@ def model_of(name: str) -> Path | str:
             "checkpoints/step-*/model"
         )
     return name
-
-
-def _said(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -45,8 +45,7 @@ def prepare(
     how: DataConfig,
 ) -> int:
     """See `cli.prepare`."""
-    if how.fold is not None:
-        how = how.replace(fold=None, split=str(how.fold))
+    how = how.one_part()
     table = read_labels(labels) if labels else None
     clips = read_data(data, root, None, table, how, leave_out_missing=True)
     audio = AudioConfig(

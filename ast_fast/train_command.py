@@ -19,6 +19,7 @@ from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
+from .training.logs import figures_text
 from .training.processes import by_torchrun, is_first
 from .training.recipe import read_config
 from .training.several import read_result, summary_lines, together, variants, write_json
@@ -229,7 +230,7 @@ def _measured(front: LogMelConfig, dataset: ClipSet, seed: int) -> LogMelConfig:
 
 def say_figures(figures: dict[str, float]) -> None:
     """Print figures by name on one line."""
-    say(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    say(figures_text(figures))
 
 
 def say(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Literal, Self
 
 from .base import Config, check
 
@@ -52,3 +52,7 @@ class DataConfig(Config):
             len(set(self.values)) == len(self.values) and all(self.values),
             f"values={self.values}: expected names of columns, each once",
         )
+
+    def one_part(self) -> Self:
+        """The same where nothing is trained: a fold is then the part of that name, and alone."""
+        return self if self.fold is None else self.replace(fold=None, split=str(self.fold))

@@ -35,11 +35,6 @@ class WeightAverage:
         self.count = 0
 
     @property
-    def wanted(self) -> bool:
-        """Whether there is anything to average."""
-        return bool(self._config.ema or self._config.first_epoch)
-
-    @property
     def ready(self) -> bool:
         """Whether there is a mean already."""
         return self.count > 0

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,6 +56,15 @@ class RunLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """Figures by name on one line.
+
+    >>> figures_text({"map": 0.5, "loss": 0.25})
+    'map 0.5000, loss 0.2500'
+    """
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from .divergence import Divergence
 from .errors import DivergedError, NonFiniteLossError, TrainingError, TrainingInterrupted
 from .evaluation import Evaluation, evaluate
 from .inputs import BatchFeatures
-from .logs import Progress, RunLog
+from .logs import Progress, RunLog, figures_text
 from .losses import of_rows, task_loss
 from .master import MasterWeights
 from .metrics import MAIN_FIGURE
@@ -49,6 +49,7 @@ from .schedules import run_factor
 from .snapshot import restore, state_of, tensors_of
 from .step import TrainingStep, run_step
 from .stopping import stop_signals
+from .tasks import PROBLEM_TYPES
 
 _AUTOCAST = {
     "bfloat16": torch.bfloat16,
@@ -61,8 +62,7 @@ _AUTOCAST = {
 def _with_problem_type(model: Any, task: Task) -> Any:
     """The same model, which notes what it is trained for: tagging needs to know it when it is saved."""
     if isinstance(getattr(model, "config", None), ModelConfig):
-        kind = "regression" if task == "regression" else f"{task}_classification"
-        model.config = model.config.replace(problem_type=kind)
+        model.config = model.config.replace(problem_type=PROBLEM_TYPES[task])
     return model
 
 
@@ -283,7 +283,7 @@ class Trainer:
         if plain_mean:
             self._evaluation = self._evaluate(self.average.weights())
             figures = self._evaluation.figures
-            bar.say(f"mean of the weights of {self.average.count} epochs: {_said(figures)}")
+            bar.say(f"mean of the weights of {self.average.count} epochs: {figures_text(figures)}")
             if log is not None:
                 log.write("average", self.step, epochs=self.average.count, **figures)
         elif self._evaluation is None:
@@ -366,7 +366,7 @@ class Trainer:
                 metrics = self._evaluation.metrics
                 together = metrics.figures(self.cumulative.add(metrics.scores()))
                 figures |= {f"cumulative_{name}": value for name, value in together.items()}
-            text += f", {_said(figures)}"
+            text += f", {figures_text(figures)}"
             text += f" ({skipped} clips of the evaluation set unreadable)" if skipped else ""
             if log is not None:
                 log.write("eval", self.step, epoch=epoch, skipped=skipped, **figures)
@@ -437,7 +437,8 @@ class Trainer:
         diverged = self.divergence.add(loss)
         if diverged is not None:
             raise self._bad_batch(batch, features, targets, values, diverged)
-        self.average.after_step(self._weights() if config.average.ema else {})
+        if config.average.ema:
+            self.average.after_step(self._weights())
         return values
 
     def _may_overflow(self, loss: float) -> bool:
@@ -503,7 +504,3 @@ def _hold(fabric: Any, model: Any) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
     held: AbstractContextManager[object] = fabric.no_backward_sync(model)
     return held
-
-
-def _said(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

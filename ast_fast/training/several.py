@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._optional import require_package
+from ..hub.writing import replace_text
 
 CONFIDENCE = 0.95
 
@@ -95,6 +96,4 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(value, indent=1))

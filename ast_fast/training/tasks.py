@@ -1,16 +1,17 @@
-"""Which task a model was trained for."""
+"""Tasks, and what models say of the one that they were trained for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..config import Task
+from ..config import ProblemType, Task
 
-_TASKS: dict[str, Task] = {
-    "single_label_classification": "single_label",
-    "multi_label_classification": "multi_label",
+PROBLEM_TYPES: dict[Task, ProblemType] = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+_TASKS = {problem: task for task, problem in PROBLEM_TYPES.items()}
 
 
 def task_of(model: Any, multi_label: bool = False) -> Task:
@@ -22,4 +23,4 @@ def task_of(model: Any, multi_label: bool = False) -> Task:
     """
     if multi_label:
         return "multi_label"
-    return _TASKS.get(model.config.problem_type or "", "single_label")
+    return _TASKS.get(model.config.problem_type, "single_label")

@@ -53,6 +53,20 @@ def step_of(network, parts=1, scaler=None, optimizer="adamw", **options):
     return step
 
 
+def interrupt(run, at):
+    """Run until the step `at` is about to begin."""
+    inner = run._train_step
+
+    def stopping(fed, log):
+        if run.step == at:
+            raise KeyboardInterrupt
+        return inner(fed, log)
+
+    run._train_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+
+
 def batch(rows=7, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 32, 32, generator=draw), torch.arange(rows) % 2
@@ -160,16 +174,7 @@ def test_a_float16_run_gets_over_overflows_and_resumes_to_the_bit(tmp_path):
     assert all(math.isfinite(r["loss"]) for r in rows) and float(whole.scaler.scale) < 2.0**40
     part = trainer(tmp_path / "part", config.replace(checkpoint_every=5))
     part.scaler.scale.fill_(2.0**40)
-    stop = part._train_step
-
-    def stopping(fed, log):
-        if part.step == 8:
-            raise KeyboardInterrupt
-        return stop(fed, log)
-
-    part._train_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        part.fit()
+    interrupt(part, 8)
     rest = trainer(tmp_path / "part", config.replace(checkpoint_every=5), resume=True)
     assert rest.step == 6  # the end of the first epoch
     rest.fit()
@@ -226,16 +231,7 @@ def test_averages_and_predictions_survive_an_interruption_to_the_bit(precision, 
     whole = trainer(tmp_path / "whole", config, eval_set=tones(12, 1))
     whole.fit()
     part = trainer(tmp_path / "part", config, eval_set=tones(12, 1))
-    inner = part._train_step
-
-    def stopping(fed, log):
-        if part.step == 11:
-            raise KeyboardInterrupt
-        return inner(fed, log)
-
-    part._train_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        part.fit()
+    interrupt(part, 11)
     rest = trainer(tmp_path / "part", config, network=model(9), eval_set=tones(12, 1), resume=True)
     rest.fit()
     assert same(whole.average.weights(), rest.average.weights())
