@@ -19,6 +19,7 @@ from .training import (
 )
 
 __all__ = [
+    "ACTIVATION_OF",
     "MAX_RATE_HZ",
     "MIN_RATE_HZ",
     "NORMALISATION",
@@ -49,6 +50,12 @@ __all__ = [
 PositionRule = Literal["bilinear", "nearest", "reinitialise"]
 # transformers' terms
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+# what makes answers of logits
+ACTIVATION_OF: dict[ProblemType, Literal["softmax", "sigmoid", "none"]] = {
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
 
 Window = Literal["hann", "hann_periodic", "povey", "hamming", "blackman", "rectangular"]
 MelScale = Literal["kaldi", "htk", "slaney"]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..config import ACTIVATION_OF
 from ..optimized import Precision, optimize_for_inference, why_not
 
 Activation = Literal["auto", "softmax", "sigmoid", "none"]
@@ -76,11 +77,9 @@ def resolve_activation(activation: Activation, model: Any) -> Activation:
         raise ValueError(f"activation={activation!r}: expected auto, softmax, sigmoid or none")
     if activation != "auto":
         return activation
-    if model.config.problem_type == "regression":
-        return "none"
-    several = {"multi_label_classification": True, "single_label_classification": False}
-    known = several.get(model.config.problem_type, model.config.label_dim == AUDIOSET_CLASSES)
-    return "sigmoid" if known else "softmax"
+    if model.config.problem_type is not None:
+        return ACTIVATION_OF[model.config.problem_type]
+    return "sigmoid" if model.config.label_dim == AUDIOSET_CLASSES else "softmax"
 
 
 def activate(logits: Tensor, activation: Activation) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import backend, reference
 from .._optional import require_package
+from ..config import ACTIVATION_OF
 from ..equivalence import plain
 from ..equivalence.budgets import Budget, budget
 from ..equivalence.measures import Errors, measure
@@ -173,16 +174,12 @@ class Portable(nn.Module):
         return {
             "inputs": {name: entry[name] for name in self.names},
             "outputs": {"logits": ["batch", config.label_dim]},
-            "activation": None if config.problem_type is None else _ACTIVATION[config.problem_type],
+            "activation": None
+            if config.problem_type is None
+            else ACTIVATION_OF[config.problem_type],
             "labels": None if config.labels is None else list(config.labels),
             "frontend": front.to_dict(),
         }
-
-
-_ACTIVATION = {
-    "single_label_classification": "softmax",
-    "multi_label_classification": "sigmoid",
-}
 
 
 def export_model(

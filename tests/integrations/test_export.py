@@ -68,6 +68,22 @@ def test_torch_export_needs_nothing_of_ours_to_run(model, saved, tmp_path, capsy
     assert description["frontend"]["sample_rate_hz"] == 16000
 
 
+@pytest.mark.parametrize(
+    ("problem_type", "activation"),
+    [
+        ("single_label_classification", "softmax"),
+        ("multi_label_classification", "sigmoid"),
+        ("regression", "none"),
+        (None, None),
+    ],
+)
+def test_what_to_do_with_the_logits_is_written_down(model, tmp_path, problem_type, activation):
+    model.config = model.config.replace(problem_type=problem_type)
+    report = export_model(model, tmp_path / "model.pt2", check=False)
+    description = json.loads((tmp_path / "model.pt2.json").read_text())
+    assert description["activation"] == activation and not report.batches
+
+
 @pytest.mark.parametrize("kind", ["features", "waveform"])
 def test_onnx_runs_in_onnxruntime_at_any_batch_size(model, tmp_path, kind):
     pytest.importorskip("onnxscript")
