@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-tokens": ("cpu", ("tokens",), ("all-tokens",)),
     "gpu-tokens": ("cuda", ("tokens",), ("all-tokens",)),
     "cpu-components": ("cpu", ("components",), ()),
+    "cpu-runs": ("cpu", ("runs",), ()),
     "gpu-components": ("cuda", ("components",), ()),
     "cpu-attention": (
         "cpu",
@@ -124,6 +125,8 @@ def table(name: str, contents: Sequence[Content]) -> str:
         return _summary(files)
     if name.endswith("components"):
         return _components(files[0])
+    if name.endswith("runs"):
+        return _promises(files[0])
     return "\n\n".join(_counts(file) if not peers else _ratios(file, peers) for file in files)
 
 
@@ -183,6 +186,32 @@ def _components(file: Content) -> str:
                 f"| {case} | {shape} | {dtype} | {part} | {duration(spent)} | {spent / whole:.0%} "
                 f"| {predicted} |"
             )
+    return "\n".join(lines)
+
+
+def _promises(file: Content) -> str:
+    """What runs of training promise, what was found, and the time or speed that goes with it."""
+    lines = [
+        _head(file),
+        "",
+        "| what | run | dtype | figure | found | allowed | p50 (p20 - p80) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in file["rows"]:
+        shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+        spread = ""
+        if row["ratio"]:
+            low, middle, high = (row["ratio"][name] for name in ("p20", "p50", "p80"))
+            spread = f"{middle:.2f}x the speed of one process ({low:.2f} - {high:.2f})"
+        elif row["ms"]:
+            low, middle, high = (duration(row["ms"][name]) for name in ("p20", "p50", "p80"))
+            spread = f"{middle} ({low} - {high})"
+        elif row["clips_per_second"]:
+            spread = f"{row['clips_per_second']:.3g} clips/s"
+        lines.append(
+            f"| {row['case']} | {shape} | {row['dtype']} | {row['worst']} | {row['error']:.3g} | "
+            f"{row['budget']:.3g} | {spread} |"
+        )
     return "\n".join(lines)
 
 

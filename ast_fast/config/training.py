@@ -222,10 +222,11 @@ class TrainConfig(Config):
             self.task_of_run != "regression" or not self.class_balanced,
             "class_balanced=True with task='regression': expected false, there are no classes",
         )
-        last = self.average.last_epoch or self.average.first_epoch
+        first, last = self.average.first_epoch, self.average.last_epoch
         check(
-            last <= self.epochs,
-            f"average: epoch {last} of {self.epochs}: expected epochs of this run",
+            max(first, last) <= self.epochs,
+            f"average.first_epoch={first}, average.last_epoch={last}: expected at most "
+            f"epochs={self.epochs}; set them too (last_epoch=0 is the last, both 0 average nothing)",
         )
         check(
             "truncated_labels" not in self.reproduce or self.loss == "cross_entropy",

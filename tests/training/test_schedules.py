@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ast_fast.config import TrainConfig
+from ast_fast.config import AverageConfig, TrainConfig
 from ast_fast.training.recipe import list_recipes, read_config
 from ast_fast.training.schedules import rate_factor, run_factor, stairs_factor
 
@@ -115,6 +115,11 @@ def test_a_staircase_before_a_cosine_and_a_line_before_stairs():
         ({"reproduce": ("truncated_labels",), "loss": "binary_cross_entropy"}, "is a fault of"),
         ({"divergence": 0.5}, "divergence=0.5: expected 0"),
         ({"accumulate": 0}, "accumulate=0: expected at least 1"),
+        (
+            {"epochs": 3, "average": AverageConfig(first_epoch=2, last_epoch=25)},
+            "average.last_epoch=25: expected at most epochs=3; set them too",
+        ),
+        ({"epochs": 3, "average": AverageConfig(first_epoch=6)}, "average.first_epoch=6"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
