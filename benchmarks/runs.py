@@ -39,7 +39,7 @@ _MEAN = ("train.average.first_epoch=2", "train.average.last_epoch=4")
 _NONE = ("train.average.first_epoch=0", "train.average.last_epoch=0")
 _EMA = (*_NONE, "train.average.ema=0.99")
 TOGETHER = (
-    *("frontend.num_frames=192", "train.epochs=3", "train.batch_size=8"),
+    *("frontend.num_frames=192", "train.epochs=3", "train.batch_size=12"),
     *("train.warmup_steps=4", "train.warmup=linear", "train.precision=float32"),
     *_NONE,
     *(
@@ -122,12 +122,14 @@ def processes(folder: Path, kills: int) -> Iterator[Row]:
     data = sample_set(folder / "data", clips=48, seconds=2.0)
     pairs = []
     for number in range(3):  # in turn, for the sake of the speeds
-        pair = [Run(folder / f"{n}-{number}", data, TOGETHER, n) for n in (1, 2)]
+        pair = [
+            Run(folder / f"{n}-{number}", data, TOGETHER, n, "ast_tiny_p16_s10") for n in (1, 2)
+        ]
         for run in pair:
             run.finish(_PATIENCE_S)
         pairs.append(pair)
     (one, two), speeds = pairs[0], [b.clips_per_second() / a.clips_per_second() for a, b in pairs]
-    shape = {"processes": 2, "B": 8}
+    shape = {"processes": 2, "B": 12}
     yield _row(
         "two processes as one", shape, worst_apart(one.losses(), two.losses()), _BUDGET_LOSS,
         "relative difference of a step's loss", ratio=_spread(speeds), clock="host", rounds=len(speeds),
