@@ -138,9 +138,9 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
         raise KeyboardInterrupt(
             f"{interrupt}; go on with: ast-fast train {whole or f'--run {run}'} --resume"
         ) from None
+    trainer.save_model(run / "model")
     if not first:
         return
-    trainer.save_model(run / "model")
     figures = {} if evaluation is None else evaluation.figures
     write_json(run / "result.json", {"steps": trainer.step, "figures": figures})
     if evaluation is not None:

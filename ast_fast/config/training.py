@@ -155,6 +155,8 @@ class TrainConfig(Config):
     activation_memory: Literal["fast", "less", "least"] = "fast"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1  # processes, one a device
+    # ddp: each process has all weights; fsdp2: weights, gradients and optimiser state are sharded
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 0
     num_workers: int = 0
     class_balanced: bool = False  # draw clips so that every class comes up as often
@@ -196,6 +198,12 @@ class TrainConfig(Config):
             self._check_choice(field)
         self._check_choice("activation_memory")
         self._check_choice("accelerator")
+        self._check_choice("strategy")
+        check(
+            self.strategy == "ddp" or self.compile != "graph",
+            "compile='graph' with strategy='fsdp2': a CUDA graph holds all weights of one device; "
+            "expected auto, regional or off",
+        )
         faults = typing.get_args(Fault)
         check(
             all(fault in faults for fault in self.reproduce),

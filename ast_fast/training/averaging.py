@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AverageConfig
+from .weights import part_of
 
 
 class WeightAverage:
@@ -76,18 +77,9 @@ class WeightAverage:
         """The mean by name, float32."""
         return dict(self._mean)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {f"average.{name}": mean for name, mean in self._mean.items()}
-
-    def load(self, tensors: Mapping[str, Tensor], count: int, device: torch.device) -> None:
-        """Go on from a checkpoint."""
-        prefix = "average."
-        self._mean = {
-            name.removeprefix(prefix): value.to(device)
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
+    def load(self, weights: Mapping[str, Tensor], count: int, device: torch.device) -> None:
+        """Go on from weights of a checkpoint, by name."""
+        self._mean = {name: value.to(device) for name, value in weights.items()}
         self.count = count
 
 
@@ -97,10 +89,10 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         model: any module.
-        weights: by name; rounded to the dtype of each.
+        weights: by name; rounded to the dtype of each. Of a sharded model, this process's parts.
     """
-    state = model.state_dict(keep_vars=True)
-    kept = {name: state[name].detach().clone() for name in weights}
+    state = {name: part_of(each) for name, each in model.state_dict(keep_vars=True).items()}
+    kept = {name: state[name].clone() for name in weights}
     with torch.no_grad():
         for name, value in weights.items():
             state[name].copy_(value)

@@ -16,6 +16,7 @@ from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from .logs import Progress
 from .metrics import Metrics
+from .weights import is_sharded
 
 Part = tuple[Tensor, Tensor, Tensor]  # places in the set [B], logits [B, C], targets of a batch
 
@@ -89,6 +90,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     was_training = model.training
+    together = is_sharded(model)  # a process without clips helps the others
     model.eval()
     parts: list[Part] = []
     report = AudioReport()
@@ -106,9 +108,10 @@ def evaluate(
     try:
         for batch, _ in feeder:
             report.merge(batch.report)
-            if len(batch):
+            if len(batch) or together:
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     logits = model.forward_waveform(batch.wave, batch.lengths)
+            if len(batch):
                 parts.append((batch.indices, logits.float().cpu(), batch.targets.cpu()))
                 if on_batch is not None:
                     on_batch(batch, logits)

@@ -7,19 +7,16 @@ resumed run repeats an uninterrupted one bit by bit.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._optional import require_package
 from ..audio import AudioReport
 from ..config import ModelConfig, Task, TrainConfig
 from ..data.dataset import Batch, ClipSet, max_samples
@@ -32,6 +29,7 @@ from .augment import seek_patchout, set_patchout
 from .averaging import PredictionMean, WeightAverage, swapped
 from .bad_batch import save_batch
 from .checkpoints import CheckpointStore
+from .checks import Checks
 from .distillation import DistillationLoss, Teacher, with_teacher
 from .divergence import Divergence
 from .errors import DivergedError, NonFiniteLossError, TrainingError, TrainingInterrupted
@@ -39,17 +37,17 @@ from .evaluation import Evaluation, evaluate
 from .inputs import BatchFeatures
 from .logs import Progress, RunLog, figures_text
 from .losses import of_rows, task_loss
-from .master import MasterWeights
 from .metrics import MAIN_FIGURE
 from .modes import chosen_mode, prepared_step
 from .optimizers import freeze, make_optimizer
-from .processes import machines
+from .processes import hold, make_fabric
 from .scaling import LossScaler
 from .schedules import run_factor
 from .snapshot import restore, state_of, tensors_of
 from .step import TrainingStep, run_step
 from .stopping import stop_signals
 from .tasks import PROBLEM_TYPES
+from .weights import Weights
 
 _AUTOCAST = {
     "bfloat16": torch.bfloat16,
@@ -80,10 +78,10 @@ class Trainer:
         teacher: model to distil from; by default the one that `config.distill` names.
 
     Attributes:
-        model: the model, on its device.
-        parameters: what the optimiser updates, by name: masters where there are some.
+        model: the model, on its device; sharded, if the strategy is fsdp2.
+        weights: who holds its weights: masters, if it is narrow; a part in each process, if it is sharded.
+        parameters: what the optimiser updates, by name: masters or parts where there are some.
         optimizer: of those.
-        masters: float32 masters of a narrow model, if it has some.
         scaler: scale of a float16 loss, if there is one.
         sampler: which clips come next.
         average: mean of the weights, see `AverageConfig`.
@@ -108,23 +106,12 @@ class Trainer:
         progress: bool = True,
         teacher: nn.Module | None = None,
     ) -> None:
-        fabric_module = require_package("lightning_fabric", "training", "train")
-        if config.accelerator == "cuda" and not torch.cuda.is_available():
-            raise TrainingError("accelerator='cuda': PyTorch sees no GPU here; use auto or cpu")
         self.config = config
         self.run_dir = Path(run_dir)
         self.train_set, self.eval_set = train_set, eval_set
         self.task = config.task_of_run
         self._autocast = _AUTOCAST.get(config.precision)
-        self.fabric = fabric_module.Fabric(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=machines(),
-            # float16 is cast and scaled here: a scaler of Fabric's would wait for the device
-            precision="bf16-mixed" if self._autocast is torch.bfloat16 else "32-true",
-        )
-        if config.devices * machines() > 1:
-            self.fabric.launch()
+        self.fabric = make_fabric(config, self._autocast)
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
         self.model: Any = _with_problem_type(model, self.task)
         if config.precision == "fp8":
@@ -150,12 +137,8 @@ class Trainer:
         self._mode = chosen_mode(everywhere, self.fabric.device)
         if config.activation_memory != "fast":
             self.model.set_activation_memory(config.activation_memory)
+        self._checks = Checks(model, config, self._autocast, self.fabric.is_global_zero)
         self._step_function = self._make_step(model)
-        self._monitor = None
-        if config.monitor.check_every and self.fabric.is_global_zero:
-            from ..equivalence import EquivalenceMonitor
-
-            self._monitor = EquivalenceMonitor(model, config.monitor, self._autocast)
         self._features = BatchFeatures(
             self.model,
             config,
@@ -193,21 +176,24 @@ class Trainer:
             )
 
     def _make_step(self, model: nn.Module) -> Any:
-        """Optimiser, masters if they are asked for, the wrapped model, and the step of them all."""
+        """Who holds the weights, their optimiser, the wrapped model, and the step of them all."""
         config, fabric = self.config, self.fabric
-        # before the optimiser: masters lie where the weights do
-        model.to(fabric.device)
-        self.masters: MasterWeights | None = None
-        if config.precision == "bfloat16-master":
-            self.masters = MasterWeights(model, self._make_optimizer)
-            self.parameters, self.optimizer = self.masters.trainable, self.masters.optimizer
-        else:
-            self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            self.optimizer = self._make_optimizer(self.parameters)
+        narrow = config.precision == "bfloat16-master"
+        self.weights: Weights
         # wrapped for precision and processes; the plain model is self.model, with the same weights
-        self._wrapped = fabric.setup_module(model)
-        if self.masters is not None and fabric.world_size > 1:
-            self.masters.broadcast()
+        if config.strategy == "fsdp2":
+            from .sharding import ShardedWeights
+
+            self._wrapped = fabric.setup_module(model)
+            self.weights = ShardedWeights(model, self._make_optimizer, fabric.is_global_zero)
+        else:
+            # before the optimiser: masters lie where the weights do
+            model.to(fabric.device)
+            self.weights = Weights(model, self._make_optimizer, narrow)
+            self._wrapped = fabric.setup_module(model)
+            if fabric.world_size > 1:
+                self.weights.share()
+        self.parameters, self.optimizer = self.weights.trainable, self.weights.optimizer
         float16 = config.precision == "float16"
         self.scaler = LossScaler(fabric.device) if float16 else None
         # nothing of the step is bound to the trainer, which would then be part of a cycle
@@ -216,13 +202,13 @@ class Trainer:
             functools.partial(_in_float16, wrapped) if float16 else wrapped,
             self._loss,
             self.optimizer,
-            masters=self.masters,
             max_norm=config.grad_clip,
             backward=fabric.backward,
             reduce=fabric.all_reduce if fabric.world_size > 1 else None,
             parts=config.accumulate,
-            hold=functools.partial(_hold, fabric, wrapped),
+            hold=functools.partial(hold, fabric, wrapped),
             scaler=self.scaler,
+            **self.weights.for_step(),
         )
         return prepared_step(step, self._mode, model)
 
@@ -353,7 +339,7 @@ class Trainer:
         self.epoch_clips = 0
         best = False
         text = f"epoch {epoch + 1} of {self.config.epochs}: {said}"
-        self.average.after_epoch(epoch + 1, self._weights())
+        self.average.after_epoch(epoch + 1, self.weights.floats())
         if self.eval_set is not None:
             exponential = self.config.average.ema > 0.0
             self._evaluation = self._evaluate(self.average.weights() if exponential else {})
@@ -397,18 +383,6 @@ class Trainer:
                 world_size=self.fabric.world_size,
             )
 
-    def _weights(self) -> dict[str, Tensor]:
-        """All weights in the precision they learn in, by the model's names."""
-        state = self._state().items()
-        return {name: value for name, value in state if value.is_floating_point()}
-
-    def _state(self) -> dict[str, Tensor]:
-        masters = self.masters
-        state: dict[str, Tensor] = (
-            self.model.state_dict() if masters is None else masters.model_state_dict()
-        )
-        return state
-
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
         config, batch = self.config, fed.batch
         features, targets = fed.features
@@ -417,12 +391,11 @@ class Trainer:
             device = self.fabric.device.type
             with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
                 targets = with_teacher(targets, self._teacher(features))
-        if self._monitor is not None and self._monitor.due(self.step) and len(batch):
-            row = self._monitor.step(
-                features, lambda logits: self._loss(logits, targets), step=self.step
-            )
-            if log is not None:
-                log.write("check", **row.to_dict())
+        row = self._checks.step(
+            self.step, self.weights, features, lambda logits: self._loss(logits, targets)
+        )
+        if log is not None and row is not None:
+            log.write("check", **row)
         rate = config.lr * run_factor(config, self.step, len(self.sampler))
         self._step_function.set_lr(rate)
         # the one wait for the device in a step; a step that is not finite has changed no weight
@@ -438,7 +411,7 @@ class Trainer:
         if diverged is not None:
             raise self._bad_batch(batch, features, targets, values, diverged)
         if config.average.ema:
-            self.average.after_step(self._weights())
+            self.average.after_step(self.weights.floats())
         return values
 
     def _may_overflow(self, loss: float) -> bool:
@@ -478,29 +451,26 @@ class Trainer:
     # ---- state on disk
 
     def _save(self, best: bool = False) -> None:
+        # the weights that are being trained, in the precision they learn in, from all who hold them
+        weights, tensors = self.weights.whole_of(self.weights.here()), tensors_of(self)
         if self.fabric.is_global_zero:
-            self._store.save(self.step, self._save_weights, tensors_of(self), state_of(self), best)
+            write = functools.partial(self.model.save_pretrained, state_dict=weights)
+            self._store.save(self.step, write, tensors, state_of(self), best)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
 
-    def _save_weights(self, folder: Path) -> None:
-        """Write the weights that are being trained, in the precision they learn in."""
-        self.model.save_pretrained(folder, state_dict=self._state())
-
     def save_model(self, folder: Path) -> None:
-        """Write what the run has made: averaged weights if it averages, else those it trains."""
-        self.model.save_pretrained(folder, state_dict=self._state() | self.average.weights())
+        """Write what the run has made: averaged weights if it averages, else those it trains.
+
+        All processes call it; the first one writes.
+        """
+        made = self.weights.here() | self.average.weights()
+        whole = self.weights.whole_of(made)
+        if self.fabric.is_global_zero:
+            self.model.save_pretrained(folder, state_dict=whole)
 
 
 def _in_float16(model: Any, features: Tensor) -> Tensor:
     with torch.autocast(features.device.type, torch.float16):
         logits: Tensor = model(features)
     return logits
-
-
-def _hold(fabric: Any, model: Any) -> AbstractContextManager[object]:
-    """Gradients of a part of a batch stay in this process until its last part."""
-    if fabric.world_size == 1:
-        return contextlib.nullcontext()
-    held: AbstractContextManager[object] = fabric.no_backward_sync(model)
-    return held

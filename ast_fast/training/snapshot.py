@@ -15,27 +15,30 @@ from .checkpoints import Checkpoint
 if TYPE_CHECKING:
     from .loop import Trainer
 
+AVERAGE = "average."  # before the names of averaged weights
 # settings that a resumed run may change: they say how it runs
 _FREE = frozenset(
     {
         *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "monitor"),
-        *("compile", "activation_memory", "tensorboard", "divergence"),
+        *("strategy", "compile", "activation_memory", "tensorboard", "divergence"),
     }
 )
 
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Optimiser, averages, loss scale and random state."""
+    """Optimiser, averages, loss scale and random state, whole in the first process; all call it."""
     tensors = {"rng.cpu": torch.get_rng_state()}
     device = trainer.fabric.device
     if device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     for name, parameter in trainer.parameters.items():
         for key, value in trainer.optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            tensors[f"optimizer.{key}.{name}"] = trainer.weights.whole(name, value)
     if trainer.scaler is not None:
         tensors |= {f"scaler.{name}": value for name, value in trainer.scaler.state().items()}
-    return tensors | trainer.average.tensors() | trainer.cumulative.tensors()
+    for name, mean in trainer.average.weights().items():
+        tensors[f"{AVERAGE}{name}"] = trainer.weights.whole(name, mean)
+    return tensors | trainer.cumulative.tensors()
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -80,13 +83,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     check_settings(checkpoint, trainer.config)
     device, tensors, state = trainer.fabric.device, checkpoint.tensors, checkpoint.state
     weights, _ = read_weights(checkpoint.folder / "model")
-    if trainer.masters is None:
-        trainer.model.load_state_dict(weights, strict=True)
-    else:
-        trainer.masters.load_model_state_dict(weights)
+    trainer.weights.load(weights)
     for name, parameter in trainer.parameters.items():
         found = {
-            key.split(".", 2)[1]: value.to(parameter.device)
+            key.split(".", 2)[1]: trainer.weights.part(name, value).to(parameter.device)
             for key, value in tensors.items()
             if key.startswith("optimizer.") and key.split(".", 2)[2] == name
         }
@@ -95,7 +95,13 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.scaler.load_state(
             {name: tensors[f"scaler.{name}"].to(device) for name in trainer.scaler.state()}
         )
-    trainer.average.load(tensors, int(state.get("averaged", 0)), device)
+    averages = {
+        name.removeprefix(AVERAGE): value
+        for name, value in tensors.items()
+        if name.startswith(AVERAGE)
+    }
+    parts = {name: trainer.weights.part(name, value) for name, value in averages.items()}
+    trainer.average.load(parts, int(state.get("averaged", 0)), device)
     trainer.cumulative.load(tensors, int(state.get("cumulated", 0)))
     if "losses" in state:
         trainer.divergence.load_state(state["losses"])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StepOutOfMemoryError, TrainingError
-from .master import MasterWeights
 from .scaling import LossScaler
+from .weights import Masters, Norm, total_norm
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,7 +44,8 @@ class TrainingStep:
         loss_fn: of float32 logits and targets.
         optimizer: a fused one of PyTorch's that counts its steps (AdamW, Adam), which skips a step and
             scales gradients by itself. Its step hooks run once for each parameter group.
-        masters: the masters that the optimiser updates, if it does not update the model's own weights.
+        masters: the masters or parts that the optimiser updates, if it does not update the model's own
+            weights.
         max_norm: largest gradient norm; 0 switches clipping off.
         backward: how to run backward; `Tensor.backward` by default.
         reduce: mean of a tensor over the processes, if there are several.
@@ -53,6 +54,8 @@ class TrainingStep:
         hold: a context in which gradients are not yet sent to other processes: around the backward of
             all parts but the last.
         scaler: scale of the loss for float16, whose small gradients vanish otherwise.
+        norm: of gradients as one vector, over all processes if each has a part of them.
+        every_part: compute parts without clips too, because other processes wait for this one.
 
     Raises:
         TypeError: the optimiser is not a fused one, or counts no steps (SGD).
@@ -64,13 +67,15 @@ class TrainingStep:
         loss_fn: LossFunction,
         optimizer: torch.optim.Optimizer,
         *,
-        masters: MasterWeights | None = None,
+        masters: Masters | None = None,
         max_norm: float = 0.0,
         backward: Callable[[Tensor], None] = Tensor.backward,
         reduce: Callable[[Tensor], Tensor] | None = None,
         parts: int = 1,
         hold: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         scaler: LossScaler | None = None,
+        norm: Norm = total_norm,
+        every_part: bool = False,
     ) -> None:
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise TypeError(
@@ -81,6 +86,7 @@ class TrainingStep:
         self.optimizer, self.masters = optimizer, masters
         self._max_norm, self._backward, self._reduce = max_norm, backward, reduce
         self._parts, self._hold, self.scaler = parts, hold, scaler
+        self._norm, self._split = norm, torch.tensor_split if every_part else torch.chunk
         _fill_state(optimizer)
         if any("step" not in optimizer.state[weight] for weight in self.weights):
             raise TypeError(
@@ -122,7 +128,8 @@ class TrainingStep:
         self.zero_grad()
         loss = torch.zeros((), dtype=torch.float32, device=features.device)
         rows = max(1, len(features))
-        parts = list(zip(features.chunk(self._parts), targets.chunk(self._parts), strict=True))
+        pieces = (self._split(each, self._parts) for each in (features, targets))
+        parts = list(zip(*pieces, strict=True))
         for number, (part, wanted) in enumerate(parts, start=1):
             with self._hold() if number < len(parts) else contextlib.nullcontext():
                 loss += self._part(part, wanted, len(part) / rows if len(parts) > 1 else 1.0)
@@ -141,7 +148,7 @@ class TrainingStep:
             grads = [p.grad for p in self.weights if p.grad is not None]
         else:
             grads = self.masters.gather()
-        norm = nn.utils.get_total_norm(grads).float()
+        norm = self._norm(grads)
         if self.scaler is not None:
             norm = norm / self.scaler.scale
         values = torch.stack((loss, norm))
@@ -164,7 +171,7 @@ class TrainingStep:
             self._scatter(self.masters)
         return values
 
-    def _scatter(self, masters: MasterWeights) -> None:
+    def _scatter(self, masters: Masters) -> None:
         try:
             masters.scatter()
         except Exception as error:

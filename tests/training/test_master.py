@@ -184,7 +184,7 @@ def test_a_step_that_is_not_finite_changes_neither_masters_nor_moments():
 
 
 def masters_of(run):
-    return {n: v.clone() for n, v in run.masters.model_state_dict().items()}
+    return {n: v.clone() for n, v in run.weights.here().items()}
 
 
 def test_a_run_s_checkpoints_hold_float32_masters_and_resume_to_the_bit(tmp_path):
@@ -292,7 +292,7 @@ TWO = """
     network = tests.model(seed=1 + int(os.environ.get("LOCAL_RANK", 0)))
     run = tests.trainer({folder!r}, config, network=network, data=tests.tones(40))
     run.fit()
-    state = run.masters.model_state_dict()
+    state = run.weights.here()
     torch.save(state, {folder!r} + "/" + str(run.fabric.global_rank) + ".pt")
 """
 

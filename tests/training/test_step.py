@@ -363,7 +363,7 @@ def test_a_run_in_the_loop_is_the_same_recorded_and_not(tmp_path, monkeypatch):
     graphed.fit()
     # 44 clips by 8: five whole batches and a short one
     assert (made.warmed, made.captured, made.replayed) == (3, 1, 2)
-    assert loop.same(plain.masters.model_state_dict(), graphed.masters.model_state_dict())
+    assert loop.same(plain.weights.here(), graphed.weights.here())
 
 
 def test_modes_by_device():
