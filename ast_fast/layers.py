@@ -213,11 +213,17 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.recompute_norms = False
+        self.gathered = False  # its own hooks bring its weights and do nothing else (FSDP2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, C] to [B, T, C]: the residual stream before and after the block."""
+    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
+        """[B, T, C] to [B, T, C]: the residual stream before and after the block.
+
+        Args:
+            x: [B, T, C].
+            keep: only the first tokens are asked for; more may come back.
+        """
         if type(self.norm2) is LayerNorm and not is_hooked(self.norm2):
-            update, x = self.halves(x, self.norm1(x))
+            update, x = self.halves(x, self.norm1(x), keep)
             return x + update
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -256,10 +262,26 @@ class Block(nn.Module):
     @property
     def can_keep_first(self) -> bool:
         """Whether nobody looks at tokens that the block's output does not need."""
+        return self.is_plain and self._parts_can_keep_first
+
+    @property
+    def can_be_called_for_first(self) -> bool:
+        """The same of a block whose weights only a call of it brings."""
+        hooks = (self._forward_pre_hooks, self._forward_hooks)
+        watched = self._backward_hooks or self._backward_pre_hooks or "forward" in self.__dict__
+        return (
+            self.gathered
+            and all(len(each) == 1 for each in hooks)
+            and not watched
+            and not is_hooked(self.norm1, self.norm2)
+            and self._parts_can_keep_first
+        )
+
+    @property
+    def _parts_can_keep_first(self) -> bool:
         attn, mlp = self.attn, self.mlp
         return (
-            self.is_plain
-            and type(attn) is Attention
+            type(attn) is Attention
             and type(attn.qkv) is nn.Linear
             and type(mlp) is Mlp
             and not is_hooked(attn, attn.qkv, attn.proj, mlp, mlp.fc1, mlp.act, mlp.fc2)
@@ -430,7 +452,8 @@ def run_in_halves(
     for index, block in enumerate(blocks):
         last = index + 1 == len(blocks)
         if not plain[index]:
-            stream, normed = block(stream), None
+            alone = last and keep is not None and getattr(block, "can_be_called_for_first", False)
+            stream, normed = block(stream, keep) if alone else block(stream), None
             continue
         if normed is None:
             normed = block.norm1(stream)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from ..layers import Block
 from .master import OptimizerFactory
 from .weights import Weights, part_of, total_norm
 
@@ -47,6 +48,8 @@ def shard(model: Any, mesh: DeviceMesh, *, narrow: bool = False) -> Any:
             shard_placement_fn=functools.partial(_placement, mesh.size()),
             mp_policy=policy,
         )
+        if isinstance(module, Block):
+            module.gathered = True  # the last one may go on leaving out what nobody asks for
     return model
 
 
