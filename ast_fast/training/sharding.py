@@ -19,8 +19,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from ..layers import Block
+from .errors import TrainingError
 from .master import OptimizerFactory
-from .weights import Weights, part_of, total_norm
+from .weights import Weights, is_sharded, part_of, total_norm
 
 
 def shard(model: Any, mesh: DeviceMesh, *, narrow: bool = False) -> Any:
@@ -33,7 +34,11 @@ def shard(model: Any, mesh: DeviceMesh, *, narrow: bool = False) -> Any:
         model: on any device; whole weights are moved to the mesh's device one block at a time.
         mesh: of one dimension.
         narrow: gather, and compute in, bfloat16; gradients are summed in float32.
+
+    Raises:
+        TrainingError: the model computes from its blocks' weights without calling the blocks.
     """
+    _check_calls_blocks(model)
     policy = MixedPrecisionPolicy()
     if narrow:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -51,6 +56,24 @@ def shard(model: Any, mesh: DeviceMesh, *, narrow: bool = False) -> Any:
         if isinstance(module, Block):
             module.gathered = True  # the last one may go on leaving out what nobody asks for
     return model
+
+
+def _check_calls_blocks(model: Any) -> None:
+    trunk = getattr(model, "v", None)
+    if is_sharded(model):
+        raise TrainingError(
+            "the model is sharded already: expected a whole one; load it from the file that was saved"
+        )
+    if getattr(trunk, "runner", None) is not None:
+        raise TrainingError(
+            "strategy='fsdp2' with a model that optimize_for_inference packed: expected one that was "
+            "not; make or load it anew, or use ddp"
+        )
+    if getattr(trunk, "merging", None) is not None:
+        raise TrainingError(
+            "strategy='fsdp2' with token merging, which reads the blocks' weights without calling them: "
+            "switch it off with set_token_merging(0), or use ddp"
+        )
 
 
 def _equal_weights(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -65,9 +65,12 @@ def test_every_command_runs(place, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_line_with_torchrun_runs(place, monkeypatch):
+@pytest.mark.parametrize(("number", "run"), [(0, "runs/two"), (1, "runs/sharded")])
+def test_the_lines_with_torchrun_run(number, run, place, monkeypatch):
     monkeypatch.chdir(place)
-    (line,) = [line for line in lines_of("sh") if line.startswith("torchrun")]
+    lines = [line for line in lines_of("sh") if line.startswith("torchrun")]
+    assert len(lines) == 2
+    line = lines[number]
     words = shlex.split(line)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAGE.parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0", *words[1:]]
@@ -80,7 +83,7 @@ def test_the_line_with_torchrun_runs(place, monkeypatch):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert Path("runs/two/model/model.safetensors").is_file()
+    assert (Path(run) / "model/model.safetensors").is_file()
 
 
 def test_the_file_on_the_page_is_a_recipe_and_the_table_has_them_all(place):

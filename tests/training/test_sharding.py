@@ -18,6 +18,7 @@ from ast_fast.config import AverageConfig, MonitorConfig, TrainConfig, TuneConfi
 from ast_fast.data import AudioDataset, read_folder
 from ast_fast.training import TrainingError, evaluate
 from ast_fast.training.logs import read_log
+from ast_fast.training.sharding import shard
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location(
@@ -332,6 +333,13 @@ def test_the_command_line_shards_under_torchrun(tmp_path):
 
 
 def test_what_cannot_be_sharded_is_refused_at_once(tmp_path):
+    packed, merging = loop.model(), loop.model()
+    packed.v.runner = object()
+    merging.set_token_merging(1)
+    with pytest.raises(TrainingError, match="optimize_for_inference packed: expected"):
+        shard(packed, None)
+    with pytest.raises(TrainingError, match="token merging, which reads the blocks' weights"):
+        shard(merging, None)
     with pytest.raises(ValueError, match="strategy='fsdp': expected one of ddp, fsdp2"):
         TrainConfig(strategy="fsdp")
     with pytest.raises(ValueError, match="compile='graph' with strategy='fsdp2'"):
