@@ -126,7 +126,7 @@ class ShardedWeights(Weights):
         return {"masters": self, "norm": self.norm, "every_part": True}
 
     def here(self) -> dict[str, Tensor]:
-        """This process's parts, by the model's names; buffers are whole."""
+        """What this process has, by the model's names: parts of weights, whole buffers."""
         state = self._model.state_dict(keep_vars=True)
         return {name: part_of(value) for name, value in state.items()}
 
@@ -148,7 +148,7 @@ class ShardedWeights(Weights):
             part_of(value).copy_(self.part(name, state[name]))
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of a tensor [shape of the weight]; a scalar as it is."""
+        """Cut out what this process keeps of a tensor [shape of the weight]; a scalar as it is."""
         like = self._sharded.get(name)
         if like is None or not whole.dim():
             return whole

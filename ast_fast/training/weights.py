@@ -111,9 +111,10 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 
 def part_of(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory; all of it if it is not sharded."""
-    found = tensor.detach()
+    found: Any = tensor.detach()
     with torch.no_grad():
-        return found.to_local() if is_part(found) else found  # type: ignore[operator]
+        held: Tensor = found.to_local() if is_part(found) else found
+    return held
 
 
 def is_part(tensor: Tensor) -> bool:

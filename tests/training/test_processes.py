@@ -93,7 +93,8 @@ def test_a_process_that_dies_ends_all_of_them_within_a_minute(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_of_one_process_train_as_one(data, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_machines_of_one_process_train_as_one(strategy, data, tmp_path):
     """Two launchers that meet on this machine stand for the machines."""
     settings = [s for s in SETTINGS if "devices" not in s]
     settings = [part for setting in settings for part in ("--set", setting)]
@@ -108,6 +109,7 @@ def test_two_machines_of_one_process_train_as_one(data, tmp_path):
             [
                 *(sys.executable, "-m", "torch.distributed.run", *meet, "--master-port", str(port)),
                 *("--node-rank", str(rank), *common, "--run", str(tmp_path / "two"), *settings),
+                *("--set", f"train.strategy={strategy}"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ast_fast import ASTModel
-from ast_fast.config import AverageConfig, MonitorConfig, TrainConfig, TuneConfig
+from ast_fast.config import AverageConfig, DistillConfig, MonitorConfig, TrainConfig, TuneConfig
 from ast_fast.data import AudioDataset, read_folder
 from ast_fast.training import TrainingError, evaluate
 from ast_fast.training.logs import read_log
@@ -47,6 +47,7 @@ SLOW = {
     "mean": {"average": AverageConfig(first_epoch=1), "grad_clip": 0.0},
     "less": {"activation_memory": "less", "accumulate": 3},
     "least": {"activation_memory": "least"},
+    "taught": {"distill": DistillConfig(weight=0.7, temperature=2.0)},
     "patchout": {"augment": loop.BY_CLIP.replace(patchout_patches=1)},
     "compiled": {"compile": "regional"},
     "bfloat16": {"precision": "bfloat16"},
@@ -75,6 +76,7 @@ def start(folder, case, strategy="fsdp2", devices=2, **options):
         network=loop.model(seed=1 + rank, depth=2),
         data=loop.tones(36),
         eval_set=loop.tones(11, 1),
+        teacher=loop.model(seed=7, depth=2) if case == "taught" else None,
         **options,
     )
 
@@ -244,9 +246,7 @@ DYING = """
 def test_a_sharded_run_killed_with_sigkill_resumes_to_the_same_bits(at, saved, quick, tmp_path):
     def run(resume, at):
         folder = str(tmp_path / "run")
-        return launch(
-            tmp_path, DYING.format(folder=folder, strategy="fsdp2", resume=resume, at=at)
-        )
+        return launch(tmp_path, DYING.format(folder=folder, strategy="fsdp2", resume=resume, at=at))
 
     killed = run(False, at)
     assert killed.returncode != 0 and str(-signal.SIGKILL.value) in killed.stderr
@@ -333,9 +333,10 @@ def test_the_command_line_shards_under_torchrun(tmp_path):
 
 
 def test_what_cannot_be_sharded_is_refused_at_once(tmp_path):
-    packed, merging = loop.model(), loop.model()
+    packed, merging = loop.model(), loop.model(depth=2)
     packed.v.runner = object()
     merging.set_token_merging(1)
+    assert merging.v.merging
     with pytest.raises(TrainingError, match="optimize_for_inference packed: expected"):
         shard(packed, None)
     with pytest.raises(TrainingError, match="token merging, which reads the blocks' weights"):
