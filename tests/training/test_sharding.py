@@ -111,23 +111,30 @@ PREAMBLE = f"""
 """
 
 
-def launch(folder, script, *, torchrun=True, timeout=400):
+def launch(folder, script, **how):
     file = folder / "script.py"
     file.write_text(textwrap.dedent(PREAMBLE) + textwrap.dedent(script))
-    return launched(file, torchrun=torchrun, timeout=timeout)
+    return launched(file, **how)
 
 
-def launched(*arguments, torchrun=True, timeout=400):
+def launched(*arguments, torchrun=True, processes=2):
     command = [sys.executable]
     if torchrun:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += [
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=400,
         env=environment,
     )
 
@@ -230,7 +237,7 @@ def test_the_model_of_a_sharded_run_is_a_model_like_any_other(quick):
 
 
 DYING = """
-    run = tests.start({folder!r}, "averaged", {strategy!r}, resume={resume})
+    run = tests.start({folder!r}, "averaged", {strategy!r}, {devices}, resume={resume})
     inner = run._train_step
     def dying(fed, log):
         if run.step == {at}:
@@ -241,12 +248,34 @@ DYING = """
 """
 
 
+def dying(place, folder, at, strategy="fsdp2", processes=2, resume=False):
+    script = DYING.format(
+        folder=str(folder), strategy=strategy, devices=processes, resume=resume, at=at
+    )
+    return launch(place, script, processes=processes)
+
+
+def same_files(*folders):
+    for name in ("model/model.safetensors", "state.safetensors"):
+        states = [load_file(each / "checkpoints/step-00000006" / name) for each in folders]
+        assert loop.same(*states)
+
+
+@pytest.mark.slow
+def test_parts_of_different_lengths_are_saved_and_found_again(tmp_path):
+    """Two classes over three processes: the last one has no part of the head's bias."""
+    dying(tmp_path, tmp_path / "killed", 5, processes=3)
+    for folder, resume in (("killed", True), ("whole", False)):
+        done = dying(tmp_path, tmp_path / folder, -1, processes=3, resume=resume)
+        assert done.returncode == 0, done.stderr
+    same_files(tmp_path / "killed", tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("at", "saved"), [(3, 3), (5, 4)])
 def test_a_sharded_run_killed_with_sigkill_resumes_to_the_same_bits(at, saved, quick, tmp_path):
     def run(resume, at):
-        folder = str(tmp_path / "run")
-        return launch(tmp_path, DYING.format(folder=folder, strategy="fsdp2", resume=resume, at=at))
+        return dying(tmp_path, tmp_path / "run", at, resume=resume)
 
     killed = run(False, at)
     assert killed.returncode != 0 and str(-signal.SIGKILL.value) in killed.stderr
@@ -255,20 +284,14 @@ def test_a_sharded_run_killed_with_sigkill_resumes_to_the_same_bits(at, saved, q
     done = run(True, -1)
     assert done.returncode == 0, done.stderr
     assert latest.read_text().strip() == "step-00000006"
-    for name in ("model/model.safetensors", "state.safetensors"):
-        found, wanted = (
-            load_file(each / "checkpoints/step-00000006" / name)
-            for each in (tmp_path / "run", quick / "averaged")
-        )
-        assert loop.same(found, wanted)
+    same_files(tmp_path / "run", quick / "averaged")
 
 
 @pytest.mark.slow
 def test_a_run_may_go_on_with_another_strategy(quick, tmp_path):
     for first, then in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
-        folder = str(tmp_path / first)
-        launch(tmp_path, DYING.format(folder=folder, strategy=first, resume=False, at=4))
-        done = launch(tmp_path, DYING.format(folder=folder, strategy=then, resume=True, at=-1))
+        dying(tmp_path, tmp_path / first, 4, first)
+        done = dying(tmp_path, tmp_path / first, -1, then, resume=True)
         assert done.returncode == 0, done.stderr
         found, wanted = figures(tmp_path / first, "loss"), figures(quick / "averaged", "loss")
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
