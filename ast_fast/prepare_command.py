@@ -20,8 +20,7 @@ from .data.prepare_report import as_text, audio_report, summarise
 from .data.shard_writer import Encoding, ShardStore
 from .frontend import log_mel_features
 from .labels import read_labels
-from .train_command import say
-from .training.logs import Progress
+from .training.logs import Progress, say
 
 Form = Literal["shards", "files", "manifest"]
 REPORT, REPORT_TEXT = "report.json", "report.txt"

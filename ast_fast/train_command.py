@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
-from .training.logs import figures_text
+from .training.logs import figures_text, say
 from .training.processes import by_torchrun, is_first
 from .training.recipe import read_config
 from .training.several import read_result, summary_lines, together, variants, write_json
@@ -144,9 +145,11 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
     figures = {} if evaluation is None else evaluation.figures
     write_json(run / "result.json", {"steps": trainer.step, "figures": figures})
     if evaluation is not None:
-        say_figures(figures)
-    say(f"files: {trainer.audio_report.summary()}")
-    say(f"model: {run / 'model'}")
+        say(f"evaluation: {figures_text(figures)}")
+    say(f"files, each once an epoch: {trainer.audio_report.summary()}")
+    for note in trainer.audio_report.notes:
+        say(f"  {note}")
+    say(f"model: {run / 'model'}; a page on the run: ast-fast report {shlex.quote(str(run))}")
 
 
 def read_plan(plan: dict[str, Any]) -> tuple[Data, Data | None]:
@@ -226,13 +229,3 @@ def _measured(front: LogMelConfig, dataset: ClipSet, seed: int) -> LogMelConfig:
     std = max(squares / count - mean * mean, 1e-8) ** 0.5
     say(f"statistics of {report.clips} clips: mean {mean:.4f}, std {std:.4f}")
     return front.replace(mean=mean, std=std)
-
-
-def say_figures(figures: dict[str, float]) -> None:
-    """Print figures by name on one line."""
-    say(figures_text(figures))
-
-
-def say(text: str) -> None:
-    """Print a line at once, into pipes and files too."""
-    print(text, flush=True)

@@ -284,6 +284,10 @@ def hold_out(data: Data, share: float, seed: int) -> tuple[Data, Data | None]:
             f"holdout={share} of {len(data)} clips leaves none to evaluate on: give --eval-data, "
             "a larger share, or --holdout 0"
         )
+    if len(held) == len(data):
+        raise ValueError(
+            f"holdout={share} of {len(data)} clips leaves none to train on: expected a smaller share"
+        )
     out = set(held)
     kept = [index for index in range(len(data)) if index not in out]
     return data.select(kept), data.select(sorted(held))
