@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -489,6 +490,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
+    is_program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--"]:
         # torchrun takes --run for an option of its own unless a "--" stands before it, and passes that on
@@ -520,6 +522,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if debug:
             raise
+        if is_program:
+            # on the way out: another Ctrl-C has nothing left to stop but Python's own end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"ast-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -115,6 +115,16 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
 def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -> None:
     settings = RunConfig.from_dict(plan["settings"])
     train_data, held_data = read_plan(plan)
+    numbers = train_data.values is not None
+    if (
+        not numbers
+        and len(train_data.classes) == 1
+        and settings.train.task_of_run == "single_label"
+    ):
+        raise ValueError(
+            f"{plan['data']}: all clips are of one class, {train_data.classes[0]!r}: expected two or "
+            "more; of folders, give the one that holds a folder for each class"
+        )
     torch.manual_seed(settings.train.seed)
     model, audio = _build(settings, train_data)
     trainer = Trainer(

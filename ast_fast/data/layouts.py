@@ -15,7 +15,7 @@ from ..audio import SUFFIXES
 from ..config import AudioConfig, DataConfig, Layout
 from ..labels import LabelSet, read_labels
 from .audioset import is_segments, read_segments
-from .dataset import AudioDataset, ClipSet
+from .dataset import AudioDataset, ClipSet, Skip
 from .deam import read_deam, tables_of
 from .esc50 import is_esc50, read_esc50
 from .file_store import CLASSES, MANIFEST
@@ -163,15 +163,30 @@ def _read(
             root=root,
         )
     if layout == "shards":
-        shards = ShardSet(path, classes=classes, aliases=aliases)
-        bare = next((n for n, label in enumerate(shards.labels) if not label), None)
-        if shards.values is None and bare is not None:
+        return _with_labels(ShardSet(path, classes=classes, aliases=aliases), path)
+    return read_folder(path, classes=classes, aliases=aliases)
+
+
+def _with_labels(shards: ShardSet, path: Path) -> ShardSet:
+    """The clips that have labels; those that are damaged have lost theirs, others must have them."""
+    bare = [n for n, label in enumerate(shards.labels) if not label]
+    if shards.values is not None or not bare:
+        return shards
+    reasons = []
+    for number in bare:
+        found = shards[number]
+        if not isinstance(found, Skip):
             raise ManifestError(
-                f"{path}: {shards.name(bare)} has no label: expected .json, .cls or .txt beside its "
+                f"{path}: {shards.name(number)} has no label: expected .json, .cls or .txt beside its "
                 "sound"
             )
-        return shards
-    return read_folder(path, classes=classes, aliases=aliases)
+        reasons += found.report.notes
+    if len(bare) == len(shards):
+        raise ManifestError(f"{path}: holds no clip that can be read: {reasons[0]}")
+    gone = set(bare)
+    shards = shards.select([n for n in range(len(shards)) if n not in gone])
+    shards.notes = (f"{len(bare)} damaged clips are left out: {reasons[0]}",)
+    return shards
 
 
 _TAKES = {

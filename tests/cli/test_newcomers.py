@@ -1,9 +1,12 @@
 """What a newcomer does wrong, and what a machine does to them: one clear line, and nothing lost."""
 
 import errno
+import gzip
+import io
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import soundfile as sf
 
 from ast_fast import audio, cli, create_model, plots
 from ast_fast.config import AudioConfig, LogMelConfig
-from ast_fast.data import read_data, read_parts
+from ast_fast.data import ManifestError, read_data, read_parts
 from ast_fast.training.recipe import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,3 +206,79 @@ def test_commands_begin_without_what_they_do_not_need():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_folder_too_high_up_is_no_class(place, tmp_path, capsys):
+    (tmp_path / "one" / "only").mkdir(parents=True)
+    for file in (place / "data" / "low").iterdir():
+        (tmp_path / "one" / "only" / file.name).write_bytes(file.read_bytes())
+    arguments = ("--data", tmp_path / "one", "--run", tmp_path / "run", "--holdout", "0.5")
+    assert run("train", *arguments) == 2
+    said = capsys.readouterr().err
+    assert "all clips are of one class, 'only'" in said and not (tmp_path / "run").exists()
+
+
+def shard(file, members):
+    with tarfile.open(file, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_a_shard_cut_off_within_a_clip_loses_that_clip_alone(place, tmp_path):
+    sound = (place / "data" / "low" / "0.wav").read_bytes()
+    file = tmp_path / "cut.tar"
+    shard(
+        file, [(f"{n}{end}", c) for n in range(3) for end, c in ((".wav", sound), (".cls", b"1"))]
+    )
+    content = file.read_bytes()
+    file.write_bytes(content[: content.rindex(b"2.wav") + 2000])
+    found = read_data(file)
+    assert len(found) == 2
+    assert "1 damaged clips are left out" in found.notes[0] and "is cut off" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"hello" * 1000, "is compressed, or no tar"),
+        (gzip.compress(bytes(10**6)), "is compressed, or no tar"),
+        (None, "that is no object with names"),
+    ],
+    ids=["text", "compressed", "labels"],
+)
+def test_files_that_are_no_shards_say_why(content, says, place, tmp_path):
+    file = tmp_path / "x.tar"
+    if content is None:
+        sound = (place / "data" / "low" / "0.wav").read_bytes()
+        shard(file, [("a.wav", sound), ("a.json", b"{")])
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ManifestError, match="holds no clip that can be read") as raised:
+        read_data(file)
+    assert says in str(raised.value)
+
+
+def test_columns_of_one_name_are_refused(place, tmp_path):
+    table = tmp_path / "twice.csv"
+    table.write_text("path,label,label\nlow/0.wav,a,b\n")
+    with pytest.raises(ManifestError, match="line 1: two columns are called 'label'"):
+        read_data(table, place / "data")
+
+
+def test_a_second_ctrl_c_leaves_no_traceback():
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from ast_fast import cli\n"
+        "def work():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(5)\n"
+        "cli.COMMANDS['doctor'] = work\n"
+        "sys.argv = ['ast-fast', 'doctor']\n"
+        "status = cli.main()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "ast-fast: interrupted\n")
