@@ -14,6 +14,7 @@ import torch
 from .audio import AudioReport
 from .config import AudioConfig, DataConfig, LogMelConfig
 from .data import ClipSet, Collate, Data, dataset_of, read_data, read_parts, reading_notes
+from .data.dataset import max_samples
 from .frontend import log_mel_features
 from .labels import read_labels
 from .models.ast import ASTModel
@@ -159,6 +160,13 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
     say(f"files, each once an epoch: {trainer.audio_report.summary()}")
     for note in trainer.audio_report.notes:
         say(f"  {note}")
+    if trainer.audio_report.cut:
+        front = model.frontend_config
+        heard = (max_samples(front) or 0) / front.sample_rate_hz
+        say(
+            f"  the model hears {front.num_frames} frames, {heard:.2f} s: of longer clips the start; "
+            "--set frontend.num_frames=... makes it hear more"
+        )
     say(f"model: {run / 'model'}; a page on the run: ast-fast report {shlex.quote(str(run))}")
 
 

@@ -282,3 +282,30 @@ def test_a_second_ctrl_c_leaves_no_traceback():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "ast-fast: interrupted\n")
+
+
+def test_a_full_disk_keeps_what_was_prepared(place, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ("prepare", "--data", place / "data", "--out", out)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ast_fast.data.shard_writer.ShardStore.finish", full)
+        assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: cannot be written: No space left on device" in said and "--resume" in said
+    assert run(*arguments, "--resume") == 0
+    assert len(read_data(out)) == 8
+
+
+def test_clips_longer_than_the_model_hears_are_said(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(2):
+            sf.write(tmp_path / "data" / name / f"{index}.wav", 0.1 * rng.random(32000), 16000)
+    arguments = ("--data", tmp_path / "data", "--run", tmp_path / "run", "--holdout", "0")
+    assert run("train", *arguments, "--set", "train.epochs=1") == 0
+    assert "hears 64 frames, 0.66 s" in capsys.readouterr().out
