@@ -6,6 +6,7 @@ prepared and checked.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from .manifest import Manifest, ManifestError
 from .manifest_files import read_manifest
 from .shard_index import is_shards
 from .shards import ShardSet
+
+_log = logging.getLogger("ast_fast.data")
 
 Data = Manifest | ShardSet | HuggingFaceSet
 
@@ -259,6 +262,15 @@ def read_parts(
             )
         chosen = next((name for name in _HELD if name in names and name != train), None)
         kept = _part(data, path, train)
+        others = [name for name in names if name not in (*_TRAIN, *_HELD)]
+        if others:
+            count = sum(name in others for name in data.splits)
+            _log.warning(
+                "%s: %d clips are in parts that are not used: %s",
+                path,
+                count,
+                ", ".join(others[:12]),
+            )
         if chosen is not None:
             return kept, _part(data, path, chosen)
         data = kept

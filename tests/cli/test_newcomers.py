@@ -309,3 +309,16 @@ def test_clips_longer_than_the_model_hears_are_said(tmp_path, capsys):
     arguments = ("--data", tmp_path / "data", "--run", tmp_path / "run", "--holdout", "0")
     assert run("train", *arguments, "--set", "train.epochs=1") == 0
     assert "hears 64 frames, 0.66 s" in capsys.readouterr().out
+
+
+def test_parts_that_nobody_uses_are_told(place, tmp_path, caplog):
+    table = tmp_path / "typo.csv"
+    rows = [
+        f"{name}/{i}.wav,{name},{'trian' if i else 'train'}"
+        for name in ("high", "low")
+        for i in range(4)
+    ]
+    table.write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    train, held = read_parts(table, place / "data")
+    assert len(train) == 2 and held is None
+    assert "6 clips are in parts that are not used: trian" in caplog.text
