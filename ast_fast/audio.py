@@ -69,6 +69,7 @@ _BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together
 _MAX_CHANNELS = 256
 _FULL_SCALE = 1.0 - 1.5 / 32768.0
 _CLIPPED_SHARE = 0.01
+_LARGEST_SAMPLE = 1e12
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,6 +206,11 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, ReadAt, int]]:
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
                 raise AudioDecodeError(name, f"is {kind}: expected an audio file")
             yield handle, lambda offset, count: os.pread(handle, count, offset), status.st_size
+        except OSError as error:
+            # a disk that fails, a mount that went away: this file's fault as far as a job can tell
+            if isinstance(error, AudioError):
+                raise
+            raise AudioDecodeError(name, f"cannot be read: {error.strerror or error}") from error
         finally:
             os.close(handle)
         return
@@ -374,19 +380,22 @@ def _check_samples(
         if samples.max() == 32767 or samples.min() == -32768:  # rare: two quick passes, not four
             at_full_scale = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
     else:
-        finite = np.isfinite(samples)
+        size = np.abs(samples)
+        # NaN is not below anything; squares of larger values overflow float32 in the front end
+        finite = size < _LARGEST_SAMPLE
         bad = samples.size - int(np.count_nonzero(finite))
         if bad and config.non_finite == "error":
             raise AudioNonFiniteError(
                 name,
-                f"{bad} of {samples.size} samples are NaN or infinite; repair the file, or set "
+                f"{bad} of {samples.size} samples are NaN, infinite or beyond "
+                f"{_LARGEST_SAMPLE:g}; repair the file, or set "
                 "non_finite='zero'",
             )
         if bad:
             samples = np.where(finite, samples, np.float32(0.0))
             report.zeroed_clips, report.zeroed_samples = 1, bad
             report.note(f"{name}: {bad} samples that were NaN or infinite are now 0")
-        size = np.abs(samples)
+            size = np.abs(samples)
         peak = float(size.max())
         if subtype in ("FLOAT", "DOUBLE") and peak > 1.0:
             report.over_scale = 1

@@ -90,7 +90,7 @@ class AudioReport:
 
     def note(self, text: str) -> None:
         """Keep a message, up to a small number of them."""
-        if len(self.notes) < _MAX_NOTES:
+        if len(self.notes) < _MAX_NOTES and text not in self.notes:
             self.notes.append(text)
 
     def skip(self, error: AudioError) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from . import __version__
 from ._optional import MissingPackageError
 from .config import DataConfig
 
@@ -209,9 +211,9 @@ def compare(
         runs: folders of two runs or more.
         out: the page.
     """
-    from . import report_command
+    from . import compare_command
 
-    return report_command.compare(runs, out)
+    return compare_command.compare(runs, out)
 
 
 def tag(
@@ -488,6 +490,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
+    is_program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--"]:
         # torchrun takes --run for an option of its own unless a "--" stands before it, and passes that on
@@ -499,6 +502,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
     try:
+        if arguments == ["--version"]:
+            print(f"ast_fast {__version__}")
+            return 0
         if arguments[:1] == ["bench"]:
             # the benchmarks have a command line of their own
             return bench(arguments[1:])
@@ -507,7 +513,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 COMMANDS | {"bench": _bench_help},
                 prog="ast-fast",
                 description="Audio Spectrogram Transformers, fast, with the same numbers. "
-                "Any command takes --debug.",
+                "Any command takes --debug; "
+                "--version tells the version.",
                 args=arguments,
                 sort_subcommands=False,
             )
@@ -515,7 +522,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         if debug:
             raise
-        print(f"ast-fast: {interrupt or 'interrupted'}", file=sys.stderr)
+        if is_program:
+            # on the way out: another Ctrl-C has nothing left to stop but Python's own end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"ast-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of a pipe went away: no complaint, and none when Python closes the stream

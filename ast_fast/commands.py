@@ -22,10 +22,9 @@ from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
 from .optimized import Precision
-from .train_command import say, say_figures
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
-from .training.logs import Progress
+from .training.logs import Progress, check_writable, say, say_figures
 from .training.tasks import task_of
 
 
@@ -76,6 +75,8 @@ def evaluate(
     how: DataConfig,
 ) -> int:
     """See `cli.evaluate`."""
+    check_writable("--json", json_path)
+    check_writable("--per-class", per_class)
     network = load_for_inference(model, precision)
     table = read_labels(labels, network.config.label_dim) if labels else None
     names = class_names(network, table.names if table else None)
@@ -141,6 +142,13 @@ def verify(
     """See `cli.verify`."""
     from .equivalence import run_verify
 
+    check_writable("--json", json_path)
+    if device is not None:
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r}: expected cpu, cuda or cuda:1") from error
+
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: PyTorch sees no GPU here; leave --device out")
     bar: Progress | None = None
@@ -155,13 +163,14 @@ def verify(
         device=device,
         dtypes=list(dtypes) or None,
         full=full,
-        json_path=json_path,
         progress=progress,
         backend=backend_name,
     )
     if bar is not None:
         bar.close()
-    print(report.table())
+    print(report.table(), flush=True)
+    if json_path is not None:
+        report.to_json(json_path)
     return 0 if report.ok else 1
 
 
@@ -169,6 +178,8 @@ def convert(
     source: str, out: Path, to: Literal["ast_fast", "transformers"], labels: Path | None
 ) -> int:
     """See `cli.convert`."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{str(out)!r} holds something already: choose another folder")
     overrides: dict[str, Any] = {}
     model = ASTModel.from_pretrained(source)
     if labels is not None:

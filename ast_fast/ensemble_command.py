@@ -14,11 +14,10 @@ from .hub import CheckpointError
 from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
-from .train_command import say
 from .training import Evaluation, evaluate
 from .training.ensembles import ensemble as mean_of_models
 from .training.ensembles import mean_of_weights
-from .training.logs import figures_text
+from .training.logs import check_writable, figures_text, say
 from .training.tasks import task_of
 
 
@@ -34,6 +33,7 @@ def ensemble(
     how: DataConfig,
 ) -> int:
     """See `cli.ensemble`."""
+    check_writable("--json", json)
     if len(models) < 2:
         raise ValueError(f"{len(models)} model: expected at least two to be an ensemble")
     how = how.one_part()

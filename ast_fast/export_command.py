@@ -8,7 +8,7 @@ import torch
 
 from .integrations.export import CHECKED, SUFFIX, Format, Input, description_path, export_model
 from .models.ast import ASTModel
-from .train_command import say
+from .training.logs import say
 
 
 def export(

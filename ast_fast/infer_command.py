@@ -31,7 +31,7 @@ from .inference.sources import Unit, units_of
 from .inference.writers import embedding_writer, tag_writer
 from .labels import read_labels
 from .optimized import Precision
-from .train_command import say
+from .training.logs import say
 
 
 def tag(

@@ -60,7 +60,11 @@ def training_curves(log: Rows, chance: float | None = None) -> bytes:
     at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
     left.plot(at, losses, color=OURS, alpha=0.3, lw=1, label="_one batch")
     left.plot(
-        at, _running_mean(losses), color=OURS, lw=1.8, label="training, augmented (mean of 9)"
+        at,
+        _running_mean(losses),
+        color=OURS,
+        lw=1.8,
+        label=f"training, augmented{_of_several(losses)}",
     )
     marks = {"marker": "o", "ms": 3.5}
     at, losses = [r["step"] for r in evals], [r["loss"] for r in evals]
@@ -97,9 +101,20 @@ def training_curves(log: Rows, chance: float | None = None) -> bytes:
     return _png(figure)
 
 
-def _running_mean(values: Sequence[float], width: int = 9) -> list[float]:
+def _mean_width(values: Sequence[float]) -> int:
+    """How many values to take the mean of: 9, or fewer where that would flatten a short curve."""
+    return 9 if len(values) >= 27 else 3 if len(values) >= 9 else 1
+
+
+def _of_several(values: Sequence[float], unit: str = "") -> str:
+    """What a legend says of a running mean; nothing where it is the values themselves."""
+    width = _mean_width(values)
+    return f" (mean of {width}{unit})" if width > 1 else ""
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
     """Mean of the values up to half a width away, fewer at the ends."""
-    half = width // 2
+    half = _mean_width(values) // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import shlex
@@ -20,8 +21,7 @@ from .data.prepare_report import as_text, audio_report, summarise
 from .data.shard_writer import Encoding, ShardStore
 from .frontend import log_mel_features
 from .labels import read_labels
-from .train_command import say
-from .training.logs import Progress
+from .training.logs import Progress, say
 
 Form = Literal["shards", "files", "manifest"]
 REPORT, REPORT_TEXT = "report.json", "report.txt"
@@ -74,6 +74,13 @@ def prepare(
             frames=frames,
             on_clip=bar.step,
         )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"{out}: cannot be written: {error.strerror}; what is done is kept: make room, and go on "
+            "with --resume"
+        ) from error
     finally:
         bar.close()
     report = summarise(
@@ -101,7 +108,8 @@ def prepare(
     hours = report["seconds"]["total"] / 3600
     say(
         f"{report['stored']} clips, {hours:.2f} h, {double} with the samples of an earlier one; "
-        f"mean {statistics['mean']:.4f}, std {statistics['std']:.4f} of the log-mel energies"
+        f"mean {statistics['mean']:.4f}, std {statistics['std']:.4f} of the log-mel energies "
+        f"({front.num_mel_bins} bins)"
     )
     say(f"report: {out / REPORT_TEXT}")
     where = f"--data {shlex.quote(str(out))}"

@@ -1,26 +1,18 @@
-"""What `ast-fast report` and `ast-fast compare` do."""
+"""What `ast-fast report` does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from .config import DataConfig
 from .data import ClipSet, dataset_of, read_data
 from .inference import load_for_inference
-from .run_compare import (
-    compare_runs,
-    figure_table,
-    seed_table,
-    setting_table,
-    table_text,
-    write_comparison,
-)
 from .run_folder import RunFolder
 from .run_report import measure, write_run_report
-from .train_command import read_plan, say, say_figures
+from .train_command import read_plan
 from .training import RunConfig
+from .training.logs import say, say_figures
 from .training.tasks import task_of
 
 
@@ -79,20 +71,3 @@ def _evaluation_set(
     return dataset_of(
         held, settings.audio.replace(sample_rate_hz=model.frontend_config.sample_rate_hz)
     )
-
-
-def compare(folders: Sequence[Path], out: Path) -> int:
-    """See `cli.compare`."""
-    comparison = compare_runs(folders)
-    say(table_text(figure_table(comparison)))
-    seeds = seed_table(comparison)
-    if seeds is not None:
-        say("\nover seeds: mean +- half of the 95 % confidence interval")
-        say(table_text(seeds))
-    if comparison.different:
-        say("\nsettings that differ")
-        say(table_text(setting_table(comparison)))
-    else:
-        say("\nno setting differs but seed and fold")
-    say(f"\nreport: {write_comparison(comparison, out)}")
-    return 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .calibration import Reliability
-from .plots import ACCENT, GREY, OURS, PLAIN, _figure, _png, _running_mean
+from .plots import ACCENT, GREY, OURS, PLAIN, _figure, _of_several, _png, _running_mean
 from .run_folder import NAMES, RunFolder
 
 COLOURS = (OURS, ACCENT, "#3a7d44", "#8d5a97", "#c9862b", "#4d4d4d", "#2a9d8f", "#b5651d")
@@ -34,7 +34,13 @@ def history(run: RunFolder) -> bytes:
     axis = next(places)
     at, values = _series(steps, "loss")
     axis.plot(at, values, color=OURS, alpha=0.3, lw=1)
-    axis.plot(at, _running_mean(values), color=OURS, lw=1.8, label="training (mean of 9 lines)")
+    axis.plot(
+        at,
+        _running_mean(values),
+        color=OURS,
+        lw=1.8,
+        label=f"training{_of_several(values, ' lines')}",
+    )
     at, values = _series(evals, "loss")
     if values:
         axis.plot(at, values, color=ACCENT, marker="o", ms=3, lw=1.2, label="evaluation set")
@@ -180,7 +186,7 @@ def overlaid(runs: Sequence[RunFolder], groups: Sequence[int]) -> bytes:
         groups: of each run, the number of its setting.
     """
     judges = list(dict.fromkeys(run.judge for run in runs if run.judge not in (None, "loss")))
-    panels: list[tuple[str, str, str]] = [("step", "loss", "Training loss (mean of 9 lines)")]
+    panels: list[tuple[str, str, str]] = [("step", "loss", "Training loss (running mean)")]
     panels += [("eval", "loss", "Loss on the evaluation set")]
     panels += [("eval", str(judge), NAMES.get(str(judge), str(judge))) for judge in judges]
     panels += [("step", "lr", "Learning rate"), ("step", "grad_norm", "Gradient norm")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from .audio import AudioReport
 from .config import AudioConfig, DataConfig, LogMelConfig
 from .data import ClipSet, Collate, Data, dataset_of, read_data, read_parts, reading_notes
+from .data.dataset import max_samples
 from .frontend import log_mel_features
 from .labels import read_labels
 from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .training import RunConfig, Trainer, TrainingInterrupted
-from .training.logs import figures_text
+from .training.logs import figures_text, say
 from .training.processes import by_torchrun, is_first
 from .training.recipe import read_config
 from .training.several import read_result, summary_lines, together, variants, write_json
@@ -114,6 +116,16 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
 def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -> None:
     settings = RunConfig.from_dict(plan["settings"])
     train_data, held_data = read_plan(plan)
+    numbers = train_data.values is not None
+    if (
+        not numbers
+        and len(train_data.classes) == 1
+        and settings.train.task_of_run == "single_label"
+    ):
+        raise ValueError(
+            f"{plan['data']}: all clips are of one class, {train_data.classes[0]!r}: expected two or "
+            "more; of folders, give the one that holds a folder for each class"
+        )
     torch.manual_seed(settings.train.seed)
     model, audio = _build(settings, train_data)
     trainer = Trainer(
@@ -144,9 +156,18 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
     figures = {} if evaluation is None else evaluation.figures
     write_json(run / "result.json", {"steps": trainer.step, "figures": figures})
     if evaluation is not None:
-        say_figures(figures)
-    say(f"files: {trainer.audio_report.summary()}")
-    say(f"model: {run / 'model'}")
+        say(f"evaluation: {figures_text(figures)}")
+    say(f"files, each once an epoch: {trainer.audio_report.summary()}")
+    for note in trainer.audio_report.notes:
+        say(f"  {note}")
+    if trainer.audio_report.cut:
+        front = model.frontend_config
+        heard = (max_samples(front) or 0) / front.sample_rate_hz
+        say(
+            f"  the model hears {front.num_frames} frames, {heard:.2f} s: of longer clips the start; "
+            "--set frontend.num_frames=... makes it hear more"
+        )
+    say(f"model: {run / 'model'}; a page on the run: ast-fast report {shlex.quote(str(run))}")
 
 
 def read_plan(plan: dict[str, Any]) -> tuple[Data, Data | None]:
@@ -226,13 +247,3 @@ def _measured(front: LogMelConfig, dataset: ClipSet, seed: int) -> LogMelConfig:
     std = max(squares / count - mean * mean, 1e-8) ** 0.5
     say(f"statistics of {report.clips} clips: mean {mean:.4f}, std {std:.4f}")
     return front.replace(mean=mean, std=std)
-
-
-def say_figures(figures: dict[str, float]) -> None:
-    """Print figures by name on one line."""
-    say(figures_text(figures))
-
-
-def say(text: str) -> None:
-    """Print a line at once, into pipes and files too."""
-    print(text, flush=True)

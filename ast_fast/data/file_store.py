@@ -75,8 +75,9 @@ class ManifestStore:
         classes, values = self._dataset.classes, getattr(self._dataset, "values", None)
         rows = self._rows(clips)
         replace(self._folder / MANIFEST, (json.dumps(row).encode() + b"\n" for row in rows))
-        # a label that would not come back as it is: JSON lines alone
-        if all(";" not in name and name == safe_cell(name).strip() for name in classes):
+        # a label that would not come back as it is, a file whose name is no text: JSON lines alone
+        text = all(_is_text(row["path"]) for row in self._rows(clips))
+        if text and all(";" not in name and name == safe_cell(name).strip() for name in classes):
             replace(self._folder / _CSV, map(str.encode, self._csv(clips, values is not None)))
         if values is None:
             head = [("index", "mid", "display_name")]
@@ -110,6 +111,15 @@ class ManifestStore:
                 yield [first, *told, *([row.get("split", "")] if splits else [])]
 
         return _csv_lines(cells())
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is one in UTF-8, and not only bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv_lines(rows: Iterable[Sequence[Any]]) -> Iterator[str]:

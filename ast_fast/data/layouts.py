@@ -6,6 +6,7 @@ prepared and checked.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from ..audio import SUFFIXES
 from ..config import AudioConfig, DataConfig, Layout
 from ..labels import LabelSet, read_labels
 from .audioset import is_segments, read_segments
-from .dataset import AudioDataset, ClipSet
+from .dataset import AudioDataset, ClipSet, Skip
 from .deam import read_deam, tables_of
 from .esc50 import is_esc50, read_esc50
 from .file_store import CLASSES, MANIFEST
@@ -25,6 +26,8 @@ from .manifest import Manifest, ManifestError
 from .manifest_files import read_manifest
 from .shard_index import is_shards
 from .shards import ShardSet
+
+_log = logging.getLogger("ast_fast.data")
 
 Data = Manifest | ShardSet | HuggingFaceSet
 
@@ -163,15 +166,30 @@ def _read(
             root=root,
         )
     if layout == "shards":
-        shards = ShardSet(path, classes=classes, aliases=aliases)
-        bare = next((n for n, label in enumerate(shards.labels) if not label), None)
-        if shards.values is None and bare is not None:
+        return _with_labels(ShardSet(path, classes=classes, aliases=aliases), path)
+    return read_folder(path, classes=classes, aliases=aliases)
+
+
+def _with_labels(shards: ShardSet, path: Path) -> ShardSet:
+    """The clips that have labels; those that are damaged have lost theirs, others must have them."""
+    bare = [n for n, label in enumerate(shards.labels) if not label]
+    if shards.values is not None or not bare:
+        return shards
+    reasons = []
+    for number in bare:
+        found = shards[number]
+        if not isinstance(found, Skip):
             raise ManifestError(
-                f"{path}: {shards.name(bare)} has no label: expected .json, .cls or .txt beside its "
+                f"{path}: {shards.name(number)} has no label: expected .json, .cls or .txt beside its "
                 "sound"
             )
-        return shards
-    return read_folder(path, classes=classes, aliases=aliases)
+        reasons += found.report.notes
+    if len(bare) == len(shards):
+        raise ManifestError(f"{path}: holds no clip that can be read: {reasons[0]}")
+    gone = set(bare)
+    shards = shards.select([n for n in range(len(shards)) if n not in gone])
+    shards.notes = (f"{len(bare)} damaged clips are left out: {reasons[0]}",)
+    return shards
 
 
 _TAKES = {
@@ -244,6 +262,15 @@ def read_parts(
             )
         chosen = next((name for name in _HELD if name in names and name != train), None)
         kept = _part(data, path, train)
+        others = [name for name in names if name not in (*_TRAIN, *_HELD)]
+        if others:
+            count = sum(name in others for name in data.splits)
+            _log.warning(
+                "%s: %d clips are in parts that are not used: %s",
+                path,
+                count,
+                ", ".join(others[:12]),
+            )
         if chosen is not None:
             return kept, _part(data, path, chosen)
         data = kept
@@ -283,6 +310,10 @@ def hold_out(data: Data, share: float, seed: int) -> tuple[Data, Data | None]:
         raise ValueError(
             f"holdout={share} of {len(data)} clips leaves none to evaluate on: give --eval-data, "
             "a larger share, or --holdout 0"
+        )
+    if len(held) == len(data):
+        raise ValueError(
+            f"holdout={share} of {len(data)} clips leaves none to train on: expected a smaller share"
         )
     out = set(held)
     kept = [index for index in range(len(data)) if index not in out]

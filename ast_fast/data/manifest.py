@@ -346,6 +346,9 @@ def csv_table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     _, header = next(rows, (0, []))
     header = [cell.strip() for cell in header]
     width = len(header)
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise ManifestError(f"{path}, line 1: two columns are called {twice!r}: expected one")
 
     def checked() -> Iterator[tuple[int, list[str]]]:
         for row in rows:

@@ -75,6 +75,7 @@ class ShardSet(Dataset[Any]):
         strict: bool = False,
     ) -> None:
         self._block_bytes, self.strict = block_bytes, strict
+        self.notes: tuple[str, ...] = ()  # what the reader has to say
         self._read_as(audio or AudioConfig(dtype="auto"))
         self._take(open_index(Path(path), classes, aliases))
 

@@ -239,6 +239,10 @@ def _weight_files(directory: Path) -> list[Path]:
                     f"{str(index)!r} names no files of its own directory: {_HINT}"
                 )
             return [directory / n for n in names]
+    if any((directory / "model" / name).is_file() for name in _WEIGHTS):
+        raise CheckpointError(
+            f"{str(directory)!r} is the folder of a run: name its model, {str(directory / 'model')!r}"
+        )
     raise CheckpointError(
         f"{str(directory)!r} holds no weights: expected {' or '.join(_WEIGHTS)} beside config.json"
     )

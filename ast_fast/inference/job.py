@@ -257,7 +257,7 @@ class _Job:
             return 0.0
         writer = RecordWriter(self.folder, ranks.rank)
         bar = Progress(count, title="clips", enabled=progress and ranks.rank == 0)
-        pace = Pace(count)
+        pace = Pace()
         failed = 0
         try:
             for output in engine.run(iter(units)):
@@ -349,14 +349,10 @@ def failure_record(failure: Failure) -> Record:
 
 
 class Pace:
-    """How quick a job is, and how long it will take.
+    """How quick a job is; `Progress` says how long it will take."""
 
-    Args:
-        count: clips to come.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count, self._started = count, time.monotonic()
+    def __init__(self) -> None:
+        self._started = time.monotonic()
         self.clips, self.audio_s = 0, 0.0
 
     def step(self, audio_s: float, failed: int) -> dict[str, str]:
@@ -364,11 +360,9 @@ class Pace:
         self.clips += 1
         self.audio_s += audio_s
         took = max(time.monotonic() - self._started, 1e-6)
-        left = round(took / self.clips * (self._count - self.clips))
         shown = {
             "clips/s": f"{self.clips / took:.1f}",
             "audio": f"{self.audio_s / took:.0f}x",
-            "left": f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
         }
         return {**shown, "failed": str(failed)} if failed else shown
 

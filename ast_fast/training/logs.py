@@ -67,6 +67,28 @@ def figures_text(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
+def say(text: str) -> None:
+    """Print a line at once, into pipes and files too."""
+    print(text, flush=True)
+
+
+def say_figures(figures: Mapping[str, float]) -> None:
+    """Print figures by name on one line."""
+    say(figures_text(figures))
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise ValueError if a file of results could not be written: before the work, not after it."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{option} {str(path)!r}: {str(path.parent)!r} is not a folder: make it first"
+        )
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} {str(path)!r} cannot be written: choose another file")
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line cut short by a crash is left out."""
     if not path.exists():

@@ -46,7 +46,7 @@ from .schedules import run_factor
 from .snapshot import restore, state_of, tensors_of
 from .step import TrainingStep, run_step
 from .stopping import stop_signals
-from .tasks import PROBLEM_TYPES
+from .tasks import PROBLEM_TYPES, check_fits
 from .weights import Weights
 
 _AUTOCAST = {
@@ -110,6 +110,7 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.train_set, self.eval_set = train_set, eval_set
         self.task = config.task_of_run
+        check_fits(self.task, train_set)
         self._autocast = _AUTOCAST.get(config.precision)
         self.fabric = make_fabric(config, self._autocast)
         # an nn.Module with frontend_config, forward_waveform, save_pretrained
@@ -352,7 +353,7 @@ class Trainer:
                 metrics = self._evaluation.metrics
                 together = metrics.figures(self.cumulative.add(metrics.scores()))
                 figures |= {f"cumulative_{name}": value for name, value in together.items()}
-            text += f", {figures_text(figures)}"
+            text += f"; evaluation: {figures_text(figures)}"
             text += f" ({skipped} clips of the evaluation set unreadable)" if skipped else ""
             if log is not None:
                 log.write("eval", self.step, epoch=epoch, skipped=skipped, **figures)

@@ -36,10 +36,7 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.model, str),
-            f"model={self.model!r}: expected the name of a model or a pretrained directory",
-        )
+        _check_model(self.model)
         check(
             self.weights in ("random", "imagenet", "audioset"),
             f"weights={self.weights!r}: expected random, imagenet or audioset",
@@ -56,11 +53,19 @@ class RunConfig(Config):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from nested dicts; see `Config.from_dict`."""
+        _check_model(values.get("model", ""))
         frontend = values.get("frontend")
         if isinstance(frontend, Mapping):
             values = {**values, "frontend": LogMelConfig.from_dict(frontend)}
         # zero-argument super() does not work in a class that slots=True rebuilds
         return super(RunConfig, cls).from_dict(values)
+
+
+def _check_model(name: Any) -> None:
+    check(
+        isinstance(name, str),
+        f"model={name!r}: expected the name of a model or a pretrained directory",
+    )
 
 
 def list_recipes() -> list[str]:
@@ -82,7 +87,7 @@ def _read(recipe: str) -> dict[str, Any]:
     """The settings of a recipe by name, or of a file."""
     file = _packaged().get(recipe, Path(recipe))
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{recipe!r} is neither a file nor a recipe: expected a TOML file, or one of "

@@ -24,3 +24,22 @@ def task_of(model: Any, multi_label: bool = False) -> Task:
     if multi_label:
         return "multi_label"
     return _TASKS.get(model.config.problem_type, "single_label")
+
+
+def check_fits(task: Task, dataset: Any) -> None:
+    """Whether a data set has what a task learns from.
+
+    Raises:
+        ValueError: numbers are to be learnt and there are none, or the other way round.
+    """
+    numbers = getattr(dataset, "values", None) is not None
+    if task == "regression" and not numbers:
+        raise ValueError(
+            "loss='mean_squared_error' learns numbers, and the data hold labels: leave it out, or name "
+            "the columns of numbers (--values)"
+        )
+    if task != "regression" and numbers:
+        raise ValueError(
+            f"the data hold numbers to predict and the task is {task}: expected "
+            "--set train.loss=mean_squared_error"
+        )

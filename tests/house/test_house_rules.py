@@ -55,6 +55,7 @@ FLOORS = (
     (
         *("cli", "commands", "train_command", "ensemble_command", "infer_command"),
         *("export_command", "listen_command", "prepare_command", "report_command"),
+        "compare_command",
         "__main__",
     ),
 )
