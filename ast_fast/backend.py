@@ -39,7 +39,7 @@ _local_request: ContextVar[str | None] = ContextVar("ast_fast_backend", default=
 _announced: set[tuple[str, str]] = set()
 
 
-def _constant_when_compiled(function: _Function) -> _Function:
+def constant_when_compiled(function: _Function) -> _Function:
     """What `torch.compiler.assume_constant_result` does, without its import of the compiler (1.3 s)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -96,7 +96,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on this device and dtype at all; None if it can."""
     if backend == "triton":
@@ -131,7 +131,7 @@ def _why_no_triton() -> str | None:
     return None
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _announce(op: str, reason: str) -> None:
     """Say once, at WARNING, what falls back to plain PyTorch and why."""
     if (op, reason) not in _announced:

@@ -26,6 +26,7 @@ from .augment import (
     roll_waveforms,
     spec_augment,
 )
+from .backend import constant_when_compiled
 from .config import LogMelConfig, MfccConfig
 from .ops._common import without_autocast
 
@@ -133,7 +134,7 @@ def _placed_transform(
 
 
 # compiled graphs hold the matrix as a constant: traced, it would be made anew in every call
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _constant_transform(*sizes: Any) -> Tensor:
     return _placed_transform(*sizes)
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .backend import constant_when_compiled
 from .ops._common import require, without_autocast
 
 Window = Literal["kaiser", "hann"]
@@ -67,7 +68,7 @@ def _filters(
 
 
 # compiled graphs hold the matrix as a constant: traced, it would be made anew in every call
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _constant_filters(*design: Any) -> Tensor:
     return _filters(*design)
 
