@@ -261,7 +261,7 @@ def test_a_kill_in_the_last_steps_leaves_a_job_that_ends_well(tiny_model, clips,
         start(tiny_model, out, [clips], resume=True)
         assert out.read_text() == whole.read_text()
         left = {path.name for path in tmp_path.iterdir() if path.name.startswith((f"{step}.", "."))}
-        assert left == {out.name, f"{out.name}.errors.jsonl"}
+        assert left == {out.name, f"{out.name}.errors.jsonl", f"{out.name}.retry.json"}
 
 
 def test_a_job_is_not_begun_over_another_nor_resumed_as_another(tiny_model, clips, tmp_path):
