@@ -50,7 +50,9 @@ def colours(png):
     return float(points), float(line), image.shape
 
 
-@pytest.mark.parametrize(("count", "targets"), [(1, 1), (2, 2), (40, 2), (5000, 3), (60, 4), (60, 9)])
+@pytest.mark.parametrize(
+    ("count", "targets"), [(1, 1), (2, 2), (40, 2), (5000, 3), (60, 4), (60, 9)]
+)
 def test_the_picture_shows_points_and_what_is_left_over(tmp_path, count, targets):
     said, true = made(count, targets=targets)
     file = tmp_path / "picture.png"
