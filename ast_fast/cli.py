@@ -235,6 +235,7 @@ def tag(
     json: bool = False,
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
+    retry_failed: bool = False,
 ) -> int:
     """Label clips of any length: files, folders, manifests, lists of paths (.txt), tar shards.
 
@@ -262,12 +263,13 @@ def tag(
         json: print one JSON object a file instead of text.
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         resume: go on with an unfinished --out.
+        retry_failed: the same, and read again the files that could not be read, also of a finished --out.
     """
     from . import infer_command
 
     return infer_command.tag(
         *(paths, model, out, top_k, all_, windows, frames, hop, pooling, labels, activation, root),
-        *(keep_truncated, batch_size, num_workers, json, precision, resume),
+        *(keep_truncated, batch_size, num_workers, json, precision, resume, retry_failed),
     )
 
 
@@ -283,6 +285,7 @@ def embed(
     num_workers: int = 0,
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
+    retry_failed: bool = False,
 ) -> int:
     """Write clips of any length as vectors: the mean of the prefix tokens after the final norm.
 
@@ -300,12 +303,13 @@ def embed(
         num_workers: processes that read files.
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         resume: go on with an unfinished --out.
+        retry_failed: the same, and read again the files that could not be read, also of a finished --out.
     """
     from . import infer_command
 
     return infer_command.embed(
         *(paths, model, out, windows, hop, root, keep_truncated, batch_size, num_workers),
-        *(precision, resume),
+        *(precision, resume, retry_failed),
     )
 
 

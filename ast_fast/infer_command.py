@@ -53,9 +53,10 @@ def tag(
     as_json: bool,
     precision: Precision,
     resume: bool,
+    retry_failed: bool,
 ) -> int:
     """See `cli.tag`."""
-    ranks = _start(paths, out, resume)
+    ranks = _start(paths, out, resume or retry_failed)
     if top_k < 1:
         raise ValueError(f"--top-k {top_k}: expected at least 1")
     if frames and out is None and not as_json:
@@ -84,7 +85,8 @@ def tag(
         "labels": hashlib.sha256("\0".join(names).encode()).hexdigest()[:16],
     }
     make_writer = tag_writer(out, rows)
-    return _run(out, paths, root, engine, rows.encode, make_writer, settings, resume, ranks)
+    again = (resume, retry_failed)
+    return _run(out, paths, root, engine, rows.encode, make_writer, settings, again, ranks)
 
 
 def embed(
@@ -99,9 +101,10 @@ def embed(
     num_workers: int,
     precision: Precision,
     resume: bool,
+    retry_failed: bool,
 ) -> int:
     """See `cli.embed`."""
-    ranks = _start(paths, out, resume)
+    ranks = _start(paths, out, resume or retry_failed)
     network = load_for_inference(model, precision, ranks.device)
     engine = Engine(
         network,
@@ -117,7 +120,8 @@ def embed(
         **{"windows": windows, "hop": hop_s, "keep_truncated": keep_truncated},
     }
     make_writer = embedding_writer(out, network.config.embed_dim)
-    return _run(out, paths, root, engine, encode_embedding, make_writer, settings, resume, ranks)
+    again = (resume, retry_failed)
+    return _run(out, paths, root, engine, encode_embedding, make_writer, settings, again, ranks)
 
 
 def _start(paths: Sequence[Path], out: Path | None, resume: bool) -> Ranks:
@@ -125,7 +129,9 @@ def _start(paths: Sequence[Path], out: Path | None, resume: bool) -> Ranks:
         raise ValueError("no files were named: expected audio files, folders, manifests or shards")
     ranks = Ranks.from_environment()
     if out is None and resume:
-        raise ValueError("--resume goes on with a file of results: give --out FILE")
+        raise ValueError(
+            "--resume and --retry-failed go on with a file of results: give --out FILE"
+        )
     if out is None and ranks.world_size > 1:
         raise ValueError(
             f"WORLD_SIZE={ranks.world_size}: several processes cannot share a terminal; give --out FILE"
@@ -156,7 +162,7 @@ def _run(
     encode: Callable[[Any], Any],
     make_writer: Callable[[Path], Any],
     settings: dict[str, Any],
-    resume: bool,
+    again: tuple[bool, bool],  # resume, retry what failed
     ranks: Ranks,
 ) -> int:
     summary = run_job(
@@ -166,7 +172,8 @@ def _run(
         encode,
         make_writer,
         settings,
-        resume=resume,
+        resume=again[0],
+        retry_failed=again[1],
         ranks=ranks,
     )
     if ranks.rank:
@@ -184,7 +191,10 @@ def _say_summary(out: Path, summary: Summary, alone: bool) -> None:
             pace += f", {summary.audio_s / summary.seconds:.0f} s of audio a second"
     say(f"{out}: {summary.clips - summary.failed} clips, {summary.before} done before{pace}")
     if summary.failed:
-        say(f"{summary.failed} clips could not be read: {summary.errors}")
+        say(
+            f"{summary.failed} clips could not be read: {summary.errors} (when they are mended: the same "
+            "command with --retry-failed)"
+        )
 
 
 def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) -> int:

@@ -34,9 +34,6 @@ def report(
         return 0
     model = load_for_inference(str(run.model_folder(checkpoint)))
     dataset = _evaluation_set(run, model, eval_data, root)
-    if dataset is not None and getattr(dataset, "values", None) is not None:
-        say(f"{folder}: was trained on numbers to predict: the page has no part on classes")
-        dataset = None
     if dataset is None:
         say(f"report: {write_run_report(run, out)}")
         return 0
@@ -62,7 +59,10 @@ def _evaluation_set(
     """What is given, else what the run kept aside; None if it kept nothing."""
     settings = RunConfig.from_dict(run.plan["settings"]) if run.plan else RunConfig()
     if eval_data is not None:
-        held = read_data(eval_data, root, model.labels, None, DataConfig())
+        # a table's columns have to be named; other layouts hold numbers as such
+        named = task_of(model) == "regression" and eval_data.suffix.lower() == ".csv"
+        how = DataConfig(values=tuple(model.labels or ())) if named else DataConfig()
+        held = read_data(eval_data, root, None if named else model.labels, None, how)
     else:
         _, kept = read_plan(run.plan)
         if kept is None:

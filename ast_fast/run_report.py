@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plots, run_plots
+from . import plots, run_numbers, run_plots
 from .calibration import of_classes, reliability
 from .config import Task
 from .data import ClipSet, class_counts
@@ -132,16 +132,17 @@ def write_run_report(
     report.picture("history", run_plots.history(run), "By optimiser step.")
     _checks(report, run)
     if measured is not None and dataset is not None:
-        _classes(report, dataset, measured)
-        _confusion(report, dataset, measured)
-        if measured.task != "regression":
+        if measured.task == "regression":
+            _fits(report, dataset, measured)
+        else:
+            _classes(report, dataset, measured)
+            _confusion(report, dataset, measured)
             _calibration(report, measured)
         _worst(report, model, dataset, measured)
     else:
         report.section(
             "Evaluation",
-            "Nothing was evaluated for this page: the run kept no clips aside and none were given, or "
-            "it predicts numbers rather than classes.",
+            "Nothing was evaluated for this page: the run kept no clips aside and none were given.",
         )
     report.section("Settings")
     rows = [(name, _text(value)) for name, value in sorted(run.settings.items())]
@@ -203,10 +204,7 @@ def _classes(report: HtmlReport, dataset: ClipSet, measured: Measured) -> None:
     names, values = dataset.classes, measured.evaluation.per_class
     kept = [dataset.labels[index] for index in measured.indices.tolist()]
     counts = class_counts(kept, len(names))
-    titles = {"multi_label": "Average precision", "single_label": "Recall", "regression": "R2"}
-    title = titles[measured.task]
-    if measured.task == "regression":
-        counts = [len(kept)] * len(names)
+    title = "Average precision" if measured.multi_label else "Recall"
     said = f"{title} of each class on the evaluation set."
     absent = [name for name, value in zip(names, values, strict=True) if value != value]
     if absent:
@@ -216,6 +214,28 @@ def _classes(report: HtmlReport, dataset: ClipSet, measured: Measured) -> None:
     report.picture(
         "classes", run_plots.class_bars(names, values, counts, title), "The worst first."
     )
+
+
+def _fits(report: HtmlReport, dataset: ClipSet, measured: Measured) -> None:
+    """What takes the place of classes where numbers are predicted."""
+    found = run_numbers.fits(dataset.classes, measured.logits, measured.targets)
+    report.section(
+        "Predicted and true values",
+        "R2 is the share of the spread that is explained: 0 is what always saying the mean would reach. "
+        "Points on the dashed line are right; a slope below it means that extremes are drawn to the middle.",
+    )
+    shown = "Above: every clip. Below: what is left over, and its mean over clips of like truth."
+    left_out = len(found) - run_numbers.MOST_SHOWN
+    if left_out > 0:
+        shown += f" The first {run_numbers.MOST_SHOWN} targets; {left_out} more are in the table."
+    picture = run_numbers.scatter(dataset.classes, measured.logits, measured.targets)
+    report.picture("values", picture, shown)
+    rows = [
+        (fit.name, *(f"{v:.4f}" for v in (fit.r2, fit.rmse, fit.mae, fit.bias, fit.spread)))
+        for fit in found
+    ]
+    header = ("target", "R2", "RMSE", "MAE", "mean of predicted - true", "std of true values")
+    report.table(header, rows)
 
 
 def _confusion(report: HtmlReport, dataset: ClipSet, measured: Measured) -> None:

@@ -8,7 +8,10 @@ normal ones pass through a logarithm and a cosine and may differ in their last b
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,6 +44,10 @@ def _mixed(bits: Tensor) -> Tensor:
     return _shifted(bits, 31).bitwise_xor_(bits)
 
 
+def _base(seed: int, step: int) -> int:
+    return _signed(_mixed_int(_mixed_int(seed + _GOLDEN) + step * _GOLDEN))
+
+
 class ClipSeeds:
     """The source of every draw for the clips of a batch; takes a generator's place in `frontend`.
 
@@ -63,8 +70,22 @@ class ClipSeeds:
             raise ValueError(
                 f"clips has shape {tuple(clips.shape)} and {clips.dtype}: expected [B] integers"
             )
-        base = _mixed_int(_mixed_int(seed + _GOLDEN) + step * _GOLDEN)
-        self.keys = _mixed(clips.to(torch.int64) * _signed(_GOLDEN) + _signed(base))
+        self.keys = _mixed(clips.to(torch.int64) * _signed(_GOLDEN) + _base(seed, step))
+
+    @classmethod
+    def of_steps(cls, seed: int, steps: Sequence[int], clips: Tensor) -> Self:
+        """The draws of several steps at once: those of a clip are as if made for its step alone.
+
+        Args:
+            seed: of the run.
+            steps: [B], of each clip.
+            clips: [B] integers, on the CPU.
+        """
+        bases = {step: _base(seed, step) for step in set(steps)}
+        seeds = object.__new__(cls)
+        offsets = torch.tensor([bases[step] for step in steps], dtype=torch.int64)
+        seeds.keys = _mixed(clips * _signed(_GOLDEN) + offsets)
+        return seeds
 
     def __len__(self) -> int:
         return self.keys.shape[0]
@@ -130,6 +151,18 @@ def beta_quantile(probability: Tensor, alpha: float) -> Tensor:
     """
     if not alpha > 0:
         raise ValueError(f"alpha={alpha}: expected a positive number")
+    grid, mass = _beta_table(alpha)
+    wanted = torch.minimum(probability, 1.0 - probability).to(torch.float64).contiguous()
+    place = torch.searchsorted(mass, wanted, right=True).clamp(1, len(grid) - 1)
+    part = (wanted - mass[place - 1]) / (mass[place] - mass[place - 1])
+    at = grid[place - 1] + part * (grid[place] - grid[place - 1])
+    smaller = 0.5 * (at if alpha > 1.0 else at.pow(1.0 / alpha))
+    return torch.where(probability < 0.5, smaller, 1.0 - smaller)
+
+
+@functools.lru_cache(maxsize=16)
+def _beta_table(alpha: float) -> tuple[Tensor, Tensor]:
+    """Points, and the share of the distribution's lower half below each; made once an alpha."""
     grid = torch.linspace(0.0, 1.0, 4097, dtype=torch.float64)
     if alpha > 1.0:
         # the mass lies far from 0, where x^alpha would crowd it: x itself is smooth enough
@@ -139,13 +172,7 @@ def beta_quantile(probability: Tensor, alpha: float) -> Tensor:
         x = 0.5 * grid.pow(1.0 / alpha)
         density = (1.0 - x).pow(alpha - 1.0)
     mass = torch.cumulative_trapezoid(density, grid)
-    mass = torch.nn.functional.pad(0.5 * mass / mass[-1], (1, 0))
-    wanted = torch.minimum(probability, 1.0 - probability).to(torch.float64).contiguous()
-    place = torch.searchsorted(mass, wanted, right=True).clamp(1, len(grid) - 1)
-    part = (wanted - mass[place - 1]) / (mass[place] - mass[place - 1])
-    at = grid[place - 1] + part * (grid[place] - grid[place - 1])
-    smaller = 0.5 * (at if alpha > 1.0 else at.pow(1.0 / alpha))
-    return torch.where(probability < 0.5, smaller, 1.0 - smaller)
+    return grid, torch.nn.functional.pad(0.5 * mass / mass[-1], (1, 0))
 
 
 def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSeeds:
@@ -158,8 +185,13 @@ def clip_seeds(seed: int, step: int, indices: Tensor, num_clips: int) -> ClipSee
             sampling) gets other draws each time.
         num_clips: clips in the dataset.
     """
+    return ClipSeeds(seed, step, clip_numbers(indices, num_clips))
+
+
+def clip_numbers(indices: Tensor, num_clips: int) -> Tensor:  # [B] int64
+    """The clips of a batch as numbers that all differ: other ones for a clip that comes up again."""
     earlier = (indices[:, None] == indices).tril(-1).sum(1)
-    return ClipSeeds(seed, step, indices + num_clips * earlier)
+    return indices + num_clips * earlier
 
 
 def draw_partners(

@@ -3,6 +3,9 @@
 The tables of averages per song (`static_annotations*.csv`) have a song's number and the mean and spread
 of valence and arousal on a scale of 1 to 9; the song is `<number>.mp3`, or another kind of audio,
 anywhere below the root. Tables of annotations over time are not read.
+
+MediaEval's set of 2013 has `songs_info.csv` too, whose column "Mediaeval 2013 set" divides the songs into
+development and evaluation. DEAM's own tables say nothing of parts.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from .manifest import Manifest, ManifestError, Row, audio_paths, collect, csv_ro
 _TABLES = "static_annotations*.csv"
 _FOLDERS = ("annotations", "DEAM_Annotations")
 NAMES = ("valence", "arousal")
+_INFO, _SET = "songs_info.csv", "mediaeval 2013 set"
+_PARTS = {"development": "train", "evaluation": "test"}
 
 
 def tables_of(root: Path) -> list[Path]:
@@ -52,6 +57,7 @@ def read_deam(
             "DEAM's averages per song"
         )
     values = tuple(values) or NAMES
+    parts = _parts_of(root, tables)
     songs: dict[str, str] = {}
     for path in audio_paths(root):
         name = path.rpartition("/")[2].rpartition(".")[0]
@@ -62,6 +68,12 @@ def read_deam(
     rows, missing = [], []
     for table in tables:
         for row in _rows(table, values, songs):
+            if parts and row.key not in parts:
+                raise ManifestError(
+                    f"{table}, line {row.line}: {_INFO} has no song {row.key}: expected every song of the "
+                    "table in it"
+                )
+            row = row._replace(split=parts.get(row.key, ""))
             if row.path:
                 rows.append(row)
             elif leave_out_missing:
@@ -84,6 +96,35 @@ def read_deam(
     return collect(rows, source, root, value_names=values).with_missing(missing)
 
 
+def _parts_of(root: Path, tables: Sequence[Path]) -> dict[str, str]:
+    """The part of each song, by its number; empty where nothing is said of parts."""
+    folders = dict.fromkeys([*(table.parent for table in tables), root])
+    files = [file for folder in folders if (file := folder / _INFO).is_file()]
+    parts: dict[str, str] = {}
+    for line, cells in csv_rows(files[0]) if files else ():
+        where = f"{files[0]}, line {line}"
+        row = {name.lower(): text.strip() for name, text in cells.items()}
+        for name in ("song_id", _SET):
+            if name not in row:
+                raise ManifestError(f"{where}: has {', '.join(row)}: expected {name!r}")
+        song = _song(row["song_id"], where)
+        if row[_SET].lower() not in _PARTS:
+            raise ManifestError(
+                f"{where}: {_SET} is {row[_SET]!r:.80}: expected {' or '.join(_PARTS)}"
+            )
+        if song in parts:
+            raise ManifestError(f"{where}: song {song} is listed twice")
+        parts[song] = _PARTS[row[_SET].lower()]
+    return parts
+
+
+def _song(text: str, where: str) -> str:
+    """The number of a song without leading zeros."""
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise ManifestError(f"{where}: song_id is {text!r:.80}: expected a number")
+    return _plain(text)
+
+
 def _plain(number: str) -> str:
     return number.lstrip("0") or "0"
 
@@ -94,9 +135,7 @@ def _rows(table: Path, values: Sequence[str], songs: dict[str, str]) -> Iterator
         row = {name.lower(): text.strip() for name, text in cells.items()}
         if "song_id" not in row:
             raise ManifestError(f"{where}: has {', '.join(row)}: expected 'song_id'")
-        song = row["song_id"]
-        if not (song.isascii() and song.isdigit() and len(song) < 12):
-            raise ManifestError(f"{where}: song_id is {song!r:.80}: expected a number")
+        song = _song(row["song_id"], where)
         numbers = []
         for name in values:
             forms = (f"{name}_mean", f"mean_{name}", name)
@@ -104,4 +143,4 @@ def _rows(table: Path, values: Sequence[str], songs: dict[str, str]) -> Iterator
             if column is None:
                 raise ManifestError(f"{where}: has {', '.join(row)}: expected '{name}_mean'")
             numbers.append(finite(row[column], column, where))
-        yield Row(line, songs.get(_plain(song), ""), [], _plain(song), "", tuple(numbers))
+        yield Row(line, songs.get(song, ""), [], song, "", tuple(numbers))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
-from .dataset import Allocate, Batch, ClipSet, Collate, allocate_empty
+from .buffers import SAMPLES
+from .dataset import Allocate, Batch, ClipSet, Collate, MixPlan
 from .mixing import WholeSetMixup
 from .reading import Fetched, Reader, Reading, Step
 from .sampler import BatchSampler
@@ -29,6 +31,7 @@ from .transfer import Fed, on_side_stream
 from .workers import ProcessWorkers
 
 MAX_BYTES = 256 << 20
+_PLANNED_STEPS = 64
 
 Transform = Callable[[Batch], Any]
 
@@ -226,7 +229,7 @@ class Feeder:
                 yield Fed(batch, self.transform(batch) if self.transform is not None else None)
                 asked = time.perf_counter()
 
-    def _batch(self, fetched: Fetched, allocate: Allocate = allocate_empty) -> Batch:
+    def _batch(self, fetched: Fetched, allocate: Allocate = SAMPLES.tensor) -> Batch:
         return self._collate(fetched.items, allocate, fetched.mix)
 
     # ---- reading
@@ -275,12 +278,21 @@ class Feeder:
 
     def _batch_steps(self) -> Iterator[Step]:
         """A batch is one task, its partners among it."""
-        for step, indices in enumerate(self.sampler, self._first_step()):
-            mix = None if self._mixup is None else self._mixup.plan(step, indices)
+        for indices, mix in self._planned(enumerate(self.sampler, self._first_step())):
             wanted = indices if mix is None else indices + mix.partners
             number = self._numbers = self._numbers + 1
             refs = [(number, place) for place in range(len(wanted))]
             yield Step([(number, wanted)], refs, [number], mix)
+
+    def _planned(
+        self, steps: Iterable[tuple[int, list[int]]]
+    ) -> Iterator[tuple[list[int], MixPlan | None]]:
+        """The clips of each step, and who is mixed with them; drawn for many steps at once."""
+        steps = iter(steps)
+        while some := list(itertools.islice(steps, _PLANNED_STEPS)):
+            plans = itertools.repeat(None) if self._mixup is None else self._mixup.plans(some)
+            for (_, indices), mix in zip(some, plans, strict=False):
+                yield indices, mix
 
     def _block_steps(self) -> Iterator[Step]:
         """A task is a block, read before the first batch that needs it and kept until the last.
@@ -295,7 +307,8 @@ class Feeder:
         for step, numbers in enumerate(used):
             last.update(dict.fromkeys(numbers, step))
         task_of: dict[int, int] = {}
-        for step, (indices, numbers) in enumerate(zip(batches, used, strict=True)):
+        planned = self._planned(enumerate(batches, first))
+        for step, ((indices, mix), numbers) in enumerate(zip(planned, used, strict=True)):
             new: list[tuple[int, Any]] = []
             for block in dict.fromkeys(numbers):
                 if block not in task_of:
@@ -308,9 +321,6 @@ class Feeder:
             ]
             done = [block for block in dict.fromkeys(numbers) if last[block] == step]
             ended = [task_of.pop(block) for block in done]
-            mix = None
-            if self._mixup is not None:
-                mix = self._mixup.plan(first + step, indices)
             if mix is not None and mix.partners:
                 self._numbers += 1
                 new.append((self._numbers, mix.partners))

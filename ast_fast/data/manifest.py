@@ -177,7 +177,7 @@ def collect(
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple per distinct label set
     for line, path, labels, key, split, numbers in rows:
         # a million times: what is only said of errors is not made before there is one
-        if _SUSPECT(path) is not None:
+        if _PLAIN(path) is None:
             check_path(path, _where(source, line))
         if key:
             if key in seen_ids:
@@ -237,8 +237,8 @@ def collect(
     )
 
 
-# a path that is not plainly below the root; `check_path` says what is wrong with it, if anything is
-_SUSPECT = re.compile(r"\Z|[/~]|.:|\.\Z|.*(?:\\|\0|\.\.)", re.DOTALL).match
+# a path that is plainly below the root; `check_path` says what is wrong with another, if anything is
+_PLAIN = re.compile(r"[^/~.\\\0:][^:.\\\0][^.\\\0]*(?:\.[^.\\\0]+)?\Z").match
 
 
 def _where(source: Path, line: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ _ALIASES = {
     **{"label": "labels", "key": "id", "fold": "split"},
 }
 _PLAIN_CHARS = 4096
+_BLOCK_BYTES = 1 << 16
+_scan: Callable[[str, int], tuple[Any, int]] = json.scanner.make_scanner(json.JSONDecoder())  # type: ignore[attr-defined]
+# a whole line; texts without escapes, so that what stands in quotes is what is meant
+_TEXT = rf'"([^"\\\x00-\x1f]{{0,{_PLAIN_CHARS}}})"'
+_LIST = rf"\[([^\[\]{{}}\\\x00-\x1f]{{0,{_PLAIN_CHARS}}})\]"
+_PLAIN_JSON = re.compile(
+    rf'^\{{ ?"(?:path|wav|file|filename)" ?: ?{_TEXT} ?, ?"labels?" ?: ?(?:{_TEXT}|{_LIST})'
+    rf'(?: ?, ?"(?:split|fold)" ?: ?{_TEXT})? ?\}} ?\r?$',
+    re.MULTILINE,
+).findall
 _Named = Iterator[tuple[int, Any]]  # line, and what stands there by name
 
 
@@ -73,7 +84,10 @@ def read_manifest(
         raise ManifestError(f"{path}: suffix {suffix!r}: expected .csv, .jsonl or .json")
     separator = label_separator or ("," if suffix == ".json" else ";")
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
-    rows = _plain_csv(path, separator, within) if suffix == ".csv" and not values else None
+    rows = None
+    if not values:
+        plain = {".csv": _plain_csv, ".jsonl": _plain_jsonl}.get(suffix)
+        rows = plain(path, separator, within, need_labels) if plain is not None else None
     if rows is None:
         readers = {".csv": csv_rows, ".jsonl": _read_jsonl, ".json": _read_original}
         named = readers[suffix](path)
@@ -104,21 +118,39 @@ def _value_names(named: _Named) -> tuple[_Named, tuple[str, ...]]:
 
 
 def _read_jsonl(path: Path) -> _Named:
+    for line, content in _line_blocks(path):
+        yield from _json_lines(path, line, content)
+
+
+def _line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, many at a time, and the number of the first."""
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.isspace():
-                continue
-            if len(raw) > 4 * MAX_FIELD_CHARS:
-                raise ManifestError(
-                    f"{path}, line {line}: {len(raw)} bytes: expected at most {4 * MAX_FIELD_CHARS}"
-                )
+        line = 1
+        while content := file.read(_BLOCK_BYTES):
+            content += file.readline()
+            yield line, content.removeprefix(b"\xef\xbb\xbf") if line == 1 else content
+            line += content.count(b"\n")
+
+
+def _json_lines(path: Path, first: int, content: bytes) -> _Named:
+    for line, raw in enumerate(content.split(b"\n"), start=first):
+        if not raw or raw.isspace():
+            continue
+        if len(raw) >= 4 * MAX_FIELD_CHARS:
+            raise ManifestError(
+                f"{path}, line {line}: {len(raw) + 1} bytes: expected at most {4 * MAX_FIELD_CHARS}"
+            )
+        try:
+            text = raw.decode().strip(" \t\r")
             try:
-                row = json.loads(raw.decode())  # bytes would be asked for their encoding
-            except (ValueError, RecursionError) as error:
-                raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
-            yield line, row
+                row, end = _scan(text, 0)
+            except StopIteration:
+                end = -1
+            if end != len(text):
+                row = json.loads(text)  # says what is wrong, which takes more time
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
+        yield line, row
 
 
 def _read_original(path: Path) -> _Named:
@@ -136,7 +168,7 @@ def _json(raw: bytes, where: str) -> Any:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
 
 
-def _plain_csv(path: Path, separator: str, within: str) -> Iterator[Row] | None:
+def _plain_csv(path: Path, separator: str, within: str, _: bool) -> Iterator[Row] | None:
     """Rows of a path and labels, the form that sets of millions have; None for other columns."""
     header, rows = csv_table(path)
     columns = [_ALIASES.get(name, name) for name in header]
@@ -154,6 +186,61 @@ def _plain_csv(path: Path, separator: str, within: str) -> Iterator[Row] | None:
             yield Row(line, cells[place].removeprefix(within), labels)
 
     return plain()
+
+
+def _plain_jsonl(
+    path: Path, separator: str, within: str, need_labels: bool
+) -> Iterator[Row] | None:
+    """Rows of a path, labels and perhaps a part, read by an expression; None if the first has numbers.
+
+    Lines of another form, and whatever is wrong, are left to the JSON reader, with their neighbours.
+    """
+    if _value_names(_read_jsonl(path))[1]:
+        return None
+    seen: dict[tuple[str, str], tuple[str, ...] | None] = {}  # labels by their text
+
+    def found(line: int, content: bytes) -> Iterable[Any] | None:
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            return None
+        matches = _PLAIN_JSON(text)
+        if len(matches) != text.count("\n") + (not text.endswith("\n")):
+            return None
+        # by columns: an object and a few calls for each of a million rows would take as long as reading
+        paths, labels, lists, splits = zip(*matches, strict=True)
+        told = list(zip(labels, lists, strict=True))
+        for new in set(told).difference(seen):
+            seen[new] = _listed(new[1]) if new[1] else _parts(new[0], separator)
+        several = list(map(seen.__getitem__, told))
+        if None in several:
+            return None
+        if within in text:
+            paths = tuple(path.removeprefix(within) for path in paths)
+        if any(splits):
+            splits = tuple(map(str.strip, splits))
+        nothing = itertools.repeat("")
+        lines = itertools.count(line)
+        return zip(lines, paths, several, nothing, splits, itertools.repeat(()), strict=False)
+
+    def plain() -> Iterator[Row]:
+        for line, content in _line_blocks(path):
+            rows = found(line, content)
+            if rows is None:
+                named = _json_lines(path, line, content)
+                rows = _rows(named, separator, (), within, path, need_labels)
+            yield from rows
+
+    return plain()
+
+
+def _listed(several: str) -> tuple[str, ...] | None:
+    """The labels of a list; None if they are no texts."""
+    try:
+        labels = json.loads(f"[{several}]")
+    except ValueError:
+        return None
+    return tuple(labels) if all(type(label) is str for label in labels) else None
 
 
 def _rows(

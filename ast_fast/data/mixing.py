@@ -6,11 +6,11 @@ alone: not on the batch, the workers or the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ..seeding import clip_seeds, draw_partners
+from ..seeding import ClipSeeds, clip_numbers, draw_partners
 from .dataset import MixPlan
 
 
@@ -50,8 +50,30 @@ class WholeSetMixup:
             step: of the run.
             indices: [B] places in the dataset.
         """
-        clips = torch.tensor(indices, dtype=torch.int64)
-        seeds = clip_seeds(self.seed, step, clips, self.num_clips)
+        return next(self.plans([(step, indices)]))
+
+    def plans(self, steps: Iterable[tuple[int, Sequence[int]]]) -> Iterator[MixPlan]:
+        """The plans of several steps, drawn together: what a draw costs is its calls, not its numbers.
+
+        Args:
+            steps: number of each, and places in the dataset of its clips.
+        """
+        drawn = [(step, list(indices)) for step, indices in steps]
+        clips = torch.tensor([clip for _, indices in drawn for clip in self._visits(indices)])
+        owners = [step for step, indices in drawn for _ in indices]
+        seeds = ClipSeeds.of_steps(self.seed, owners, clips.to(torch.int64))
         partners, weights = draw_partners(seeds, self.num_clips, self.probability, self.alpha)
-        rows = (weights < 1.0).nonzero()[:, 0]
-        return MixPlan(rows.tolist(), partners[rows].tolist(), weights[rows].tolist())
+        begin = 0
+        for _, indices in drawn:
+            part = slice(begin, begin + len(indices))
+            begin = part.stop
+            rows = (weights[part] < 1.0).nonzero()[:, 0]
+            yield MixPlan(
+                rows.tolist(), partners[part][rows].tolist(), weights[part][rows].tolist()
+            )
+
+    def _visits(self, indices: list[int]) -> list[int]:
+        """What `clip_seeds` draws by: a clip that comes up again in a batch gets other draws."""
+        if len(set(indices)) == len(indices):
+            return indices
+        return clip_numbers(torch.tensor(indices), self.num_clips).tolist()

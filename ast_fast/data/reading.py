@@ -123,11 +123,17 @@ class Reader:
             assert isinstance(self._dataset, ShardSet)
             yield from self._dataset.read_block(payload, crashed, _crash)
             return
+        wanted = [index for place, index in enumerate(payload) if place not in crashed]
+        items = (
+            self._dataset.read_clips(wanted)
+            if isinstance(self._dataset, ShardSet)
+            else map(self._dataset.__getitem__, wanted)
+        )
         for place, index in enumerate(payload):
             if place in crashed:
                 yield _crash(clip_name(self._dataset, index), index)
             else:
-                yield self._dataset[index]
+                yield next(items)
 
 
 def clip_name(dataset: ClipSet, index: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import stat
@@ -28,6 +29,7 @@ from torch.utils.data import Dataset
 
 from ..audio import SUFFIXES, AudioError, AudioReport, from_samples, load
 from ..config import AudioConfig
+from .buffers import SAMPLES
 from .dataset import Clip, Skip
 from .shard_index import MAX_JSON_BYTES, ShardIndex
 from .shard_scan import open_index
@@ -111,10 +113,7 @@ class ShardSet(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Clip | Skip:
         """One clip by itself; `read_block` is the quick way to many."""
-        index = range(len(self))[index]
-        begin, end = self._bounds(index)
-        block = Block(int(self._index.shard_of[index]), begin, end, index, 1)
-        return next(self._read(block))
+        return next(self.read_clips([index]))
 
     def name(self, index: int) -> str:
         """Where the sound of a clip lies: path of the shard, then name in it (or byte, if damaged)."""
@@ -146,15 +145,55 @@ class ShardSet(Dataset[Any]):
         """
         return self._read(self.blocks[number], leave_out, skip)
 
+    def read_clips(self, indices: Sequence[int]) -> Iterator[Clip | Skip]:
+        """Clips from anywhere, in the order given; read in that in which they lie, a few megabytes at a time."""
+        pieces = [self._alone(range(len(self))[index]) for index in indices]
+        while pieces:
+            count, size = 1, pieces[0].end - pieces[0].begin
+            while count < len(pieces) and size < self._block_bytes:
+                size += pieces[count].end - pieces[count].begin
+                count += 1
+            group, pieces = pieces[:count], pieces[count:]
+            for block, found in zip(group, self._gather(group), strict=True):
+                yield from self._clips(block, *found)
+
+    def _alone(self, index: int) -> Block:
+        begin, end = self._bounds(index)
+        return Block(int(self._index.shard_of[index]), begin, end, index, 1)
+
+    def _gather(self, blocks: Sequence[Block]) -> list[tuple[np.ndarray, str | None]]:
+        """The bytes of each block, or why they cannot be read; a shard is opened once."""
+        found: dict[int, tuple[np.ndarray, str | None]] = {}
+        order = sorted(
+            range(len(blocks)), key=lambda place: (blocks[place].shard, blocks[place].begin)
+        )
+        for shard, group in itertools.groupby(order, key=lambda place: blocks[place].shard):
+            places = list(group)
+            path = self._index.folder / self._index.shards[shard]
+            try:
+                bounds = [(blocks[place].begin, blocks[place].end) for place in places]
+                contents = _read_ranges(path, bounds)
+                found.update(zip(places, ((content, None) for content in contents), strict=True))
+            except OSError as error:
+                problem = f"cannot be read: {error}"
+                found.update((place, (np.empty(0, np.uint8), problem)) for place in places)
+        return [found[place] for place in range(len(blocks))]
+
     def _read(
         self, block: Block, leave_out: Collection[int] = (), skip: Skipped | None = None
     ) -> Iterator[Clip | Skip]:
+        ((content, problem),) = self._gather([block])
+        return self._clips(block, content, problem, leave_out, skip)
+
+    def _clips(
+        self,
+        block: Block,
+        content: np.ndarray,
+        problem: str | None,
+        leave_out: Collection[int] = (),
+        skip: Skipped | None = None,
+    ) -> Iterator[Clip | Skip]:
         name = self._index.shards[block.shard]
-        path = self._index.folder / name
-        try:
-            content, problem = _read_range(path, block.begin, block.end), None
-        except OSError as error:
-            content, problem = np.empty(0, np.uint8), f"cannot be read: {error}"
         for index in range(block.first, block.first + block.count):
             if skip is not None and index - block.first in leave_out:
                 yield skip(f"{name!r}: clip {index}", index)
@@ -216,23 +255,33 @@ class ShardSet(Dataset[Any]):
         return clip.wave, clip.report
 
 
-def _read_range(path: Path, begin: int, end: int) -> np.ndarray:
-    """Bytes of a regular file, as many as there are."""
+def _read_ranges(path: Path, bounds: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Bytes of a regular file from begin to end, as many as there are, for each range."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path.name!r} is not a regular file")
-        content = np.empty(max(0, min(end, status.st_size) - begin), np.uint8)
-        view, filled = content.data, 0
-        while filled < len(content):
-            count = os.preadv(handle, [view[filled:]], begin + filled)
-            if not count:
-                break
-            filled += count
-        return content[:filled]
+        if len(bounds) > 1:  # a disk serves them in the order that suits it
+            for begin, end in bounds:
+                os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        sizes = [max(0, min(end, status.st_size) - begin) for begin, end in bounds]
+        return [
+            _read_range(handle, begin, size) for (begin, _), size in zip(bounds, sizes, strict=True)
+        ]
     finally:
         os.close(handle)
+
+
+def _read_range(handle: int, begin: int, size: int) -> np.ndarray:
+    content = SAMPLES.take(size)
+    view, filled = content.data, 0
+    while filled < size:
+        count = os.preadv(handle, [view[filled:]], begin + filled)
+        if not count:
+            break
+        filled += count
+    return content[:filled]
 
 
 def _json(raw: bytes, name: str) -> dict[str, Any]:

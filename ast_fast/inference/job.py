@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import heapq
+import itertools
 import json
 import os
 import shutil
@@ -22,8 +23,10 @@ from typing import IO, Any, Protocol
 from ..training.logs import Progress
 from .engine import Engine
 from .outputs import ClipOutput, Failure
+from .pace import Pace
 from .ranks import Ranks
 from .records import Record, RecordWriter, flush_folder, read_records
+from .retry import Retry, before, keep_before, known_by, read_retry, retry_file, write_retry
 from .sources import Unit, digest_of
 
 FORMAT = 1
@@ -38,6 +41,12 @@ class OutputWriter(Protocol):
 
     def add(self, record: Record) -> None:
         """The next clip."""
+
+    def position(self) -> int:
+        """How far the file is, in what `copy` counts in."""
+
+    def copy(self, before: Path, begin: int, end: int | None) -> None:
+        """Append what an earlier file has from one position to another, or to its end."""
 
     def close(self) -> None:
         """Finish the file."""
@@ -73,6 +82,7 @@ def run_job(
     settings: dict[str, Any],
     *,
     resume: bool = False,
+    retry_failed: bool = False,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Summary:
@@ -86,6 +96,7 @@ def run_job(
         make_writer: writes the final file at a path.
         settings: plain values; a job is only resumed with the same.
         resume: go on with what `OUT.parts/` holds, if there is anything.
+        retry_failed: the same, and read again what could not be read; of a finished job that alone.
         ranks: the processes that share the work.
         progress: show progress.
 
@@ -98,12 +109,15 @@ def run_job(
     started = time.monotonic()
     job = _Job(Path(out), units, settings)
     with ranks, job:
-        said = _caught(lambda: job.begin(resume)) if ranks.rank == 0 else ""
-        if said := ranks.from_first(said):
+        said = ""
+        if ranks.rank == 0:
+            said = _caught(lambda: job.begin(resume or retry_failed, retry_failed))
+        said, job.again = ranks.from_first((said, job.again))
+        if said:
             raise JobError(said)
-        if job.out.exists():
+        if job.out.exists() and job.again is None:
             return Summary(job.clips, job.count_errors(), job.clips, 0.0, 0.0, job.errors_found())
-        done = job.done()
+        done = job.done(retry_failed)
         before = sum(done)
         # the share of each is the same whatever the others have done meanwhile
         mine = [
@@ -154,6 +168,7 @@ class _Job:
         self.clips = sum(len(unit.numbers) for unit in units)
         self._units, self._settings = units, settings
         self._lock: IO[str] | None = None
+        self.again: Retry | None = None  # a finished job's clips that failed
 
     def __enter__(self) -> _Job:
         return self
@@ -164,7 +179,7 @@ class _Job:
 
     # ---- beginning
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, retry_failed: bool = False) -> None:
         """Make the folder of parts, or take up the one that is there."""
         if not self.clips:
             raise JobError("no audio files were found in the sources named")
@@ -174,8 +189,7 @@ class _Job:
                 raise JobError(
                     f"{str(self.out)!r} exists already: choose another file, or delete it"
                 )
-            self._own()
-            shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
+            self._begin_again(plan, retry_failed)
             return
         if not self.out.parent.is_dir():
             raise JobError(f"{str(self.out.parent)!r} is not a folder: make it first")
@@ -184,23 +198,64 @@ class _Job:
             raise JobError(
                 f"{str(self.folder)!r} holds an unfinished run: go on with it (resume), or delete it"
             )
-        if known is not None and known != plan:
-            raise JobError(
-                f"{str(self.folder)!r} was begun otherwise: {_difference(known, plan)}; resume with "
-                "the same, or delete it to begin anew"
-            )
+        if known is not None:
+            if "retry" in known:
+                raise JobError(
+                    f"{str(self.folder)!r} holds clips read again for {str(self.out)!r}, which is gone: "
+                    "put it back, or delete the folder to begin anew"
+                )
+            self._fits(known, plan, self.folder)
+        self._make_folder()
+        if known is None:
+            self._write_plan(plan)
+
+    def _make_folder(self) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise JobError(f"{str(self.folder)!r} cannot be made: {error.strerror}") from error
         self._own()
-        if known is None:
-            partial = self.folder / ".job.json"
-            partial.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-            _flush(partial)
-            partial.replace(self.folder / "job.json")
-            flush_folder(self.folder)
-            flush_folder(self.out.parent)
+
+    def _write_plan(self, plan: dict[str, Any]) -> None:
+        partial = self.folder / ".job.json"
+        partial.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        _flush(partial)
+        partial.replace(self.folder / "job.json")
+        flush_folder(self.folder)
+        flush_folder(self.out.parent)
+
+    def _begin_again(self, plan: dict[str, Any], retry_failed: bool) -> None:
+        """The file is there: go on with the clips of it that failed, if that was begun or is asked for."""
+        self._own()
+        known = self._known() or {}
+        begun = Retry.read(known.pop("retry", None))
+        if begun is not None and begun.of == known_by(self.out):
+            self._fits(known, plan, self.folder)
+            self.again = begun
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
+        self._lock = None
+        if not retry_failed or not self.errors.exists():
+            return
+        told = read_retry(self.out)
+        if told is None or told[1].of != known_by(self.out):
+            raise JobError(
+                f"{str(self.out)!r} is not as it was written, or {str(retry_file(self.out))!r} is gone: "
+                "where the clips that failed belong is not known; delete it to begin anew"
+            )
+        self._fits(told[0], plan, self.out)
+        self._make_folder()
+        keep_before(self.out, self.folder)
+        self.again = told[1]
+        self._write_plan({**plan, "retry": self.again.to_json()})
+
+    @staticmethod
+    def _fits(known: dict[str, Any], plan: dict[str, Any], where: Path) -> None:
+        if known != plan:
+            raise JobError(
+                f"{str(where)!r} was begun otherwise: {_difference(known, plan)}; resume with the same, "
+                "or delete it to begin anew"
+            )
 
     def _plan(self) -> dict[str, Any]:
         content = {"format": FORMAT, "clips": self.clips, "sources": digest_of(self._units)}
@@ -235,12 +290,17 @@ class _Job:
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.records"))
 
-    def done(self) -> bytearray:
-        """A byte for each clip: whether the parts hold it."""
+    def done(self, retry_failed: bool = False) -> bytearray:
+        """A byte for each clip: whether it is done, and need not be retried."""
         flags = bytearray(self.clips)
+        if self.again is not None:
+            flags = bytearray(b"\1" * self.clips)
+            for number, _ in self.again.clips:
+                flags[number] = 0
         for path in self._parts():
             for record in read_records(path):
-                flags[record.number] = 1
+                if not (retry_failed and "error" in record.meta):
+                    flags[record.number] = 1
         return flags
 
     def work(
@@ -288,11 +348,12 @@ class _Job:
         errors = self.errors.with_name(f".{self.errors.name}.partial")
         try:
             failed = self._write(make_writer(partial), errors)
+            _flush(partial)
+            write_retry(self.out, partial, self._plan(), failed)
         except BaseException:
             for left in (partial, errors):
                 left.unlink(missing_ok=True)
             raise
-        _flush(partial)
         if failed:
             _flush(errors)
             errors.replace(self.errors)
@@ -302,27 +363,37 @@ class _Job:
         partial.replace(self.out)
         flush_folder(self.out.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
-        return failed
+        return len(failed)
 
-    def _write(self, writer: OutputWriter, errors: Path) -> int:
-        """Give all records to a writer, in order, and list those that failed."""
+    def _write(self, writer: OutputWriter, errors: Path) -> list[tuple[int, int]]:
+        """Give all records to a writer, in order, and list those that failed; gives where they belong."""
         parts = [read_records(path) for path in self._parts()]
-        failed, last, clips = 0, -1, 0
+        records = heapq.merge(*parts, key=lambda record: record.number)
+        failed: list[tuple[int, int]] = []
+        clips = copied = 0
+        old, places = before(self.out, self.folder), self.again.clips if self.again else []
         with errors.open("w", encoding="utf-8") as file:
-            for record in heapq.merge(*parts, key=lambda record: record.number):
-                if record.number == last:  # two processes had it
-                    continue
-                last, clips = record.number, clips + 1
+            for number, found in itertools.groupby(records, key=lambda record: record.number):
+                record = _best(found)
+                if self.again is not None:
+                    if clips == len(places) or places[clips][0] != number:
+                        break
+                    writer.copy(old, copied, places[clips][1])
+                    copied = places[clips][1]
+                clips += 1
                 if "error" in record.meta:
-                    failed += 1
+                    failed.append((number, writer.position()))
                     file.write(json.dumps(record.meta) + "\n")
                 else:
                     writer.add(record)
-        writer.close()
-        if clips != self.clips:
+            if self.again is not None:
+                writer.copy(old, copied, None)
+        expected = self.clips if self.again is None else len(places)
+        if clips != expected:
             raise JobError(
-                f"{str(self.folder)!r} holds {clips} of {self.clips} clips: run it again to resume"
+                f"{str(self.folder)!r} holds {clips} of {expected} clips: run it again to resume"
             )
+        writer.close()
         return failed
 
     def errors_found(self) -> Path | None:
@@ -337,6 +408,12 @@ class _Job:
             return sum(1 for _ in file)
 
 
+def _best(records: Iterator[Record]) -> Record:
+    """Of what several starts and processes had of a clip: what was read, if any of them could."""
+    found = list(records)
+    return next((record for record in found if "error" not in record.meta), found[-1])
+
+
 def failure_record(failure: Failure) -> Record:
     """What is kept of a clip that cannot be read."""
     error = failure.error
@@ -346,25 +423,6 @@ def failure_record(failure: Failure) -> Record:
         "reason": error.reason,
     }
     return Record(failure.number, meta, {})
-
-
-class Pace:
-    """How quick a job is; `Progress` says how long it will take."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self.clips, self.audio_s = 0, 0.0
-
-    def step(self, audio_s: float, failed: int) -> dict[str, str]:
-        """One clip is done; what to show."""
-        self.clips += 1
-        self.audio_s += audio_s
-        took = max(time.monotonic() - self._started, 1e-6)
-        shown = {
-            "clips/s": f"{self.clips / took:.1f}",
-            "audio": f"{self.audio_s / took:.0f}x",
-        }
-        return {**shown, "failed": str(failed)} if failed else shown
 
 
 def _difference(known: dict[str, Any], plan: dict[str, Any]) -> str:

@@ -1,22 +1,20 @@
-"""The files that results end in: JSON lines, CSV, Parquet, and for vectors NumPy's .npy, by suffix.
+"""The files that results end in: JSON lines, CSV, Parquet, and for vectors .npy and .safetensors, by suffix.
 
 Each takes records one by one, in the order of the clips, and holds no more than a few thousand rows.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .._optional import require_package
-from ..data.manifest import safe_cell
+from .csv_table import CsvTable, copy_bytes
 from .records import Record
 from .rows import TagRows, embedding_row, short, vectors_of
+from .vector_files import NumpyRows, SafetensorsRows, index_of
 
 _ROWS_A_GROUP = 2048  # of Parquet
 
@@ -42,24 +40,20 @@ def embedding_writer(out: Path, width: int) -> Callable[[Path], Any]:
     """What makes the writer of vectors [width] for a file of this suffix.
 
     Raises:
-        ValueError: the suffix is none of .jsonl, .csv, .parquet and .npy.
+        ValueError: the suffix is none of .jsonl, .csv, .parquet, .npy and .safetensors.
         MissingPackageError: Parquet is asked for and pyarrow is not there.
     """
-    suffix = _known(out, (".jsonl", ".csv", ".parquet", ".npy"))
+    suffix = _known(out, (".jsonl", ".csv", ".parquet", ".npy", ".safetensors"))
     if suffix == ".jsonl":
         return lambda path: JsonLines(path, embedding_row)
     if suffix == ".csv":
         header = ("file", "start_s", "end_s", *(f"e{index}" for index in range(width)))
         return lambda path: CsvTable(path, header, _embedding_lines)
-    if suffix == ".npy":
-        return lambda path: NumpyRows(path, width, index_of(out))
+    if suffix in (".npy", ".safetensors"):
+        rows = NumpyRows if suffix == ".npy" else SafetensorsRows
+        return lambda path: rows(path, width, index_of(out))
     arrow = _pyarrow()
     return lambda path: Parquet(path, _embedding_schema(arrow, width), _embedding_rows)
-
-
-def index_of(out: Path) -> Path:
-    """The table of files beside a .npy file."""
-    return out.with_name(f"{out.name}.index.csv")
 
 
 def _known(out: Path, suffixes: tuple[str, ...]) -> str:
@@ -80,34 +74,20 @@ class JsonLines:
     """One object a line."""
 
     def __init__(self, path: Path, row: Callable[[Record], dict[str, Any]]) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("wb")
         self._row = row
 
     def add(self, record: Record) -> None:
         """The next clip."""
-        self._file.write(json.dumps(self._row(record)) + "\n")
+        self._file.write(json.dumps(self._row(record)).encode() + b"\n")
 
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
+    def position(self) -> int:
+        """See `OutputWriter`: bytes."""
+        return self._file.tell()
 
-
-class CsvTable:
-    """Lines under a header; texts that a spreadsheet would take for formulas are quoted."""
-
-    def __init__(self, path: Path, header: tuple[str, ...], lines: Callable[[Record], Any]) -> None:
-        # file names need not be text
-        self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow([safe_cell(cell) for cell in header])
-        self._lines = lines
-
-    def add(self, record: Record) -> None:
-        """The next clip."""
-        for line in self._lines(record):
-            self._writer.writerow(
-                [safe_cell(cell) if isinstance(cell, str) else cell for cell in line]
-            )
+    def copy(self, before: Path, begin: int, end: int | None) -> None:
+        """See `OutputWriter`."""
+        copy_bytes(before, begin, end, self._file)
 
     def close(self) -> None:
         """Finish the file."""
@@ -125,6 +105,26 @@ class Parquet:
         self._schema, self._rows = schema, rows
         self._writer = parquet.ParquetWriter(path, schema, compression="zstd")
         self._waiting: list[dict[str, Any]] = []
+        self._rows_written = 0
+
+    def position(self) -> int:
+        """See `OutputWriter`: rows."""
+        return self._rows_written + len(self._waiting)
+
+    def copy(self, before: Path, begin: int, end: int | None) -> None:
+        """See `OutputWriter`."""
+        parquet = require_package("pyarrow.parquet", "writing Parquet", "parquet")
+        self._flush()
+        at = 0
+        with parquet.ParquetFile(before) as file:
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                first, last = max(begin - at, 0), count if end is None else min(end - at, count)
+                if first < last:
+                    table = file.read_row_group(group).slice(first, last - first)
+                    self._writer.write_table(table.cast(self._schema))
+                    self._rows_written += len(table)
+                at += count
 
     def add(self, record: Record) -> None:
         """The next clip."""
@@ -138,48 +138,13 @@ class Parquet:
     def _flush(self) -> None:
         if self._waiting:
             self._writer.write_table(self._arrow.Table.from_pylist(self._waiting, self._schema))
+            self._rows_written += len(self._waiting)
             self._waiting = []
 
     def close(self) -> None:
         """Finish the file."""
         self._flush()
         self._writer.close()
-
-
-class NumpyRows:
-    """Vectors as the rows of one array [N, C], and a table of the files they are of."""
-
-    def __init__(self, path: Path, width: int, index: Path) -> None:
-        self._file = path.open("wb")
-        self._width, self._count = width, 0
-        self._header()
-        self._index, self._partial = index, index.with_name(f".{index.name}.partial")
-        self._table = CsvTable(self._partial, ("row", "file", "start_s", "end_s"), self._lines)
-
-    def _header(self) -> None:
-        # as long for any number of rows: NumPy leaves room for it to grow
-        self._file.seek(0)
-        shape = (self._count, self._width)
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def _lines(self, record: Record) -> Any:
-        for place, (begin, end, _) in enumerate(vectors_of(record), start=self._count):
-            yield place, record.meta["file"], begin, end
-
-    def add(self, record: Record) -> None:
-        """The next clip."""
-        self._table.add(record)
-        for _, _, vector in vectors_of(record):
-            self._file.write(np.ascontiguousarray(vector, "<f4").tobytes())
-            self._count += 1
-
-    def close(self) -> None:
-        """Finish both files; the table takes its name first."""
-        self._header()
-        self._file.close()
-        self._table.close()
-        self._partial.replace(self._index)
 
 
 def _tag_schema(arrow: Any) -> Any:
@@ -239,3 +204,6 @@ def _embedding_rows(record: Record) -> list[dict[str, Any]]:
         {"file": record.meta["file"], "start_s": begin, "end_s": end, "embedding": vector}
         for begin, end, vector in vectors_of(record)
     ]
+
+
+__all__ = ["CsvTable", "JsonLines", "Parquet", "embedding_writer", "index_of", "tag_writer"]

@@ -41,6 +41,7 @@ from .metrics import MAIN_FIGURE
 from .modes import chosen_mode, prepared_step
 from .optimizers import freeze, make_optimizer
 from .processes import hold, make_fabric
+from .result_csv import original_figures, write_result
 from .scaling import LossScaler
 from .schedules import run_factor
 from .snapshot import restore, state_of, tensors_of
@@ -90,6 +91,7 @@ class Trainer:
         step: optimiser steps done.
         best: the best main figure so far.
         epoch_clips: clips learnt from in this epoch.
+        epoch_loss: the sum of their losses.
         total_steps: steps of the whole run.
         audio_report: what reading files changed and skipped since the start of this process.
     """
@@ -155,7 +157,7 @@ class Trainer:
         self.best: float | None = None
         self.audio_report = AudioReport()
         self._said = ""
-        self.epoch_clips = 0
+        self.epoch_clips, self.epoch_loss = 0, 0.0
         self._stop = False
         self._overflows = 0
         self._progress_wanted = progress and self.fabric.is_global_zero
@@ -272,7 +274,9 @@ class Trainer:
             figures = self._evaluation.figures
             bar.say(f"mean of the weights of {self.average.count} epochs: {figures_text(figures)}")
             if log is not None:
-                log.write("average", self.step, epochs=self.average.count, **figures)
+                told = self._original_figures(self._evaluation)
+                log.write("average", self.step, epochs=self.average.count, **figures, **told)
+                write_result(self.run_dir, self.config.epochs)
         elif self._evaluation is None:
             self._evaluation = self._evaluate(self.average.weights())
 
@@ -307,6 +311,7 @@ class Trainer:
             values = {} if fed.features is None else self._train_step(fed, log)
             clips += len(batch)
             self.epoch_clips += len(batch)
+            self.epoch_loss += _finite(values.get("loss", 0.0)) * len(batch)
             self.step += 1
             self.sampler.step()
             rate = clips / (time.perf_counter() - started)
@@ -337,7 +342,8 @@ class Trainer:
             raise TrainingError(
                 f"no clip of the training set could be read: {self.audio_report.summary()}"
             )
-        self.epoch_clips = 0
+        mean_loss = self.epoch_loss / self.epoch_clips
+        self.epoch_clips, self.epoch_loss = 0, 0.0
         best = False
         text = f"epoch {epoch + 1} of {self.config.epochs}: {said}"
         self.average.after_epoch(epoch + 1, self.weights.floats())
@@ -356,7 +362,11 @@ class Trainer:
             text += f"; evaluation: {figures_text(figures)}"
             text += f" ({skipped} clips of the evaluation set unreadable)" if skipped else ""
             if log is not None:
-                log.write("eval", self.step, epoch=epoch, skipped=skipped, **figures)
+                told = self._original_figures(
+                    self._evaluation, train_loss=mean_loss, lr=self._rate()
+                )
+                log.write("eval", self.step, epoch=epoch, skipped=skipped, **figures, **told)
+                write_result(self.run_dir, self.config.epochs)
         bar.say(text)
         said = self.audio_report.changes()
         if said and said != self._said:
@@ -365,6 +375,16 @@ class Trainer:
         self._save(best)
         if self.sampler.epoch < self.config.epochs and self._should_stop():
             raise TrainingInterrupted(self.run_dir, self.step)
+
+    def _original_figures(self, found: Evaluation, **more: float) -> dict[str, Any]:
+        """What `result.csv` says beyond the figures of an evaluation; nothing for numbers."""
+        if self.task == "regression":
+            return {}
+        return {"original": {**original_figures(found.metrics, found.figures), **more}}
+
+    def _rate(self) -> float:
+        """The learning rate of the last step."""
+        return self.config.lr * run_factor(self.config, self.step - 1, len(self.sampler))
 
     def _evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
         """Evaluate the model, or averaged weights in its place if there are any."""
@@ -469,6 +489,10 @@ class Trainer:
         whole = self.weights.whole_of(made)
         if self.fabric.is_global_zero:
             self.model.save_pretrained(folder, state_dict=whole)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
 
 
 def _in_float16(model: Any, features: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.step,
         "best": trainer.best,
         "epoch_clips": trainer.epoch_clips,
+        "epoch_loss": trainer.epoch_loss,
         "sampler": trainer.sampler.state_dict(),
         "averaged": trainer.average.count,
         "cumulated": trainer.cumulative.count,
@@ -112,6 +113,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.step = int(state["step"])
     trainer.best = state["best"]
     trainer.epoch_clips = int(state["epoch_clips"])
+    trainer.epoch_loss = float(state.get("epoch_loss", 0.0))
 
 
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,20 @@ def test_help_comes_without_loading_pytorch():
         assert name in done.stdout
 
 
+def test_commands_begin_without_the_compiler_of_pytorch():
+    # its import takes as long as that of everything else together
+    script = (
+        "import sys\n"
+        "import ast_fast.prepare_command, ast_fast.infer_command, ast_fast.train_command\n"
+        "from ast_fast import LogMel\n"
+        "print('loaded:', sorted({'torch._dynamo', 'sympy', 'triton'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "loaded: []" in done.stdout
+
+
 def test_training_writes_model_log_and_checkpoints(place, capsys):
     rows = [json.loads(line) for line in (place / "run" / "log.jsonl").read_text().splitlines()]
     assert {row["kind"] for row in rows} == {"step", "eval", "check"}

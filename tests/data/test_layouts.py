@@ -308,6 +308,65 @@ def test_folders_of_parts_are_told_from_folders_of_classes(place, tmp_path):
 # ---- numbers to predict
 
 
+INFO_HEADER = "song_id,file_name,Artist,Song title,Genre,Mediaeval 2013 set\n"
+
+
+def mediaeval(root, info):
+    """The set of 2013: one table, `songs_info.csv` beside it, clips of 45 s (here shorter)."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "clips_45seconds").mkdir()
+    table = ["song_id,mean_arousal,std_arousal,mean_valence,std_valence"]
+    for number in (2, 3, 4, 5):
+        wave = np.sin(np.arange(8000) * 0.02 * number) * 0.3
+        sf.write(root / "clips_45seconds" / f"{number}.wav", wave, 16000)
+        table.append(f"{number},{3 + number / 10},1.0,{5 - number / 10},0.9")
+    (root / "annotations" / "static_annotations.csv").write_text("\n".join(table))
+    (root / "annotations" / "songs_info.csv").write_text(INFO_HEADER + info, encoding="utf-8")
+    return root
+
+
+def test_mediaevals_own_parts_are_read(tmp_path):
+    info = (
+        '2,2.mp3,"Some, One",Caf\u00e9\t,Rock,development\n003,3.mp3,A,B,Pop,evaluation\n'
+        "4,4.mp3,A,B,Pop, development \n5,5.mp3,A,B,Pop,Evaluation\n9,9.mp3,A,B,Pop,evaluation\n"
+    )
+    root = mediaeval(tmp_path / "2013", info)
+    data = read_data(root)
+    assert data.splits == ["train", "test", "train", "test"]
+    assert np.allclose(data.values, [[4.8, 3.2], [4.7, 3.3], [4.6, 3.4], [4.5, 3.5]])
+    train, held = read_parts(root)
+    assert train.paths == ["clips_45seconds/2.wav", "clips_45seconds/4.wav"]
+    assert held.paths == ["clips_45seconds/3.wav", "clips_45seconds/5.wav"]
+    assert len(read_data(root, how=DataConfig(split="test"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ("2,f,A,B,Pop,development\n3,f,A,B,Pop,test\n", "line 3: mediaeval 2013 set is 'test'"),
+        ("2,f,A,B,Pop,development\n2,f,A,B,Pop,evaluation\n", "line 3: song 2 is listed twice"),
+        ("two,f,A,B,Pop,development\n", "line 2: song_id is 'two': expected a number"),
+        (
+            "2,f,A,B,Pop,development\n",
+            "static_annotations.csv, line 3: songs_info.csv has no song 3",
+        ),
+        ("2,f,A,B,Pop\n", "line 2: 5 fields: expected 6"),
+    ],
+)
+def test_wrong_lines_of_mediaevals_parts_are_named(tmp_path, info, says):
+    with pytest.raises(ManifestError, match=says.replace(".", r"\.")):
+        read_data(mediaeval(tmp_path / "2013", info))
+
+
+def test_songs_without_a_column_of_parts_are_refused(tmp_path):
+    root = mediaeval(tmp_path / "2013", "2,f,A,B,Pop,development\n")
+    (root / "annotations" / "songs_info.csv").write_text("song_id,Artist\n2,A\n")
+    with pytest.raises(
+        ManifestError, match="line 2: has song_id, artist: expected 'mediaeval 2013 set'"
+    ):
+        read_data(root)
+
+
 def test_deam_gives_the_means_of_its_songs(place):
     assert detect_layout(place / "deam") == "deam"
     data = read_data(place / "deam")

@@ -17,6 +17,7 @@ from ast_fast.data import (
     balanced_weights,
     write_shards,
 )
+from ast_fast.seeding import clip_seeds, draw_partners
 
 
 def waves(count=40, dtype=torch.int16):
@@ -116,6 +117,21 @@ def test_draws_belong_to_seed_step_and_clip():
     # one clip twice in a batch (drawn by weight) is mixed with two others
     twice = WholeSetMixup(7, 1.0, 1000).plan(4, [3, 3])
     assert twice.partners[0] != twice.partners[1]
+
+
+def test_plans_drawn_together_are_those_of_each_step_and_of_the_seeds():
+    draw = torch.Generator().manual_seed(0)
+    mixup = WholeSetMixup(9, 0.6, 30, alpha=0.7)
+    steps = [(3 * n, torch.randint(30, (n % 7 + 1,), generator=draw).tolist()) for n in range(40)]
+    steps.append((2, [4, 4, 1, 4]))
+    for (step, indices), plan in zip(steps, mixup.plans(steps), strict=True):
+        assert plan == mixup.plan(step, indices)
+        seeds = clip_seeds(9, step, torch.tensor(indices), 30)
+        partners, weights = draw_partners(seeds, 30, 0.6, 0.7)
+        rows = [row for row, weight in enumerate(weights.tolist()) if weight < 1]
+        assert plan.rows == rows and plan.partners == partners[rows].tolist()
+        assert plan.weights == weights[rows].tolist()
+    assert list(mixup.plans([])) == []
 
 
 def test_partners_are_even_over_millions_and_weights_follow_beta():

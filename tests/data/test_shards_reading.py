@@ -168,6 +168,40 @@ def test_shards_give_the_items_that_the_files_give(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("block_bytes", [3000, 4 << 20])
+def test_clips_from_anywhere_are_those_of_the_blocks(tmp_path, block_bytes):
+    write_shards(dataset(), tmp_path, shard_bytes=8000)
+    shards = ShardSet(tmp_path, block_bytes=block_bytes)
+    assert len(list(tmp_path.glob("*.tar"))) > 4
+    whole = items(shards)
+    order = torch.randint(23, (60,), generator=torch.Generator().manual_seed(2)).tolist()
+    found = list(shards.read_clips([*order, -1]))
+    assert [clip.index for clip in found] == [*order, 22]
+    for clip in found:
+        assert (
+            torch.equal(clip.wave, whole[clip.index].wave)
+            and clip.labels == dataset().labels[clip.index]
+        )
+    assert list(shards.read_clips([])) == []
+    with pytest.raises(IndexError):
+        next(shards.read_clips([23]))
+
+
+def test_a_shard_that_is_gone_or_cut_costs_its_own_clips(tmp_path):
+    write_shards(dataset(), tmp_path, shard_bytes=16_000)
+    shards = ShardSet(tmp_path)
+    places = [np.flatnonzero(shards._index.shard_of == shard).tolist() for shard in range(3)]
+    (tmp_path / "000000.tar").unlink()
+    cut = tmp_path / "000001.tar"
+    cut.write_bytes(cut.read_bytes()[: int(shards._index.ends[places[1][0]]) + 100])
+    order = [places[2][0], places[0][1], places[1][0], places[1][1], places[2][1], places[0][0]]
+    found = list(shards.read_clips(order))
+    assert [isinstance(item, Skip) for item in found] == [False, True, False, True, False, True]
+    assert [item.index for item in found] == order
+    assert "'000000.tar': clip 1: cannot be read" in found[1].report.notes[0]
+    assert "cut off" in found[3].report.notes[0]
+
+
 def test_names_are_never_paths(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()

@@ -50,7 +50,7 @@ FLOORS = (
     ("training", "recipes", "inference", "streaming", "integrations"),
     (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
-        *("run_folder", "run_plots", "run_report", "run_compare"),
+        *("run_folder", "run_plots", "run_numbers", "run_report", "run_compare"),
     ),
     (
         *("cli", "commands", "train_command", "ensemble_command", "infer_command"),

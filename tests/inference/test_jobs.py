@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from ast_fast import ASTModel, cli, embed, tag
 from ast_fast.inference import Engine, Failure, Wanted
@@ -103,6 +104,7 @@ def test_labels_in_files_are_those_of_tag(tiny_model, model_folder, clips, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         out.name,
         f"{out.name}.errors.jsonl",
+        f"{out.name}.retry.json",
     ]
     expected = [
         r
@@ -149,7 +151,7 @@ def test_labels_in_files_are_those_of_tag(tiny_model, model_folder, clips, tmp_p
         assert row["frames"]["scores"][0] == pytest.approx(curve.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["npy", "safetensors", "jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("windows", [False, True])
 def test_embeddings_in_files_are_those_of_embed(
     tiny_model, model_folder, clips, tmp_path, suffix, windows
@@ -164,8 +166,8 @@ def test_embeddings_in_files_are_those_of_embed(
             expected.append(found.numpy())
             files += [result.path] * len(found)
     expected = np.concatenate(expected)
-    if suffix == "npy":
-        found = np.load(out)
+    if suffix in ("npy", "safetensors"):
+        found = np.load(out) if suffix == "npy" else load_file(out)["embeddings"]
         with index_of(out).open(newline="") as file:
             index = list(csv.DictReader(file))
         assert [row["file"] for row in index] == files
@@ -259,7 +261,7 @@ def test_a_kill_in_the_last_steps_leaves_a_job_that_ends_well(tiny_model, clips,
         start(tiny_model, out, [clips], resume=True)
         assert out.read_text() == whole.read_text()
         left = {path.name for path in tmp_path.iterdir() if path.name.startswith((f"{step}.", "."))}
-        assert left == {out.name, f"{out.name}.errors.jsonl"}
+        assert left == {out.name, f"{out.name}.errors.jsonl", f"{out.name}.retry.json"}
 
 
 def test_a_job_is_not_begun_over_another_nor_resumed_as_another(tiny_model, clips, tmp_path):
