@@ -58,8 +58,10 @@ class Buffers:
 
     def tensor(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """The same as a tensor [rows, columns]."""
-        memory = torch.from_numpy(self.take(rows * columns * dtype.itemsize))
-        return memory.view(dtype).view(rows, columns)
+        count = rows * columns * dtype.itemsize
+        if not count:
+            return torch.empty(rows, columns, dtype=dtype)
+        return torch.from_numpy(self.take(count)).view(dtype).view(rows, columns)
 
     def clear(self) -> None:
         """Give back to the system what is kept."""

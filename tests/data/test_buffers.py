@@ -53,6 +53,12 @@ def test_what_is_kept_stays_within_its_limit_and_odd_sizes_are_left_to_malloc():
     assert buffers.free_bytes == 0
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (0, 16000), (3, 0)])
+def test_a_batch_of_no_samples_is_a_tensor_too(shape):
+    wave = Buffers().tensor(*shape, torch.float32)
+    assert wave.shape == shape and wave.dtype == torch.float32
+
+
 def test_threads_never_share_memory():
     buffers, wrong = Buffers(), []
 
