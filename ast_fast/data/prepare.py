@@ -8,9 +8,11 @@ So the result is the same however often it was interrupted, and by however many 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -103,45 +105,69 @@ def prepare_clips(
             "and silent or duplicates"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "clips": len(dataset),
-        "classes": list(dataset.classes),
-        "sample_rate_hz": dataset.sample_rate_hz,
-        "source": _digest(dataset),
-        "audio": _plain(getattr(dataset, "audio", None)),
-        "frames": frames if energies is not None else 0,
-        "drop": sorted(drop),
-        **store.settings(),
-    }
-    ledger = _Ledger(folder, settings, resume, store)
-    seen = ledger.hashes() if "duplicates" in drop else {}
-    pool: InlineReader | ProcessWorkers
-    examiner = Examiner(dataset, store.pack, energies, frames)
-    if workers:
-        pool = ProcessWorkers(examiner, workers, _MAX_BYTES, _MAX_RESTARTS)
-    else:
-        pool = InlineReader(examiner)
+    with _alone(folder):
+        settings = {
+            "clips": len(dataset),
+            "classes": list(dataset.classes),
+            "sample_rate_hz": dataset.sample_rate_hz,
+            "source": _digest(dataset),
+            "audio": _plain(getattr(dataset, "audio", None)),
+            "frames": frames if energies is not None else 0,
+            "drop": sorted(drop),
+            **store.settings(),
+        }
+        ledger = _Ledger(folder, settings, resume, store)
+        seen = ledger.hashes() if "duplicates" in drop else {}
+        pool: InlineReader | ProcessWorkers
+        examiner = Examiner(dataset, store.pack, energies, frames)
+        if workers:
+            pool = ProcessWorkers(examiner, workers, _MAX_BYTES, _MAX_RESTARTS)
+        else:
+            pool = InlineReader(examiner)
+        try:
+            for _ in range(ledger.done if on_clip is not None else 0):
+                on_clip()  # type: ignore[misc]
+            reading = Reading(pool, _MAX_BYTES)
+            with contextlib.closing(reading.run(_steps(dataset, ledger.done))) as steps:
+                for fetched in steps:
+                    for item in fetched.items:
+                        line, content = _told(dataset, item)
+                        line |= _dropped(line, drop, seen)
+                        kept = "error" not in line and "dropped" not in line
+                        if kept and store.is_due(len(content)):
+                            ledger.commit()
+                        if kept:
+                            store.add(item.index, content)
+                        ledger.write(line)
+                        if on_clip is not None:
+                            on_clip()
+            return ledger.finish()
+        finally:
+            ledger.close()
+            pool.close()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock is the folder's own and leaves nothing behind."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for _ in range(ledger.done if on_clip is not None else 0):
-            on_clip()  # type: ignore[misc]
-        reading = Reading(pool, _MAX_BYTES)
-        with contextlib.closing(reading.run(_steps(dataset, ledger.done))) as steps:
-            for fetched in steps:
-                for item in fetched.items:
-                    line, content = _told(dataset, item)
-                    line |= _dropped(line, drop, seen)
-                    kept = "error" not in line and "dropped" not in line
-                    if kept and store.is_due(len(content)):
-                        ledger.commit()
-                    if kept:
-                        store.add(item.index, content)
-                    ledger.write(line)
-                    if on_clip is not None:
-                        on_clip()
-        return ledger.finish()
+        for patience in range(20, -1, -1):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not patience:
+                    raise ManifestError(
+                        f"{str(folder)!r}: another process is preparing here: wait for it or end it"
+                    ) from error
+                # workers of a process that was killed hold its lock until they notice
+                time.sleep(0.1)
+            except OSError:  # some network disks cannot lock a folder
+                break
+        yield
     finally:
-        ledger.close()
-        pool.close()
+        os.close(handle)
 
 
 def _digest(dataset: ClipSet) -> str:

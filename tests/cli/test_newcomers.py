@@ -1,6 +1,7 @@
 """What a newcomer does wrong, and what a machine does to them: one clear line, and nothing lost."""
 
 import errno
+import fcntl
 import gzip
 import io
 import os
@@ -322,3 +323,17 @@ def test_parts_that_nobody_uses_are_told(place, tmp_path, caplog):
     train, held = read_parts(table, place / "data")
     assert len(train) == 2 and held is None
     assert "6 clips are in parts that are not used: trian" in caplog.text
+
+
+def test_two_processes_do_not_prepare_into_one_folder(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert run("prepare", "--data", place / "data", "--out", out, "--resume") == 2
+        assert "another process is preparing here" in capsys.readouterr().err
+        assert not list(out.iterdir())
+    finally:
+        os.close(handle)
+    assert run("prepare", "--data", place / "data", "--out", out, "--resume") == 0
