@@ -82,10 +82,16 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def resume(folder: Path, kills: int) -> Iterator[Row]:
     """Killed by SIGKILL at random moments, over and over, and resumed: every tensor as if nothing had been."""
     data = sample_set(folder / "data", clips=96, seconds=2.0)
-    variants = ((1, 0, "float32", _MEAN), (1, 2, "bfloat16", _EMA), (2, 0, "float32", _MEAN))
-    for processes, workers, dtype, average in variants:
+    variants = (
+        ("ddp", 1, 0, "float32", _MEAN),
+        ("ddp", 1, 2, "bfloat16", _EMA),
+        ("ddp", 2, 0, "float32", _MEAN),
+        ("fsdp2", 2, 0, "float32", _EMA),
+    )
+    for strategy, processes, workers, dtype, average in variants:
         settings = (*KILLED, *average, f"train.num_workers={workers}", f"train.precision={dtype}")
-        name = f"{processes}-{workers}-{dtype}"
+        settings += (f"train.strategy={strategy}",)
+        name = f"{strategy}-{processes}-{workers}-{dtype}"
         whole = Run(folder / f"whole-{name}", data, settings, processes)
         whole.finish(_PATIENCE_S)
         taken = Run(folder / f"killed-{name}", data, settings, processes)
@@ -105,7 +111,7 @@ def resume(folder: Path, kills: int) -> Iterator[Row]:
             lost += taken.last_step() - taken.last_checkpoint()
         taken.finish(_PATIENCE_S)
         yield _row(
-            "resume after kill -9",
+            "resume after kill -9" + (", FSDP2" if strategy == "fsdp2" else ""),
             {"kills": len(until_step), "lost": lost, "processes": processes, "workers": workers},
             float(differing(whole, taken)),
             0.0,
@@ -120,24 +126,28 @@ def resume(folder: Path, kills: int) -> Iterator[Row]:
 def processes(folder: Path, kills: int) -> Iterator[Row]:
     """Two processes of half the batch are one of the whole; and when one dies, all end."""
     data = sample_set(folder / "data", clips=48, seconds=2.0)
-    pairs = []
+    kinds = {"one": (1, "ddp"), "DDP": (2, "ddp"), "FSDP2": (2, "fsdp2")}
+    rounds = []
     for number in range(3):  # in turn, for the sake of the speeds
-        pair = [
-            Run(folder / f"{n}-{number}", data, TOGETHER, n, "ast_tiny_p16_s10") for n in (1, 2)
-        ]
-        for run in pair:
-            run.finish(_PATIENCE_S)
-        pairs.append(pair)
-    (one, two), speeds = pairs[0], [b.clips_per_second() / a.clips_per_second() for a, b in pairs]
-    shape = {"processes": 2, "B": 12}
-    yield _row(
-        "two processes as one", shape, worst_apart(one.losses(), two.losses()), _BUDGET_LOSS,
-        "relative difference of a step's loss", ratio=_spread(speeds), clock="host", rounds=len(speeds),
-    )  # fmt: skip
-    yield _row(
-        "two processes as one", shape, worst_apart(one.figures(), two.figures()), _BUDGET_LOSS,
-        "relative difference of an evaluation's figure",
-    )  # fmt: skip
+        runs = {}
+        for name, (count, strategy) in kinds.items():
+            settings = (*TOGETHER, f"train.strategy={strategy}")
+            runs[name] = Run(folder / f"{name}-{number}", data, settings, count, "ast_tiny_p16_s10")
+            runs[name].finish(_PATIENCE_S)
+        rounds.append(runs)
+    one, shape = rounds[0]["one"], {"processes": 2, "B": 12}
+    for name in ("DDP", "FSDP2"):
+        two = rounds[0][name]
+        speeds = [r[name].clips_per_second() / r["one"].clips_per_second() for r in rounds]
+        yield _row(
+            f"two processes as one, {name}", shape, worst_apart(one.losses(), two.losses()),
+            _BUDGET_LOSS, "relative difference of a step's loss",
+            ratio=_spread(speeds), clock="host", rounds=len(speeds),
+        )  # fmt: skip
+        yield _row(
+            f"two processes as one, {name}", shape, worst_apart(one.figures(), two.figures()),
+            _BUDGET_LOSS, "relative difference of an evaluation's figure",
+        )  # fmt: skip
     ends = []
     for number in range(kills):
         run = Run(folder / f"dying-{number}", data, ENDLESS, 2)

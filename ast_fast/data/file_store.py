@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from .._files import sync
 from .dataset import Clip, ClipSet
 from .examine import Pack, flac_bytes
 from .manifest import ManifestError, safe_cell
-from .prepare import Content, replace, stored, sync_folder
+from .prepare import Content, replace, stored
 
 MANIFEST, CLASSES = "manifest.jsonl", "classes.csv"
 _CSV = "manifest.csv"
@@ -164,13 +164,9 @@ class FileStore(ManifestStore):
     def commit(self) -> Any:
         """Have the files written since the last time on disk."""
         for path in self._new:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path)
         for folder in {path.parent for path in self._new}:
-            sync_folder(folder)
+            sync(folder)
         self._new = []
         return super().commit()
 

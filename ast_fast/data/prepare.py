@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from .._files import sync
 from ..config import AudioConfig
 from .dataset import Clip, ClipSet, Skip, Waveform
 from .examine import SILENT_PEAK, Energies, Examiner, Pack, changes_of
@@ -345,16 +346,7 @@ def replace(path: Path, content: bytes | Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def stored(clips: Path) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._files import sync
 from .errors import CheckpointError
 from .keys import to_transformers
 from .reading import FORMAT
@@ -25,14 +26,6 @@ _STALE_SECONDS = 3600.0  # no save takes as long: what is older was left by one 
 
 class _TensorsError(Exception):
     """safetensors could not write."""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def replace_file(target: Path, write: Callable[[Path], None]) -> None:
@@ -53,10 +46,10 @@ def replace_file(target: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(folder) / target.name
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, _TensorsError) as error:
         raise CheckpointError(
             f"{str(target)!r} could not be written ({error}); what was there before is kept"

@@ -13,19 +13,19 @@ import fcntl
 import heapq
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from .._files import sync
 from ..training.logs import Progress
 from .engine import Engine
 from .outputs import ClipOutput, Failure
 from .pace import Pace
 from .ranks import Ranks
-from .records import Record, RecordWriter, flush_folder, read_records
+from .records import Record, RecordWriter, read_records
 from .retry import Retry, before, keep_before, known_by, read_retry, retry_file, write_retry
 from .sources import Unit, digest_of
 
@@ -219,10 +219,10 @@ class _Job:
     def _write_plan(self, plan: dict[str, Any]) -> None:
         partial = self.folder / ".job.json"
         partial.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-        _flush(partial)
+        sync(partial)
         partial.replace(self.folder / "job.json")
-        flush_folder(self.folder)
-        flush_folder(self.out.parent)
+        sync(self.folder)
+        sync(self.out.parent)
 
     def _begin_again(self, plan: dict[str, Any], retry_failed: bool) -> None:
         """The file is there: go on with the clips of it that failed, if that was begun or is asked for."""
@@ -348,20 +348,20 @@ class _Job:
         errors = self.errors.with_name(f".{self.errors.name}.partial")
         try:
             failed = self._write(make_writer(partial), errors)
-            _flush(partial)
+            sync(partial)
             write_retry(self.out, partial, self._plan(), failed)
         except BaseException:
             for left in (partial, errors):
                 left.unlink(missing_ok=True)
             raise
         if failed:
-            _flush(errors)
+            sync(errors)
             errors.replace(self.errors)
         else:
             errors.unlink()
             self.errors.unlink(missing_ok=True)
         partial.replace(self.out)
-        flush_folder(self.out.parent)
+        sync(self.out.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         return len(failed)
 
@@ -435,11 +435,3 @@ def _difference(known: dict[str, Any], plan: dict[str, Any]) -> str:
         if before.get(name) != now.get(name):
             said.append(f"{name} was {before.get(name)!r:.80}, is {now.get(name)!r:.80}")
     return "; ".join(said) or "by another version"
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

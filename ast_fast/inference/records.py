@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from .._files import sync
+
 SYNC_SECONDS = 5.0  # between flushes to the disk: what a power cut may cost
 _HEAD = 26  # checksum and length, in hexadecimal
 
@@ -72,7 +74,7 @@ class RecordWriter:
                 continue
         else:
             raise OSError(f"{folder}: a million parts of rank {rank}: delete the folder")
-        flush_folder(folder)
+        sync(folder)
         self._synced = time.monotonic()
 
     def write(self, record: Record) -> None:
@@ -131,12 +133,3 @@ def read_records(path: Path) -> Iterator[Record]:
                 arrays[name] = np.frombuffer(rest, dtype, count, place).reshape(shape)
                 place += count * dtype.itemsize
             yield Record(number, meta, arrays)
-
-
-def flush_folder(folder: Path) -> None:
-    """Have the disk hold the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

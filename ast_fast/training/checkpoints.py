@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .._files import sync
 from ..hub import CheckpointError
 
 SCHEMA = 1
@@ -132,13 +133,13 @@ class CheckpointStore:
             meta = {"schema": SCHEMA, "step": step, "files": digests, "state": state}
             (partial / "state.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             for path in (*files, partial / "state.json"):
-                _flush(path)
+                sync(path)
             for place in {path.parent for path in files} | {partial}:
-                _flush(place)
+                sync(place)
             if final.exists():  # the same step again, after resuming
                 final.rename(self.folder / f".old-{final.name}-{os.getpid()}")
             partial.rename(final)
-            _flush(self.folder)
+            sync(self.folder)
             self._point("latest", final.name)
             if best:
                 self._point("best", final.name)
@@ -186,9 +187,9 @@ class CheckpointStore:
     def _point(self, name: str, target: str) -> None:
         partial = self.folder / f".{name}-{os.getpid()}"
         partial.write_text(target + "\n", encoding="ascii")
-        _flush(partial)
+        sync(partial)
         partial.replace(self.folder / name)
-        _flush(self.folder)
+        sync(self.folder)
 
     def _prune(self) -> None:
         kept = {self.pointer("latest"), self.pointer("best")}
@@ -226,14 +227,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _warn_left_over(_: object, path: str, info: tuple[Any, BaseException, Any]) -> None:

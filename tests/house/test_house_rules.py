@@ -24,6 +24,7 @@ GROUND = (
     "audio_spans",
     "attention_mask",
     "_optional",
+    "_files",
     "_containers",
     "_C",
     "labels",

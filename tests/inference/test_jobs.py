@@ -251,8 +251,7 @@ def test_a_kill_in_the_last_steps_leaves_a_job_that_ends_well(tiny_model, clips,
 
                 return run
 
-            job._flush = counted(job._flush)
-            job.flush_folder = counted(job.flush_folder)
+            job.sync = counted(job.sync)
             job.shutil.rmtree = counted(job.shutil.rmtree)
             job.Path.replace = counted(job.Path.replace)
             start(tiny_model, out, [clips])
