@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from ast_fast.training.logs import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.02
+_ENDING_S = 20.0
 
 
 def sample_set(folder: Path, clips: int, seconds: float) -> Path:
@@ -43,10 +45,7 @@ def _command(*arguments: str, processes: int = 1, said: Any = None) -> subproces
         command += ["--master-port", "0", "--rdzv-backend", "c10d"]
         command += ["--rdzv-endpoint", "localhost:0", "-m"]
     command += ["ast_fast", *(["--"] if processes > 1 else []), *arguments]
-    # a session of its own: a kill reaches all of its processes
-    return subprocess.Popen(
-        command, env=environment, stdout=said, stderr=said, start_new_session=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
 
 
 class Run:
@@ -117,21 +116,26 @@ class Run:
         return path.stat().st_mtime_ns if path.exists() else 0
 
     def kill(self) -> bool:
-        """SIGKILL to all of its processes; whether it ran still."""
+        """SIGKILL to all of its processes, as when a machine dies; whether it ran still."""
         assert self._process is not None
         running = self._process.poll() is None
-        if running:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        # torchrun's processes are in sessions of their own
+        doomed = _family(self._process.pid) if running else []
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        until = time.monotonic() + _ENDING_S
+        while any(_command_line(pid) for pid in doomed):
+            if time.monotonic() > until:
+                raise RuntimeError(f"some of {doomed} outlived SIGKILL: {self.said()}")
+            time.sleep(_POLL_S)
         return running
 
     def kill_one_process(self, which: int, patience_s: float) -> float:
         """SIGKILL to one of torchrun's processes; seconds until the last has ended."""
         assert self._process is not None
-        launcher = self._process.pid
-        task = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii")
-        children = [int(number) for number in task.split()]
-        trained = [pid for pid in children if b"ast_fast" in _command_line(pid)]
+        trained = [pid for pid in _children(self._process.pid) if b"ast_fast" in _command_line(pid)]
         started = time.monotonic()
         os.kill(trained[which], signal.SIGKILL)
         try:
@@ -196,6 +200,19 @@ class Run:
         folder = folder / (folder / "latest").read_text().strip()
         found = {f"model.{k}": v for k, v in load_file(folder / "model/model.safetensors").items()}
         return found | load_file(folder / "state.safetensors")
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # a list for each thread
+        with contextlib.suppress(OSError):
+            found += [int(number) for number in thread.read_text(encoding="ascii").split()]
+    return found
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that it has started, and they in turn; itself first, lest it start another."""
+    return [pid, *(found for child in _children(pid) for found in _family(child))]
 
 
 def _command_line(pid: int) -> bytes:

@@ -45,7 +45,11 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-frontend": ("cpu", ("frontend",), (*_FRONT_ENDS, "one thread")),
     "cpu-frontend-avx2": ("cpu", ("frontend",), _FRONT_ENDS),
     "cpu-frontend-baseline": ("cpu", ("frontend",), _FRONT_ENDS),
-    "cpu-path": ("cpu", ("path",), ("soundfile", "soundfile+torchaudio", "torchaudio")),
+    "cpu-path": (
+        "cpu",
+        ("path",),
+        ("soundfile", "soundfile+torchaudio", "torchaudio", "without_partners"),
+    ),
     "cpu-models": ("cpu", ("inference", "training"), _MODELS),
     "cpu-headline": (
         "cpu",
@@ -56,6 +60,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "gpu-tokens": ("cuda", ("tokens",), ("all-tokens",)),
     "cpu-components": ("cpu", ("components",), ()),
     "cpu-runs": ("cpu", ("runs",), ()),
+    "cpu-accelerated": ("cpu", ("accelerated",), ("transformers", "native")),
+    "gpu-accelerated": ("cuda", ("accelerated",), ("transformers", "native")),
     "gpu-components": ("cuda", ("components",), ()),
     "cpu-attention": (
         "cpu",

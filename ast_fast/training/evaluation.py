@@ -16,6 +16,7 @@ from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from .logs import Progress
 from .metrics import Metrics
+from .processes import from_all
 from .weights import is_sharded
 
 Part = tuple[Tensor, Tensor, Tensor]  # places in the set [B], logits [B, C], targets of a batch
@@ -142,8 +143,7 @@ def _of_all(
 
     A short last batch is filled up with clips that another process has too.
     """
-    found: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(found, (parts, report))
+    found = from_all((parts, report), world_size)
     whole = AudioReport()
     for _, each in found:
         whole.merge(each)

@@ -40,7 +40,7 @@ from .losses import of_rows, task_loss
 from .metrics import MAIN_FIGURE
 from .modes import chosen_mode, prepared_step
 from .optimizers import freeze, make_optimizer
-from .processes import hold, make_fabric
+from .processes import from_all, hold, make_fabric
 from .result_csv import original_figures, write_result
 from .scaling import LossScaler
 from .schedules import run_factor
@@ -93,7 +93,8 @@ class Trainer:
         epoch_clips: clips learnt from in this epoch.
         epoch_loss: the sum of their losses.
         total_steps: steps of the whole run.
-        audio_report: what reading files changed and skipped since the start of this process.
+        audio_report: what reading files changed and skipped since the start of this process; of several
+            processes together, as of the end of the last epoch.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Trainer:
         self.total_steps = config.epochs * len(self.sampler)
         self.step = 0
         self.best: float | None = None
-        self.audio_report = AudioReport()
+        self.audio_report = self._report = AudioReport()
         self._said = ""
         self.epoch_clips, self.epoch_loss = 0, 0.0
         self._stop = False
@@ -307,14 +308,15 @@ class Trainer:
         feeder.stats = FeedStats()
         for fed in feeder:
             batch = fed.batch
-            self.audio_report.merge(batch.report)
+            self._report.merge(batch.report)
             values = {} if fed.features is None else self._train_step(fed, log)
             clips += len(batch)
             self.epoch_clips += len(batch)
             self.epoch_loss += _finite(values.get("loss", 0.0)) * len(batch)
             self.step += 1
             self.sampler.step()
-            rate = clips / (time.perf_counter() - started)
+            # of all processes: the others have as many, but for files that cannot be read
+            rate = clips * self.fabric.world_size / (time.perf_counter() - started)
             shown = {"epoch": str(epoch + 1), **{k: f"{v:.4g}" for k, v in values.items()}}
             if self._evaluation is not None and main in self._evaluation.figures:
                 shown[main] = f"{self._evaluation.figures[main]:.4f}"
@@ -338,11 +340,7 @@ class Trainer:
         self._end_epoch(epoch, said, log, bar)
 
     def _end_epoch(self, epoch: int, said: str, log: RunLog | None, bar: Progress) -> None:
-        if not self.epoch_clips:
-            raise TrainingError(
-                f"no clip of the training set could be read: {self.audio_report.summary()}"
-            )
-        mean_loss = self.epoch_loss / self.epoch_clips
+        mean_loss = self._mean_loss()
         self.epoch_clips, self.epoch_loss = 0, 0.0
         best = False
         text = f"epoch {epoch + 1} of {self.config.epochs}: {said}"
@@ -375,6 +373,20 @@ class Trainer:
         self._save(best)
         if self.sampler.epoch < self.config.epochs and self._should_stop():
             raise TrainingInterrupted(self.run_dir, self.step)
+
+    def _mean_loss(self) -> float:
+        """Of the clips of the epoch, in all processes; brings their reports together on the way."""
+        mine = (self.epoch_clips, self.epoch_loss, self._report)
+        counts, losses, reports = zip(*from_all(mine, self.fabric.world_size), strict=True)
+        if len(reports) > 1:
+            self.audio_report = AudioReport()
+            for report in reports:
+                self.audio_report.merge(report)
+        if not sum(counts):
+            raise TrainingError(
+                f"no clip of the training set could be read: {self.audio_report.summary()}"
+            )
+        return float(sum(losses) / sum(counts))
 
     def _original_figures(self, found: Evaluation, **more: float) -> dict[str, Any]:
         """What `result.csv` says beyond the figures of an evaluation; nothing for numbers."""

@@ -37,6 +37,15 @@ def machines() -> int:
     return everywhere // here
 
 
+def from_all(value: Any, world_size: int) -> list[Any]:
+    """A value of each process, in all of them; any that can be pickled."""
+    if world_size == 1:
+        return [value]
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks for all of torchrun's."""
     return not by_torchrun() or os.environ.get("RANK", "0") == "0"

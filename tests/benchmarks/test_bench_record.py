@@ -112,7 +112,16 @@ def test_committed_results_follow_the_schema():
         assert not content["settings"].get("quick") and not content["settings"].get("dry_run")
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "benchmarks/README.md",
+        "docs/data.md",
+        "docs/training.md",
+        "docs/transformers.md",
+    ],
+)
 def test_readme_tables_agree_with_the_committed_results(root, name):
     text = (root / name).read_text(encoding="utf-8")
     assert tables.rewrite(text, tables.load()) == text

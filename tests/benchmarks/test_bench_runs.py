@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import record, runs, tables
+from benchmarks import record, run_process, runs, tables
 from benchmarks.run_process import Run, differing, sample_set, worst_apart
 
 
@@ -64,6 +66,21 @@ def test_a_broken_promise_is_wrong_and_has_no_speed(tmp_path, monkeypatch, capsy
     text = tables.table("cpu-runs", tables.load(tmp_path))
     assert "| kept | kills=2 | f32 | things | 1 | 1 | 2 ms (1 ms - 3 ms) |" in text
     assert "broken [kills=2] things: 1.5 wrong" in capsys.readouterr().out
+
+
+def test_a_kill_reaches_processes_in_sessions_of_their_own(tmp_path):
+    code = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', "
+        "'import time; time.sleep(60)'], start_new_session=True); print(child.pid, flush=True); time.sleep(60)"
+    )
+    run = Run(tmp_path, tmp_path, ("train.batch_size=4",), 1)
+    run._process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child = int(run._process.stdout.readline())
+    assert run_process._command_line(child)
+    assert run.kill()
+    assert not run_process._command_line(child)
+    assert not run.kill()  # there was nothing left
+    run._process.stdout.close()
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_torchrun_starts_the_command_line_with_several_seeds(data, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary["runs"]) == ["seed-1", "seed-2"]
     assert done.stdout.count("mean of 2 runs") == 1  # one process speaks for all
+    assert "files, each once an epoch: 36 clips read" in done.stdout  # those of both
 
 
 DYING = """
