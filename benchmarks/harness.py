@@ -43,8 +43,15 @@ def num_copies(case: Case, one: Inputs, device: str) -> int:
     return max(1, min(_MAX_COPIES, math.ceil(_COLD_BYTES[device] / max(size, 1))))
 
 
-def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run], list[Inputs]]:
+def check(
+    case: Case, settings: Settings, *, alone: bool = False
+) -> tuple[dict[str, Row], dict[str, Run], list[Inputs]]:
     """Compare every candidate with the oracle.
+
+    Args:
+        case: what to compare.
+        settings: who takes part.
+        alone: nothing will be timed, so only what is checked is made ready.
 
     Returns:
         A row per candidate with its error, what may be timed of those that are right, and the inputs.
@@ -52,8 +59,8 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
     gate_inputs = (case.make_gate_inputs or case.make_inputs)(0)
     expected = expected_outputs(case, gate_inputs)
     shared = case.make_gate_inputs is None
-    inputs = [gate_inputs] if shared else [case.make_inputs(0)]
-    copies = num_copies(case, inputs[0], settings.device)
+    inputs = [gate_inputs] if shared or alone else [case.make_inputs(0)]
+    copies = 1 if alone else num_copies(case, inputs[0], settings.device)
     inputs += [case.make_inputs(seed) for seed in range(1, copies)]
     verdicts: dict[str, Verdict] = {}
     runs: dict[str, Run] = {}
@@ -72,7 +79,7 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
             else:
                 probe = candidate.prepare(inputs)
             if timed:
-                same = shared and candidate.prepare_gate is None
+                same = alone or (shared and candidate.prepare_gate is None)
                 runs[name] = probe if same else candidate.prepare(inputs)
         except Skipped as reason:
             rows[name] = blank(case, name, "skipped", str(reason))

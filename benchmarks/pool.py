@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
+import os
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .jobs import Job, failed_row
 
@@ -28,18 +30,33 @@ class Died(RuntimeError):
 class Worker:
     """One process of worker.py."""
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        extra: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        limit_s: float = _START_LIMIT_S,
+    ) -> None:
+        # it lives as long as the process
+        self._errors: IO[bytes] = (
+            tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             cwd=ROOT,
+            env={**os.environ, **(extra or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
-        self._send(setup)
-        self._receive(_START_LIMIT_S)
+        try:
+            self._send(setup)
+            self._receive(limit_s)
+        except BaseException:
+            self._process.kill()
+            self.close()
+            raise
 
     def ask(self, job: Job, limit_s: float) -> dict[str, Any]:
         """The answer to a job.
@@ -101,12 +118,26 @@ Finished = Callable[[Job, dict[str, Any]], None]
 
 
 class Pool:
-    """Workers that are kept between runs: starting one takes seconds."""
+    """Workers that are kept between runs: starting one takes seconds.
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup = setup  # the first message to each worker
+    Args:
+        setup: the first message to each worker.
+        extra: environment variables of the workers, beside ours.
+        logs: folder for what workers write to standard error; none is kept by default.
+        now: the clock of deadlines, in seconds.
+    """
+
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        extra: Mapping[str, str] | None = None,
+        logs: Path | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._setup, self._extra, self._logs, self._now = setup, extra, logs, now
         self._idle: list[Worker] = []
         self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> Pool:
         return self
@@ -116,14 +147,23 @@ class Pool:
             worker.close()
         self._idle.clear()
 
-    def run(self, jobs: list[Job], finished: Finished, *, slots: int, deadline: float) -> list[Job]:
+    def run(
+        self,
+        jobs: list[Job],
+        finished: Finished,
+        *,
+        slots: int,
+        deadline: float,
+        grace_s: float = 10.0,
+    ) -> list[Job]:
         """Run jobs in order on `slots` workers at a time.
 
         Args:
             jobs: what to do; none starts once `deadline` has passed, and none outlasts it by much.
             finished: called with each job and its answer, one at a time.
             slots: workers side by side; 1 where times are measured.
-            deadline: on the monotonic clock.
+            deadline: on the pool's clock.
+            grace_s: how long a job that runs at the deadline may still take; it is ended then.
 
         Returns:
             The jobs that did not start.
@@ -133,14 +173,14 @@ class Pool:
 
         def take() -> Job | None:
             with self._lock:
-                if not waiting or time.monotonic() >= deadline or not faults.empty():
+                if not waiting or self._now() >= deadline or not faults.empty():
                     return None
                 return waiting.popleft()
 
         def serve() -> None:
             try:
                 while (job := take()) is not None:
-                    answer = self._answer(job, deadline)
+                    answer = self._answer(job, deadline, grace_s)
                     with self._lock:
                         finished(job, answer)
             except BaseException as error:
@@ -155,14 +195,22 @@ class Pool:
             raise faults.get()
         return list(waiting)
 
-    def _answer(self, job: Job, deadline: float) -> dict[str, Any]:
+    def _started(self, latest: float) -> Worker:
+        """A new worker, if it is there in time."""
+        number = next(self._numbers)
+        log = None if self._logs is None else self._logs / f"worker-{number}.txt"
+        limit_s = min(_START_LIMIT_S, max(1.0, latest - self._now()))
+        return Worker(self._setup, self._extra, log, limit_s)
+
+    def _answer(self, job: Job, deadline: float, grace_s: float) -> dict[str, Any]:
         """The answer to a job; a worker that dies over it is replaced by the next job's."""
         with self._lock:
             worker = self._idle.pop() if self._idle else None
         try:
-            worker = worker or Worker(self._setup)
-            left = max(5.0, deadline - time.monotonic())
-            answer = worker.ask(job, min(job["limit_s"], left + 10.0))
+            if worker is None:
+                worker = self._started(deadline + grace_s)
+            left = max(1.0, deadline + grace_s - self._now())
+            answer = worker.ask(job, min(job["limit_s"], left))
         except Died as error:
             answer = {"rows": [vars(failed_row(job, str(error)))], "lost": True}
         if worker is not None:

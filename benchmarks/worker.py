@@ -29,7 +29,7 @@ def serve() -> int:
     from .timing import Limits
 
     options = setup["settings"]
-    for name in ("dtypes", "peers"):
+    for name in ("dtypes", "peers", "without", "only"):
         if options[name] is not None:
             options[name] = tuple(options[name])
     settings = Settings(**options)
@@ -45,6 +45,8 @@ def serve() -> int:
         job = json.loads(line)
         answer = runner.run(job)
         lost = settings.cuda and not _device_answers(torch)
+        # a dry run pretends: no CPU is ever lost
+        lost = lost or (job["kind"] == "probe" and job["action"] == "lose")
         answer["lost"] = lost
         answers.write(json.dumps(answer) + "\n")
         if lost:

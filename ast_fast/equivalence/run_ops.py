@@ -98,8 +98,9 @@ def run_op_case(
     dtype: torch.dtype,
     backend: str = "auto",
     allow_tf32: bool = False,
+    keep: Tensors | None = None,
 ) -> list[Row]:
-    """Rows of one case: every output and every gradient."""
+    """Rows of one case: every output and every gradient; our results also go into `keep`."""
     generator = torch.Generator().manual_seed(SEED)
     precision = case.precision or precision_of(dtype, allow_tf32)
     inputs = place(case.inputs(generator), device, dtype)
@@ -110,6 +111,8 @@ def run_op_case(
     with tf32(allow_tf32):
         simple = evaluate(case.plain, inputs, upstream)
         ours, ran, note = evaluate_ours(case.op, case.ours, inputs, upstream, backend)
+    if keep is not None:
+        keep.update(ours)
     rows = []
     for name, kind in case.kinds.items():
         plain_errors = measure(simple[name], oracle[name])
