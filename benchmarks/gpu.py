@@ -33,6 +33,7 @@ Now = Callable[[], float]
 _CHECK_SHARE = 0.4
 # how long a job may outlast its step
 _GRACE_S = 2.0
+_DEVICE_GRACE_S = 60.0
 # kept at the end of a run for its summary
 _LAST_S = 3.0
 # importing or compiling the others would take longer than everything else of a dry run
@@ -200,7 +201,9 @@ class Run:
         Raises:
             RuntimeError: the device does not answer.
         """
-        workers.run([jobs.device_job()], self.book.add, slots=1, deadline=deadline)
+        # a cold disk may take its time over the first import: without an answer there is no run
+        asked = [jobs.device_job()]
+        workers.run(asked, self.book.add, slots=1, deadline=deadline, grace_s=_DEVICE_GRACE_S)
         if not self.book.environment:
             raise RuntimeError("no time was left to look at the device: raise --minutes")
         self.known.ceilings = self.book.ceilings
@@ -215,7 +218,7 @@ class Run:
             if step.quiet:
                 stop()
             try:
-                line = self._step(step, workers, make_pool)
+                line = self._step(step, workers, make_pool, began)
             except Exception as error:
                 line = f"broke off: {type(error).__name__}: {error}"
             self.known.digests = self.book.digests
@@ -223,11 +226,11 @@ class Run:
             self.book.steps.append(done)
             self.book.say(f"== {done}")
 
-    def _step(self, step: plan.Step, workers: Any, make_pool: Any) -> str:
+    def _step(self, step: plan.Step, workers: Any, make_pool: Any, began: float) -> str:
         found = plan.chosen(step.jobs(self.known), self.settings.only)
         for job in found:
             job["ceilings"] = self.known.ceilings
-        deadline = min(self.end, self.started + step.end(self.options.minutes))
+        deadline = min(self.end, self.started + step.end(self.options.minutes, began))
         slots = 1 if self.options.dry_run else step.slots
         extra = step.extra(self.known)
         if extra is None:

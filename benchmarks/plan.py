@@ -90,15 +90,18 @@ class Step:
 
     name: str
     until_s: float  # in a run of `MINUTES`
+    # it gets this much even when those before it were late: without it the rest proves nothing
+    at_least_s: float = 0.0
     jobs: Callable[[Known], Sequence[jobs.Job]]
     slots: int = 1
     # environment variables of its workers; None: they share those of the other steps
     extra: Callable[[Known], Mapping[str, str] | None] = lambda known: None
     quiet: bool = False  # it measures time: what runs in the background ends before
 
-    def end(self, minutes: float) -> float:
-        """Seconds after the start at which nothing of it may run any more."""
-        return self.until_s * minutes / MINUTES
+    def end(self, minutes: float, began_s: float = 0.0) -> float:
+        """Seconds after the start at which nothing of it may run any more, begun when it was."""
+        scale = minutes / MINUTES
+        return max(self.until_s * scale, began_s + self.at_least_s * scale)
 
 
 def own_ptxas() -> Path | None:
@@ -200,7 +203,7 @@ def steps(dry_run: bool = False) -> list[Step]:
     """The plan; a dry run also has steps that hang, crash and lose the device."""
     found = [
         Step(name="device", until_s=20, jobs=_device),
-        Step(name="smoke", until_s=70, jobs=smoke_jobs, slots=CHECK_SLOTS),
+        Step(name="smoke", until_s=70, at_least_s=35, jobs=smoke_jobs, slots=CHECK_SLOTS),
         Step(name="checks", until_s=160, jobs=_checks, slots=CHECK_SLOTS),
         Step(name="kernels", until_s=280, jobs=_kernels, quiet=True),
         Step(name="tune", until_s=370, jobs=_tune, quiet=True),
