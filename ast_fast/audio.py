@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._containers import ReadAt, missing_audio
+from ._containers import Pieces, ReadAt, Survey, survey
 from ._optional import optional_import, require_package
+from ._streams import Streams
 from .audio_report import (
     AudioDecodeError,
     AudioEmptyError,
@@ -248,16 +249,20 @@ def _decode(
     with _opened(source, name) as (handle, read_at, size):
         if size == 0:
             raise AudioEmptyError(name, "the file is empty (0 bytes)")
-        missing = missing_audio(read_at, size)
-        if missing is not None:
-            _truncated(name, missing, config, report)
         own = _decode_flac(read_at, size, config)
         if own is not None:
             return own
+        found = _surveyed(read_at, size, name, config, report)
         try:
-            target = handle() if callable(handle) else handle
-            with soundfile.SoundFile(target, closefd=False) as file:
-                return _read(file, name, config, report)
+            try:
+                return _decode_as(found, handle, read_at, name, config, report)
+            except soundfile.LibsndfileError:
+                # a FLAC file that is cut short, as opposed to one that is damaged
+                deep = survey(read_at, size, deep=True) if found is None else None
+                if deep is None or deep.missing is None:
+                    raise
+                _truncated(name, deep.missing, config, report)
+                return _decode_as(deep, handle, read_at, name, config, report)
         except soundfile.LibsndfileError as error:
             reason = str(error.error_string).strip().rstrip(".")
             with_codec = _decode_with_torchcodec(source, read_at, size)
@@ -275,6 +280,67 @@ def _decode(
             raise AudioDecodeError(name, f"cannot be decoded: {error}") from error
 
 
+def _surveyed(
+    read_at: ReadAt, size: int, name: str, config: AudioConfig, report: AudioReport
+) -> Survey | None:
+    """What walking a file finds; what is to be said of it is said.
+
+    Raises:
+        AudioError: it is cut short, or cannot be read as one sound.
+    """
+    found = survey(read_at, size)
+    if found is not None:
+        tell_survey(found, name, config, report)
+    return found
+
+
+def tell_survey(found: Survey, name: str, config: AudioConfig, report: AudioReport) -> None:
+    """Refuse, or count and note, what walking a file found.
+
+    Raises:
+        AudioError: it is cut short, or cannot be read as one sound.
+    """
+    if found.refused is not None:
+        raise AudioDecodeError(name, found.refused)
+    if found.missing is not None:
+        _truncated(name, found.missing, config, report)
+    for note in found.notes:
+        report.restated = 1
+        report.note(f"{name}: {note}")
+
+
+def _decode_as(
+    found: Survey | None,
+    handle: Any,
+    read_at: ReadAt,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+) -> tuple[np.ndarray, int, str]:
+    """Decode a file as it stands, or the streams found in it."""
+    soundfile = require_package("soundfile", "reading audio files", "audio")
+    with open_streams(soundfile, found, handle, read_at, name) as file:
+        return _read(file, name, config, report)
+
+
+def open_streams(
+    soundfile: Any,
+    found: Survey | None,
+    handle: Any,
+    read_at: ReadAt,
+    name: str,
+    frames: tuple[int, ...] | None = None,
+) -> Any:
+    """Libsndfile's view of a file, or of the streams that were found in it.
+
+    Raises:
+        AudioDecodeError: these are not of one rate and as many channels.
+    """
+    if found is None or found.streams is None:
+        return soundfile.SoundFile(handle() if callable(handle) else handle, closefd=False)
+    return Streams([Pieces(read_at, pieces) for pieces in found.streams], name, frames)
+
+
 def _decode_flac(
     read_at: ReadAt, size: int, config: AudioConfig
 ) -> tuple[np.ndarray, int, str] | None:
@@ -290,7 +356,7 @@ def _decode_flac(
     if samples > min(config.max_seconds * rate_hz, config.max_decoded_bytes / 4):
         return None
     decoded = flac.decode(read_at(0, size))
-    if decoded is None:
+    if decoded is None:  # damaged; or more follows than the header promises, which is to be looked at
         return None
     return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
 

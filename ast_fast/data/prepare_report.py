@@ -35,6 +35,7 @@ _CHANGES = {
     "downmixed": "of several channels, mixed to mono",
     "padded": "shorter than one window, padded",
     "truncated": "truncated, kept",
+    "restated": "of another length than they state, or joined, read by what they hold",
     "zeroed_clips": "with NaN or Inf, zeroed",
     "clipped": "clipped (over 1 % of samples at full scale)",
     "over_scale": "float files with a peak above 1",
