@@ -200,7 +200,16 @@ def _is_chunks(read_at: ReadAt, size: int, place: int, sound: _Sound) -> bool:
         length += 0 if sound.chunk == 24 else sound.chunk
         if length < sound.chunk or place + length > size + 1:
             # text behind the sound that is itself cut short is no loss of sound
-            return head[:4] in (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"afsp", b"APPL")
+            return head[:4] in (
+                b"LIST",
+                b"id3 ",
+                b"ID3 ",
+                b"bext",
+                b"iXML",
+                b"_PMX",
+                b"afsp",
+                b"APPL",
+            )
         place += length + -length % sound.align
     return True
 

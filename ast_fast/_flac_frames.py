@@ -14,7 +14,9 @@ _INFO_BYTES = 42  # magic, and the block STREAMINFO
 _TAIL_BYTES = 1 << 17
 _MAX_FRAME = 1 << 20  # bytes; larger ones, of many channels and bits, are taken for damaged
 _MISSED = 64  # frames
-_BLOCKS = {1: 192} | {n: 576 << (n - 2) for n in range(2, 6)} | {n: 256 << (n - 8) for n in range(8, 16)}
+_BLOCKS = (
+    {1: 192} | {n: 576 << (n - 2) for n in range(2, 6)} | {n: 256 << (n - 8) for n in range(8, 16)}
+)
 
 
 def _crc_table(polynomial: int, bits: int) -> tuple[int, ...]:
@@ -82,7 +84,8 @@ def survey(data: Windowed, begin: int, deep: bool) -> Survey | None:
     first = _after_metadata(data, begin)
     if len(head) < _INFO_BYTES or first is None:
         return None
-    if not deep and _ends_as_stated(data, head, first):
+    joined = _joined(data, first, data.size)
+    if not deep and joined is None and _ends_as_stated(data, head, first):
         return None
     streams: list[_Stream] = []
     place = begin
@@ -113,7 +116,9 @@ def _judged(data: Windowed, streams: list[_Stream]) -> Survey | None:
                 else f"its last frame is not whole, {stream.total} samples are"
             )
         elif 0 < stated < stream.total:
-            notes.append(f"the header promises {stated} samples, {stream.total} are there: all are read")
+            notes.append(
+                f"the header promises {stated} samples, {stream.total} are there: all are read"
+            )
     if not last.cut and last.end < data.size and not _is_tag(data, last.end):
         notes.append(f"{data.size - last.end} bytes behind the last FLAC frame are left out")
     return Survey(missing, streams=tuple(map(_pieces, streams)), notes=tuple(notes))
@@ -127,7 +132,9 @@ def _pieces(stream: _Stream) -> tuple[Piece, ...]:
 
 
 def _is_tag(data: Windowed, place: int) -> bool:
-    return (data.size - place == 128 and data.get(place, 3) == b"TAG") or data.is_zero(place, data.size)
+    return (data.size - place == 128 and data.get(place, 3) == b"TAG") or data.is_zero(
+        place, data.size
+    )
 
 
 def _after_metadata(data: Windowed, begin: int) -> int | None:
@@ -152,6 +159,8 @@ def _ends_as_stated(data: Windowed, info: bytes, first: int) -> bool:
     if not total:
         return False
     mark = data.get(first, 2)
+    if mark not in (b"\xff\xf8", b"\xff\xf9"):
+        return False
     begin = max(first, data.size - max(_TAIL_BYTES, 2 * int.from_bytes(info[15:18], "big")))
     tail = data.get(begin, data.size - begin)
     place = tail.rfind(mark)
@@ -161,7 +170,7 @@ def _ends_as_stated(data: Windowed, info: bytes, first: int) -> bool:
             start = frame.number if mark[1] & 1 else frame.number * block
             # only a last frame may be shorter, and only it ends where the stream does
             if start + frame.block == total:
-                return b"fLaC\0\0\0\x22" not in tail[place:] and b"fLaC\x80\0\0\x22" not in tail[place:]
+                return True
             if start + frame.block > total:
                 return False
         place = tail.rfind(mark, 0, place)
@@ -214,8 +223,8 @@ def _walk(data: Windowed, begin: int) -> _Stream | None:
     if info[:4] != b"fLaC" or first is None:
         return None
     mark, block = data.get(first, 2), _block_size(info)
-    by_sample = bool(mark[1:] and mark[1] & 1)
-    if mark[:1] != b"\xff" or mark[1] & 0xFE != 0xF8 or not (by_sample or block):
+    by_sample = mark == b"\xff\xf9"
+    if mark not in (b"\xff\xf8", b"\xff\xf9") or not (by_sample or block):
         return None
     frame = _header(data.get(first, 16), first)
     if frame is None:

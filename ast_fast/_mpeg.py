@@ -23,6 +23,8 @@ _KBITS = {
 _RATES_HZ = (44100, 48000, 32000)
 # of a header: sync, version, layer, rate; and, apart, whether there is one channel
 _KIND, _MONO = 0xFFFE0C00, 0xC0
+_LAME_BYTES = 24  # of an Info frame, behind its own: up to delay and padding
+_DECODER_DELAY = 529  # samples that a decoder of layer III is late
 _SEARCH = 1 << 16  # bytes of something else that may stand before and between frames
 
 
@@ -85,7 +87,7 @@ class _Stream:
     """Frames that belong together: what one encoder wrote."""
 
     def __init__(self, header: bytes) -> None:
-        self.header = header  # of the first frame
+        self.header = header  # four bytes, of the first frame
         self.info: bytes | None = None  # the frame that states how many there are
         self.promised = 0
         self.frames = 0
@@ -249,7 +251,9 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
     whole = len(streams) == 1 and not junk
     for stream in streams:
         if stream.promised > stream.frames:
-            missing = f"the header promises {stream.promised} MPEG frames, {stream.frames} are there"
+            missing = (
+                f"the header promises {stream.promised} MPEG frames, {stream.frames} are there"
+            )
     if len(streams) > 1:
         notes.append(f"holds {len(streams)} MPEG streams one after the other: all are read")
     if junk:
@@ -261,7 +265,10 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
                 "are read"
             )
     stated = [s.info is not None and s.promised in (s.frames, 0) for s in streams]
-    if (whole and stated[0] and streams[0].promised) or kind.layer != 3:
+    if kind.layer != 3:  # no frame tells lengths there
+        samples = kind.samples * sum(stream.frames for stream in streams)
+        return Survey(missing, notes=tuple(notes), samples=samples)
+    if whole and stated[0] and streams[0].promised:
         return Survey(missing, notes=tuple(notes))
     pieces = tuple(_pieces(stream, kind) for stream in streams)
     return Survey(missing, streams=pieces, notes=tuple(notes))
@@ -270,41 +277,55 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
 def _pieces(stream: _Stream, kind: _Kind) -> tuple[Piece, ...]:
     """The frames of a stream under an Info frame that tells the truth."""
     num_bytes = sum(end - begin for begin, end in stream.runs)
-    if stream.info is not None:
-        frame = bytearray(stream.info)
-    else:
-        frame = bytearray(_blank(int.from_bytes(stream.header, "big"), kind))
+    if stream.info is None or not stream.promised:
+        silent = _silent(stream.header, kind)
+        info = _blank(stream.header, kind, stream.frames + 1, num_bytes + len(silent))
+        return (info, silent, *stream.runs)
+    frame = bytearray(stream.info)
     at = 4 + kind.side
     flags = int.from_bytes(frame[at + 4 : at + 8], "big")
-    if stream.info is not None and not flags & 1:  # says nothing of frames: one of ours instead
-        frame = bytearray(_blank(int.from_bytes(stream.header, "big"), kind))
-        flags = 3
     if stream.promised != stream.frames:
         frame[at + 8 : at + 12] = stream.frames.to_bytes(4, "big")
-        if stream.info is not None and flags & 1:
-            _untrim(frame, at, flags)
-    if flags & 2:
-        frame[at + 12 : at + 16] = (num_bytes + len(frame)).to_bytes(4, "big")
+        _untrim(frame, at, flags)
+        if flags & 2:
+            frame[at + 12 : at + 16] = (num_bytes + len(frame)).to_bytes(4, "big")
     return (bytes(frame), *stream.runs)
 
 
 def _untrim(frame: bytearray, at: int, flags: int) -> None:
     """Take back what the encoder said is to be cut off at the end: it is another end now."""
-    lame = at + 8 + (4 if flags & 1 else 0) + (4 if flags & 2 else 0) + (100 if flags & 4 else 0)
-    lame += 4 if flags & 8 else 0
-    if len(frame) >= lame + 24:  # delay and padding, 12 bits each
+    lame = at + 12 + (4 if flags & 2 else 0) + (100 if flags & 4 else 0) + (4 if flags & 8 else 0)
+    if len(frame) >= lame + _LAME_BYTES:  # delay and padding, 12 bits each
         frame[lame + 22] &= 0xF0
         frame[lame + 23] = 0
 
 
-def _blank(header: int, kind: _Kind) -> bytes:
-    """An Info frame that states frames and bytes, to be filled in."""
-    header |= 1 << 16  # no checksum
-    header &= ~(1 << 9)  # no padding
-    room = 4 + kind.side + 16
-    index = next(n for n in range(1, 15) if kind.lengths[n << 3 | (header >> 10 & 3) << 1] >= room)
-    header = header & ~(15 << 12) | index << 12
-    frame = bytearray(kind.length(header))
-    frame[:4] = header.to_bytes(4, "big")
-    frame[4 + kind.side : 12 + kind.side] = b"Info" + (3).to_bytes(4, "big")
+def _sized(header: bytes, kind: _Kind, room: int) -> bytearray:
+    """A frame of zeros of the smallest bit rate that leaves room, without checksum and padding."""
+    packed = int.from_bytes(header, "big") | 1 << 16
+    packed &= ~(15 << 12 | 1 << 9)
+    index = next(n for n in range(1, 15) if kind.length(packed | n << 12) >= room)
+    frame = bytearray(kind.length(packed | index << 12))
+    frame[:4] = (packed | index << 12).to_bytes(4, "big")
+    return frame
+
+
+def _silent(header: bytes, kind: _Kind) -> bytes:
+    """A frame of silence: no bits of sound, and the decoder as it was before."""
+    return bytes(_sized(header, kind, 4 + kind.side))
+
+
+def _blank(header: bytes, kind: _Kind, frames: int, num_bytes: int) -> bytes:
+    """An Info frame that states frames and bytes, the first of them a silent one to be cut off.
+
+    Where an Info frame stands, the decoder cuts off its own delay at the beginning; with a silent frame
+    in front, and the rest of its length as the encoder's delay, it cuts off that frame and nothing else.
+    """
+    at = 4 + kind.side
+    frame = _sized(header, kind, at + 16 + _LAME_BYTES + 12)
+    frame[at : at + 8] = b"Info" + (3).to_bytes(4, "big")
+    frame[at + 8 : at + 12] = frames.to_bytes(4, "big")
+    frame[at + 12 : at + 16] = (num_bytes + len(frame)).to_bytes(4, "big")
+    frame[at + 16 : at + 25] = b"ast_fast\0"
+    frame[at + 37 : at + 40] = (kind.samples - _DECODER_DELAY << 12).to_bytes(3, "big")
     return bytes(frame)

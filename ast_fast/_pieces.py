@@ -19,6 +19,8 @@ class Survey(NamedTuple):
         missing: why it is known to be cut short; None if it is not.
         refused: why it cannot be read as one sound; None if it can.
         streams: what is to be decoded, one after the other; None: the file as it stands.
+        samples: how many there are, where libsndfile only guesses and cannot be told.
+        tails: of each stream of Ogg, samples in its last page, where the decoder goes to the wrong place.
         notes: what is read otherwise than the file states, or left out.
     """
 
@@ -26,6 +28,8 @@ class Survey(NamedTuple):
     refused: str | None = None
     streams: tuple[tuple[Piece, ...], ...] | None = None
     notes: tuple[str, ...] = ()
+    samples: int | None = None
+    tails: tuple[int, ...] | None = None
 
 
 class Windowed:
@@ -79,7 +83,7 @@ class Pieces:
 
     def __init__(self, read_at: ReadAt, pieces: Sequence[Piece]) -> None:
         self._read_at = read_at
-        self._pieces = [piece for piece in pieces if not _length(piece) == 0]
+        self._pieces = [piece for piece in pieces if _length(piece)]
         self._begins = [0]
         for piece in self._pieces:
             self._begins.append(self._begins[-1] + _length(piece))

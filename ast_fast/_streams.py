@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from ._optional import require_package
 from .audio_report import AudioDecodeError
+
+_PASSED = 1 << 16  # samples read at a time on the way to a place
 
 
 class Streams:
@@ -18,14 +21,20 @@ class Streams:
         targets: what soundfile opens.
         name: for messages.
         frames: of each, if they are known.
+        tails: samples at the end of each that the decoder cannot go to at once.
 
     Raises:
         AudioDecodeError: they are not of one rate and as many channels.
     """
 
     def __init__(
-        self, targets: Sequence[Any], name: str, frames: Sequence[int] | None = None
+        self,
+        targets: Sequence[Any],
+        name: str,
+        frames: Sequence[int] | None = None,
+        tails: Sequence[int] | None = None,
     ) -> None:
+        self._tails = tails or (0,) * len(targets)
         self._targets, self._place, self._file = targets, -1, None
         self._soundfile = require_package("soundfile", "reading audio files", "audio")
         self._open(0)
@@ -58,7 +67,9 @@ class Streams:
             return
         self.close()
         target = self._targets[place]
-        if hasattr(target, "seek"):
+        if isinstance(target, int):
+            os.lseek(target, 0, os.SEEK_SET)
+        else:
             target.seek(0)
         self._file = self._soundfile.SoundFile(target, closefd=False)
         self._place = place
@@ -71,7 +82,15 @@ class Streams:
             place += 1
         self._open(place)
         assert self._file is not None
-        self._file.seek(frame)
+        # from the last page of Vorbis libsndfile gives what lies later, by as much as is cut off at its end
+        known = max(0, self.each[place] - self._tails[place] - 1)
+        self._file.seek(min(frame, known) if self._tails[place] else frame)
+        left = frame - known if self._tails[place] else 0
+        while left > 0:
+            passed = len(self._file.read(min(left, _PASSED), dtype="float32", always_2d=True))
+            if not passed:
+                break
+            left -= passed
 
     def read(self, count: int, dtype: str, always_2d: bool = True) -> np.ndarray:
         """The next samples [n, channels]; fewer where a stream ends early, none at the end."""

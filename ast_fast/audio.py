@@ -319,8 +319,14 @@ def _decode_as(
 ) -> tuple[np.ndarray, int, str]:
     """Decode a file as it stands, or the streams found in it."""
     soundfile = require_package("soundfile", "reading audio files", "audio")
+    samples = None if found is None else found.samples
     with open_streams(soundfile, found, handle, read_at, name) as file:
-        return _read(file, name, config, report)
+        if samples is not None and file.frames < samples:
+            raise AudioDecodeError(
+                name,
+                f"holds {samples} samples, and the decoder finds {file.frames}; convert it to WAV",
+            )
+        return _read(file, name, config, report, samples)
 
 
 def open_streams(
@@ -330,15 +336,29 @@ def open_streams(
     read_at: ReadAt,
     name: str,
     frames: tuple[int, ...] | None = None,
+    seeking: bool = False,
 ) -> Any:
     """Libsndfile's view of a file, or of the streams that were found in it.
+
+    Args:
+        soundfile: the library.
+        found: by walking the file.
+        handle: of the file, or what opens it.
+        read_at: reads its bytes.
+        name: for messages.
+        frames: of each stream, if they are known.
+        seeking: samples will be read from anywhere.
 
     Raises:
         AudioDecodeError: these are not of one rate and as many channels.
     """
     if found is None or found.streams is None:
-        return soundfile.SoundFile(handle() if callable(handle) else handle, closefd=False)
-    return Streams([Pieces(read_at, pieces) for pieces in found.streams], name, frames)
+        target = handle() if callable(handle) else handle
+        if not seeking or found is None or found.tails is None:
+            return soundfile.SoundFile(target, closefd=False)
+        return Streams([target], name, frames, found.tails)
+    targets = [Pieces(read_at, pieces) for pieces in found.streams]
+    return Streams(targets, name, frames, found.tails)
 
 
 def _decode_flac(
@@ -356,15 +376,18 @@ def _decode_flac(
     if samples > min(config.max_seconds * rate_hz, config.max_decoded_bytes / 4):
         return None
     decoded = flac.decode(read_at(0, size))
-    if decoded is None:  # damaged; or more follows than the header promises, which is to be looked at
+    if (
+        decoded is None
+    ):  # damaged; or more follows than the header promises, which is to be looked at
         return None
     return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
 
 
 def _read(
-    file: Any, name: str, config: AudioConfig, report: AudioReport
+    file: Any, name: str, config: AudioConfig, report: AudioReport, samples: int | None
 ) -> tuple[np.ndarray, int, str]:
     (rate_hz, channels), promised = _check_header(file, name), int(file.frames)
+    promised = promised if samples is None else samples
     whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
     blocks, total = [], 0

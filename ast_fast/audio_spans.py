@@ -40,6 +40,7 @@ from .cpp import available, flac
 
 # soxr's filters are shorter at any ratio: in samples of the lower rate
 _MARGIN = 1024
+_MPEG_EARLY = 100 * 1152  # samples; at the lowest bit rates bits come from some 90 frames before
 _UNKNOWN_FRAMES = 1 << 40  # and above: a stream that does not tell its length
 
 
@@ -94,6 +95,7 @@ def read_span(path: str | os.PathLike[str], start: int, count: int, config: Audi
     return Span(clip.wave, clip.wave.shape[0], clip.report)
 
 
+# of files read in spans, a few at a time
 _SURVEYS: dict[tuple[int, ...], tuple[Survey | None, list[int]]] = {}
 _MAX_SURVEYS = 16
 
@@ -120,7 +122,8 @@ def _decoder(
     with contextlib.suppress(
         soundfile.LibsndfileError, RuntimeError, TypeError, ValueError, OverflowError
     ):
-        file = open_streams(soundfile, found, handle, read_at, name, tuple(each or ()) or None)
+        known = tuple(each or ()) or None
+        file = open_streams(soundfile, found, handle, read_at, name, known, seeking=True)
         if each is not None and not each and hasattr(file, "each"):
             each.extend(file.each)
     try:
@@ -164,9 +167,11 @@ def _read(
         end = min(int(file.frames), -(-(start + count) * down // up) + margin)
     whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and own_hz == wanted_hz else "float32"
+    # a frame of MP3 takes bits from those before it, which after a leap the decoder does not have
+    early = min(begin, _MPEG_EARLY) if str(file.subtype).startswith("MPEG") else 0
     try:
-        file.seek(begin)
-        samples = file.read(end - begin, dtype=dtype, always_2d=True)
+        file.seek(begin - early)
+        samples = file.read(end - begin + early, dtype=dtype, always_2d=True)[early:]
     except (RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, AudioError):
             raise
