@@ -63,7 +63,8 @@ Source = str | os.PathLike[str] | bytes | BinaryIO
 # fmt: off
 SUFFIXES = frozenset((
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf",
-    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm",
+    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm", ".wave", ".bwf", ".snd", ".sph", ".mp1", ".mp2",
+    ".mpga", ".wma",
 ))
 # fmt: on
 _BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together

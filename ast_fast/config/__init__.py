@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from typing import Any, Literal, Self
 
+from ..names import check_names
 from .base import Config, check
 from .data import DataConfig, Layout
 from .training import (
@@ -308,6 +309,7 @@ class ModelConfig(Config):
             self.labels is None or len(self.labels) == self.label_dim,
             f"labels has {len(self.labels or ())} names: expected label_dim={self.label_dim}",
         )
+        check_names(self.labels or (), "labels")
 
     @property
     def head_dim(self) -> int:

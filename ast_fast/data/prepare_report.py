@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..audio import AudioReport
+from ..names import printable
 from .dataset import ClipSet
 from .examine import SILENT_PEAK, Moments
 from .reading import clip_name
@@ -263,7 +264,7 @@ def _classes(classes: dict[str, int] | None) -> list[str]:
     if not classes:
         return []
     lines = ["", f"clips of each of {len(classes)} classes:"]
-    return lines + [f"  {count:>8}  {name}" for name, count in classes.items()]
+    return lines + [f"  {count:>8}  {printable(name)}" for name, count in classes.items()]
 
 
 def _figures(statistics: dict[str, Any] | None) -> list[str]:

@@ -14,7 +14,7 @@ from ast_fast.data import (
     read_manifest,
     read_segments,
 )
-from ast_fast.data.manifest import safe_cell
+from ast_fast.names import safe_cell
 
 
 def write(folder, text, name="list.csv", encoding="utf-8"):
