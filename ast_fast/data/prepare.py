@@ -272,16 +272,19 @@ def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
         progress.replace(done)
     if not done.exists():
         return False
-    _check_same(folder, json.loads(done.read_bytes()), settings)
+    _check_same(folder, json.loads(done.read_bytes()), settings, "prepared")
     return True
 
 
-def _check_same(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_same(
+    folder: Path, state: dict[str, Any], settings: dict[str, Any], was: str = "begun"
+) -> None:
     saved = state["settings"]
     changed = [name for name, value in settings.items() if saved.get(name) != value]
     if changed:
         raise ManifestError(
-            f"{str(folder)!r} was begun with other {', '.join(changed)}: resume with the same"
+            f"{str(folder)!r} was {was} with other {', '.join(changed)}: resume with the same, or choose "
+            "another folder"
         )
 
 
