@@ -261,10 +261,8 @@ def test_a_folder_per_class_follows_links_and_leaves_out_hidden_files(tmp_path):
     assert manifest.classes == ("cat", "dog")
     assert manifest.paths == ["cat/1.wav", "cat/link.wav", "dog/a/2.FLAC"]
     assert manifest.labels == [(0,), (0,), (1,)]
-    assert manifest.notes == (
-        "files that are no sound by their suffix are left out: .txt 1",
-    )
-    assert [file.name for file in audio_files(tmp_path)] == ["1.wav", "2.FLAC"]
+    assert manifest.notes == ("files that are no sound by their suffix are left out: .txt 1",)
+    assert [file.name for file in audio_files(tmp_path)] == ["1.wav", "link.wav", "2.FLAC"]
     with pytest.raises(ManifestError, match="one folder per class"):
         read_folder(tmp_path / "cat")
 
