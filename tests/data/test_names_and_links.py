@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import soundfile as sf
 
-from ast_fast import cli, create_model
+from ast_fast import ASTModel, cli, create_model
 from ast_fast.config import AudioConfig, DataConfig
 from ast_fast.data import (
     BatchSampler,
@@ -29,6 +31,7 @@ from ast_fast.data import (
     write_shards,
 )
 from ast_fast.data.layouts import reading_notes
+from ast_fast.hub.errors import CheckpointError
 from ast_fast.inference.sources import units_of
 from ast_fast.labels import read_labels
 from ast_fast.names import (
@@ -245,7 +248,7 @@ def test_names_are_printed_without_control_characters(tmp_path, capsys):
     assert printable("a\x1b[31mb\n\u202ec") == "a\\x1b[31mb\\n\\u202ec"
     assert printable(NFC) == NFC and printable("\u4e2d") == "\u4e2d"
     evil = "do\x1b]0;x\x07g"
-    model = create_model("ast_tiny", 2, labels=(evil, "cat"), input_tdim=64)
+    model = create_model("ast_tiny_p16_s10", 2, labels=(evil, "cat"), input_tdim=64)
     model.save_pretrained(tmp_path / "model")
     sound(tmp_path / "1.wav", samples=16000)
     assert cli.main(["tag", str(tmp_path / "1.wav"), "--model", str(tmp_path / "model")]) == 0
@@ -256,19 +259,21 @@ def test_names_are_printed_without_control_characters(tmp_path, capsys):
 @pytest.mark.parametrize("names", [("a", "a"), (NFC, NFD), ("a", ""), ("a", " "), ("a", "b\0")])
 def test_names_that_cannot_tell_classes_apart_are_refused(names, tmp_path):
     with pytest.raises(ValueError, match=r"labels: .*expected"):
-        create_model("ast_tiny", 2, labels=names, input_tdim=64)
+        create_model("ast_tiny_p16_s10", 2, labels=names, input_tdim=64)
     with pytest.raises(ValueError, match="expected"):
         check_names(names, "names")
     # in a checkpoint too
-    create_model("ast_tiny", 2, labels=("x", "y"), input_tdim=64).save_pretrained(tmp_path / "m")
-    file = tmp_path / "m" / "config.json"
-    told = json.loads(file.read_text())
-    text = json.dumps(told)
-    assert '["x", "y"]' in text
-    file.write_text(text.replace('["x", "y"]', json.dumps(list(names))))
-    from ast_fast import ASTModel
-    from ast_fast.hub.errors import CheckpointError
-
+    create_model("ast_tiny_p16_s10", 2, labels=("x", "y"), input_tdim=64).save_pretrained(
+        tmp_path / "m"
+    )
+    file = tmp_path / "m" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, "pt") as old:
+        told = json.loads(old.metadata()["ast_fast"])
+    assert told["model"]["labels"] == ["x", "y"]
+    told["model"]["labels"] = list(names)
+    safetensors.torch.save_file(state, file, {"format": "pt", "ast_fast": json.dumps(told)})
+    (tmp_path / "m" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="expected"):
         ASTModel.from_pretrained(tmp_path / "m")
 
@@ -337,7 +342,7 @@ def test_one_label_problems_refuse_clips_without_one_by_name(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"a\.csv, line 3: '1\.wav' has no label"):
         Feeder(dataset, BatchSampler(3, 1))
     arguments = ["train", "--data", str(tmp_path / "a.csv"), "--run", str(tmp_path / "run")]
-    tiny = ["--set", "model=ast_tiny", "--holdout", "0"]
+    tiny = ["--set", "model=ast_tiny_p16_s10", "--holdout", "0"]
     assert cli.main([*arguments, *tiny]) == 2
     assert "line 3: '1.wav' has no label" in capsys.readouterr().err
 
@@ -366,7 +371,7 @@ def test_cells_come_back_as_they_were_and_are_no_formulas(text):
 
 def test_file_names_in_csv_are_the_same_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = create_model("ast_tiny", 2, labels=("=x", "cat"), input_tdim=64)
+    model = create_model("ast_tiny_p16_s10", 2, labels=("=x", "cat"), input_tdim=64)
     model.save_pretrained("model")
     names = ["--PJHxphWEs.wav", "=1.wav", "b.wav"]
     for number, name in enumerate(names):
