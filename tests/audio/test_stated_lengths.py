@@ -203,7 +203,7 @@ def test_cut_flac_is_refused_or_its_whole_frames_are_kept(channels, total):
     assert torch.equal(kept.wave, wave[: len(kept.wave)])
 
 
-def test_flac_of_varying_blocks_and_an_id3_tag_before_it():
+def test_streamed_flac_behind_an_id3_tag_is_read():
     content = with_flac_total(encoded(format="FLAC"), 0)
     tag = b"ID3\3\0\0\0\0\0\x20" + bytes(32)
     assert torch.equal(audio.load(tag + content).wave, audio.load(content).wave)
