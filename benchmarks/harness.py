@@ -84,10 +84,11 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
     yardsticks = [verdicts[c.name] for c in case.candidates if c.yardstick and c.name in verdicts]
     limits = allowed(case, yardsticks)
     looser = allowed_to_peers(limits, yardsticks)
+    held = {ours, *(candidate.name for candidate in case.candidates if candidate.own)}
     for name, verdict in verdicts.items():
         if name not in runs:
             continue
-        decide(case, verdict, limits if name == ours else looser)
+        decide(case, verdict, limits if name in held else looser)
         row = rows[name] = blank(case, name, verdict.status, verdict.reason)
         row.error = verdict.error if math.isfinite(verdict.error) else None
         row.budget, row.worst = verdict.budget or None, verdict.worst
@@ -116,13 +117,13 @@ def measure(
         if row.status in ("wrong", "failed"):
             say(f"  {row.provider}: {row.status}, {row.reason}")
     clock = timing.clock_for(settings.device)
-    result = _timed(case, rows, runs, clock, limits, settings, ceilings)
+    result = timed(case, rows, runs, clock, limits, settings, ceilings)
     if case.graph and settings.cuda:
         result += _graphed(case, rows, runs, limits, settings, ceilings)
     return result
 
 
-def _timed(
+def timed(
     case: Case,
     rows: dict[str, Row],
     runs: Mapping[str, timing.Call],
@@ -176,7 +177,7 @@ def _graphed(
                 f"as a graph: {timing.describe(error)}",
             )
             torch.cuda.synchronize()
-    done = _timed(case, again, graphs, timing.EventClock(), limits, settings, ceilings)
+    done = timed(case, again, graphs, timing.EventClock(), limits, settings, ceilings)
     for row in done:
         row.clock = "graph"
     return done

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import ceilings, environment, harness, proofs, suites, tune_case, tune_space, tuned
+from . import ceilings, environment, harness, proofs, suites, tune_work, tuned
 from .case import DTYPES, Settings, Skipped
 from .record import Row
 from .timing import Limits, describe
@@ -205,20 +205,10 @@ class Runner:
         return {"rows": [vars(row)]}
 
     def _compile(self, job: Job) -> dict[str, Any]:
-        place, dtype = tune_space.Place(*job["place"]), job["dtype"]
-        row = failed_row(job, "", "failed")
-        tune_case.compile_row(row, place, job["entries"][0], dtype, job["capability"])
-        return {"rows": [vars(row)]}
+        return tune_work.compile_answer(job, self.settings)
 
     def _tune(self, job: Job) -> dict[str, Any]:
-        place = tune_space.Place(*job["place"])
-        case = tune_case.tune_case(self.settings, place, job["entries"], job["shape"], job["dtype"])
-        settings = dataclasses.replace(self.settings, peers=None)
-        # the lead is measured as ours: it is what the others are compared with
-        rows = harness.measure(case, settings, self.ceilings, self.limits, say=lambda _: None)
-        for row in rows:
-            row.suite = "tune"
-        return {"rows": [vars(row) for row in rows if row.provider != "plain"]}
+        return tune_work.tune_answer(job, self.settings, self.ceilings)
 
     def _case(self, job: Job) -> dict[str, Any]:
         case = self._find(job)

@@ -12,15 +12,8 @@ from typing import Any
 
 from . import tune_place
 from .case import Candidate, Case, Inputs, Run, Settings, candidate
-from .tune_slots import LIBRARIES, ROW_WIDTHS, Entry, Slot, clips, committed
+from .tune_slots import LIBRARIES, PRODUCTS, ROW_WIDTHS, Entry, Slot, clips, committed
 
-# matrix products that end in each epilogue, by the suite's names; a choice for one kind serves all of them
-PRODUCTS = {
-    "linear": ("qkv", "fc2"),
-    "residual": ("fc2", "proj"),
-    "gelu": ("fc1",),
-    "gelu_backward": ("fc2",),
-}
 TWO_PASSES = "two passes"
 TOKENS = 1214
 
@@ -62,22 +55,36 @@ def case_for(
 def with_rivals(case: Case, place: Slot, settings: Settings, rivals: Sequence[Entry]) -> Case:
     """The case with ours, ours in other configurations, and the libraries."""
     ours, *others = case.candidates
-    shared = _shared(ours.prepare)
-    placed = [dataclasses.replace(ours, prepare=_placed(shared, None))]
+    prepare = _shared(ours.prepare)
+    forms = [_form(ours.name, None, prepare, ours.prepare_gate)]
     for entry in rivals:
         placement = tune_place.Placement(place.op, place.path, entry)
-        prepare = _placed(shared, placement)
-        placed.append(Candidate(label(entry), prepare, own=True, prepare_gate=ours.prepare_gate))
-        if ours.prepare_gate is not None:
-            gate = _placed_gate(ours.prepare_gate, placement)
-            placed[-1] = dataclasses.replace(placed[-1], prepare_gate=gate)
+        forms.append(_form(label(entry), placement, prepare, ours.prepare_gate))
     wanted = (*LIBRARIES[place.op], TWO_PASSES)
     kept = [
-        dataclasses.replace(each, timed=each.name in wanted)
+        dataclasses.replace(
+            each, timed=each.timed and each.name in wanted, prepare=_placed(each.prepare, None)
+        )
         for each in others
         if each.name in wanted or each.yardstick
     ]
-    return dataclasses.replace(case, candidates=(*placed, *kept))
+    return dataclasses.replace(case, candidates=(*forms, *kept))
+
+
+def _form(
+    name: str,
+    placement: tune_place.Placement | None,
+    prepare: Callable[[list[Inputs]], Run],
+    gate: Callable[[Inputs], Run] | None,
+) -> Candidate:
+    """Ours under one configuration; what it is checked by stands under it too."""
+    checked = None
+    if gate is not None:
+
+        def checked(inputs: Inputs, gate: Callable[[Inputs], Run] = gate) -> Run:
+            return tune_place.Placed(gate(inputs), placement)
+
+    return Candidate(name, _placed(prepare, placement), own=True, prepare_gate=checked)
 
 
 def _shared(prepare: Callable[[list[Inputs]], Run]) -> Callable[[list[Inputs]], Run]:
@@ -100,12 +107,6 @@ def _placed(
         return tune_place.Placed(prepare(inputs), placement)
 
     return placed
-
-
-def _placed_gate(
-    prepare: Callable[[Inputs], Run], placement: tune_place.Placement
-) -> Callable[[Inputs], Run]:
-    return lambda inputs: tune_place.Placed(prepare(inputs), placement)
 
 
 def _attention(
@@ -159,7 +160,9 @@ def _gemm(
 ) -> Case:
     from .suites import epilogues
 
-    case = epilogues.case(settings, place.path[0], variant, b, dtype)
+    kind, product = place.path[0], variant.removesuffix(" saved")
+    kind += "_saved" if product != variant else ""
+    case = epilogues.case(settings, kind, product, b, dtype)
     ours, *others = case.candidates
     return dataclasses.replace(
         case, candidates=(dataclasses.replace(ours, name=settings.ours), *others)

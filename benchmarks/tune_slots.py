@@ -83,6 +83,13 @@ LIBRARIES = {
     "patch_embed": ("torch", "torch-unfold"),
     "fp8": (),
 }
+# matrix products that end in each epilogue, by the suite's names; a choice for one kind serves all of them
+PRODUCTS = {
+    "linear": ("qkv", "fc2"),
+    "residual": ("fc2", "proj"),
+    "gelu": ("fc1", "fc1 saved"),  # the pre-activation is stored too where a backward will come
+    "gelu_backward": ("fc2",),
+}
 # clips that fill the GPU; of ops that only move memory enough that a launch costs less than the kernel
 CLIPS = {"layer_norm": 128, "add_layer_norm": 128, "attention": 32, "attention_masked": 32}
 _CLIPS = 64
@@ -122,6 +129,12 @@ class Slot(NamedTuple):
         ):
             return self.path[-1] == "2"
         return "64" in self.path if self.op.startswith("attention") else True
+
+    @property
+    def case_key(self) -> str:
+        """What tells its measurement from those of other slots of the same op and direction."""
+        widths = self.op in ("layer_norm", "add_layer_norm")
+        return self.path[-1] if widths else self.path[0] if self.op == "gemm" else ""
 
     @property
     def is_list(self) -> bool:
