@@ -7,7 +7,8 @@ against the limits of the chip. Nothing here needs a driver.
 
     python -m ast_fast.kernels._aot attention --arch 80 90     a table of one kernel file
     python -m ast_fast.kernels._aot attention --json FILE      the same as JSON, all architectures
-    python -m ast_fast.kernels._aot --serve                    one request a line, for the tests
+    python -m ast_fast.kernels._aot --warm 90 --jobs 8         fill Triton's cache; one line with counts
+    python -m ast_fast.kernels._aot --serve                    one request a line, for the two above
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 # Compute capability (major * 10 + minor) of every architecture that kernels are compiled for.
 ARCHITECTURES: tuple[int, ...] = (75, 80, 86, 89, 90, 100, 120)
@@ -40,6 +41,22 @@ SHARED_LIMIT_BYTES: dict[int, int] = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
+
+# Kernel files in the order in which a cache is warmed: what a model's step takes longest in comes first.
+WARM_ORDER: tuple[str, ...] = (
+    "attention",
+    "layer_norm",
+    "add_layer_norm",
+    "mlp",
+    "log_mel",
+    "patch_embed",
+    "gemm",
+    "attention_varlen",
+    "attention_masked",
+    "attention_biased",
+    "fp8_aot",
+    "_candidates",
+)
 
 # Columns of tensor memory a Blackwell data-centre block may hold.
 TENSOR_MEMORY_LIMIT = 512
@@ -94,13 +111,14 @@ class AotReport(NamedTuple):
     instructions: frozenset[str]
 
 
+def build(case: AotCase, arch: int) -> Any:
+    """`case` compiled for `arch`, or taken from Triton's cache, as a launch would."""
+    return triton.compile(source(case), target=GPUTarget("cuda", arch, 32), options=options(case))
+
+
 def compile_case(case: AotCase, arch: int) -> AotReport:
     """Compile `case` for `arch` and read back its resources."""
-    compiled = triton.compile(
-        _source(case),
-        target=GPUTarget("cuda", arch, 32),
-        options=_options(case),
-    )
+    compiled = build(case, arch)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     found = frozenset(name for name, trace in _INSTRUCTIONS.items() if re.search(trace, ptx))
@@ -133,12 +151,14 @@ def problems(case: AotCase, report: AotReport) -> list[str]:
     return found
 
 
-def _options(case: AotCase) -> dict[str, Any]:
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    return options if case.maxnreg is None else options | {"maxnreg": case.maxnreg}
+def options(case: AotCase) -> dict[str, Any]:
+    """What a launch of `case` hands to the compiler."""
+    found = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return found if case.maxnreg is None else found | {"maxnreg": case.maxnreg}
 
 
-def _source(case: AotCase) -> ASTSource:
+def source(case: AotCase) -> ASTSource:
+    """What a launch of `case` hands to the compiler: the same cache entry serves both."""
     names = list(case.fn.arg_names)
     given = set(case.signature) | set(case.constexprs)
     if given != set(names) or set(case.signature) & set(case.constexprs):
@@ -150,10 +170,22 @@ def _source(case: AotCase) -> ASTSource:
     unknown = sorted(set(case.divisible) - set(case.signature))
     if unknown:
         raise ValueError(f"case {case.name}: divisible names {unknown} are not in the signature")
-    # the order of the kernel's own parameters decides the order of its launch arguments
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
-    return ASTSource(case.fn, signature, dict(case.constexprs), divisible)
+    # the JIT's own code makes the rest of it, so that the name of the cache entry is that of a launch
+    values = {name: case.constexprs.get(name) for name in names}
+    kinds = [_specialised(case, parameter) for parameter in case.fn.params]
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    _, signature, constants, attributes = case.fn._pack_args(backend, {}, values, kinds, {})
+    return ASTSource(case.fn, signature, constants, attributes)
+
+
+def _specialised(case: AotCase, parameter: Any) -> tuple[str, Any]:
+    """Type of an argument and what a launch finds out about its value."""
+    if parameter.name in case.constexprs:
+        return "constexpr", case.constexprs[parameter.name]
+    kind = case.signature[parameter.name]
+    if kind[0] not in "*iu" or parameter.do_not_specialize:
+        return kind, None
+    return kind, "D" if parameter.name in case.divisible else ""
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -171,13 +203,22 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage[0][0]), int(usage[0][1])
 
 
-def describe(module: str, arch: int, index: int) -> dict[str, Any]:
+def cases_of(module: str, arch: int) -> list[AotCase]:
+    """The cases of one kernel file."""
+    found: list[AotCase] = importlib.import_module(f"ast_fast.kernels.{module}").aot_cases(arch)
+    return found
+
+
+def describe(module: str, arch: int, index: int, only_build: bool = False) -> dict[str, Any]:
     """Compile case `index` of `aot_cases(arch)` of a kernel file; what came of it, ready for JSON."""
-    case = importlib.import_module(f"ast_fast.kernels.{module}").aot_cases(arch)[index]
+    case = cases_of(module, arch)[index]
     found: dict[str, Any] = {"module": module, "case": case.name, "arch": arch}
     if not triton.__version__.startswith(case.triton):
         return {**found, "problems": [], "left_out": f"for Triton {case.triton} alone"}
     try:
+        if only_build:
+            build(case, arch)
+            return {**found, "problems": []}
         report = compile_case(case, arch)
     # the compiler fails in as many ways as it has passes, and the report of a gate must name them all
     except Exception as error:
@@ -194,7 +235,7 @@ def describe(module: str, arch: int, index: int) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Answer requests [module, arch, index] of standard input, one JSON line each."""
+    """Answer requests [module, arch, index, whether to build only] of standard input, one JSON line each."""
     # the compiler writes to standard output as it pleases: the answers keep a copy of it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -204,26 +245,33 @@ def serve() -> None:
 
 
 def main() -> None:
-    """The table of one kernel file, or the server of the tests."""
+    """The table of one kernel file, a warm cache, or a compiler that serves requests."""
     parser = argparse.ArgumentParser(prog="python -m ast_fast.kernels._aot")
-    parser.add_argument("module", nargs="?", help="a kernel file without .py: attention")
+    parser.add_argument("module", nargs="*", help="a kernel file without .py: attention")
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="file that takes the figures")
     parser.add_argument("--twins", action="store_true", help="compile twins of other cases too")
+    parser.add_argument("--warm", type=int, metavar="ARCH", help="fill the cache for this GPU")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of --warm")
     parser.add_argument("--serve", action="store_true")
     options = parser.parse_args()
     if options.serve:
         serve()
         return
-    if not options.module:
-        parser.error("name a kernel file, or give --serve")
+    if options.warm:
+        from . import _aot_warm
+
+        print(json.dumps(_aot_warm.warm(options.warm, options.jobs, options.module)))
+        return
+    if len(options.module) != 1:
+        parser.error(f"name one kernel file, got {len(options.module)}; or give --warm or --serve")
+    (module,) = options.module
     figures: dict[str, dict[str, Any]] = {}
     for arch in options.arch:
-        cases = importlib.import_module(f"ast_fast.kernels.{options.module}").aot_cases(arch)
-        for index, case in enumerate(cases):
+        for index, case in enumerate(cases_of(module, arch)):
             if case.twin and not options.twins:
                 continue
-            found = describe(options.module, arch, index)
+            found = describe(module, arch, index)
             print(
                 f"sm_{arch:<4}{case.name:44}{found.get('registers', '-'):>4} registers"
                 f"{found.get('stack', '-'):>5} stack{found.get('shared', '-'):>8} shared  "

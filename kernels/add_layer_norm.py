@@ -27,7 +27,7 @@ from .layer_norm import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr,  # [R, C]
     residual_ptr,  # [R, C]

@@ -15,7 +15,7 @@ from .gelu_tiles import gelu, gelu_and_slope
 _LONGEST = tl.constexpr(1e18)  # the product of two row lengths stays finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def facts_kernel(
     x_ptr,  # [R, C]
     facts_ptr,  # [2, num_programs] float32: largest magnitude, longest row
@@ -49,7 +49,7 @@ def facts_kernel(
     tl.store(facts_ptr + tl.num_programs(0) + pid, tl.minimum(longest_row, _LONGEST))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b", "num_bias"])
 def bound_kernel(
     a_ptr,  # [num_a] float32
     b_ptr,  # [num_b] float32
@@ -73,7 +73,7 @@ def bound_kernel(
     tl.store(bound_ptr, product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_partials"])
 def quantise_kernel(
     x_ptr,  # [R, C]
     rows_ptr,  # [R, C] FP8
@@ -112,7 +112,7 @@ def quantise_kernel(
         store_transposed(tile, columns_ptr, rows, cols, padded_rows, num_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gelu_backward_kernel(
     dg_ptr,  # [R, K]
     h_ptr,  # [R, K]
@@ -156,7 +156,7 @@ def gelu_backward_kernel(
     store_transposed(tile, g_columns_ptr, rows, cols, padded_rows, num_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_quantise_kernel(
     x_ptr,  # [R, C]
     residual_ptr,  # [R, C]

@@ -95,7 +95,7 @@ def _finish(
     tl.store(out_ptr + base + offsets, acc.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gemm_kernel(
     a_source,  # [M, K]: pointer, or descriptor when TMA
     b_source,  # [N, K], or [K, N] when B_SUMS_ROWS

@@ -54,7 +54,7 @@ def normalise_rows(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr,  # [R, C]
     weight_ptr,  # [C]
@@ -80,7 +80,7 @@ def _forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dy_ptr,  # [R, C]
     dtotal_ptr,  # [R, C] gradient that joins dx, or None

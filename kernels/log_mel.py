@@ -44,7 +44,7 @@ def power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_frames"])
 def _spectrum_kernel(
     wave_ptr,  # [B, N] float32 or int16
     lengths_ptr,  # [B] int64, or None
@@ -151,7 +151,7 @@ def _spectrum_kernel(
             tl.store(out_ptrs, power, mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_frames"])
 def _mel_kernel(
     power_ptr,  # [B, S, N] float32
     lengths_ptr,  # [B] int64, or None
@@ -311,12 +311,15 @@ def aot_cases(arch: int) -> list[AotCase]:
     """Every configuration tuned for `arch` in the dtypes it serves, for 16 kHz and 128 mel bins."""
     tuned = _tuned.configs("log_mel", arch)
     cases = []
-    for wave, output in (
-        ("i16", "power"),
-        ("fp32", "power"),
-        ("fp32", "magnitude"),
-        ("fp32", "spectrum"),
-    ):
+    # a ragged batch is padded to any length, so that the waveform's stride may be odd; whole clips come
+    # without lengths
+    forms = [
+        (wave, "power", aligned, ragged)
+        for wave in ("i16", "fp32")
+        for aligned, ragged in ((False, True), (True, True), (True, False))
+    ]
+    forms += [("fp32", "magnitude", False, True), ("fp32", "spectrum", False, True)]
+    for wave, output, aligned, ragged in forms:
         tile = tuned["spectrum" if output == "spectrum" else "power"]
         half = tile["pieces"] == "float16"
         pointers = {
@@ -325,7 +328,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             "operator_ptr": "*fp16" if half else "*fp32",
             "out_ptr": "*fp32",
         }
-        # a ragged batch is padded to any length, so the waveform's stride is not taken as aligned
         scalars = dict.fromkeys(("num_samples", "num_frames", "stride_wb"), "i32")
         constexprs: dict[str, Any] = {
             "WIN": 400,
@@ -339,20 +341,23 @@ def aot_cases(arch: int) -> list[AotCase]:
             "BLOCK_K": tile["samples"],
             "BLOCK_N": tile["bins"],
         }
+        if not ragged:
+            constexprs["lengths_ptr"] = pointers.pop("lengths_ptr") and None
         cases.append(
             AotCase(
-                f"log_mel-{output}-{wave}",
+                f"log_mel-{output}-{wave}{'-aligned' * aligned}{'-whole' * (not ragged)}",
                 _spectrum_kernel,
                 pointers | scalars | {"unscale": "fp32"},
                 constexprs,
-                tuple(pointers),
+                (*pointers, *(("stride_wb",) if aligned else ())),
                 tile["warps"],
                 tile["stages"],
                 ("wgmma",) if arch == 90 else (),
             )
         )
     tile = tuned["mel"]
-    for out in ("fp32", "fp16", "bf16") if arch >= 80 else ("fp32", "fp16"):
+    outputs = ("fp32", "fp16", "bf16") if arch >= 80 else ("fp32", "fp16")
+    for out, ragged in ((out, ragged) for out in outputs for ragged in (True, False)):
         pointers = {
             "power_ptr": "*fp32",
             "lengths_ptr": "*i64",
@@ -364,7 +369,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         scalars |= dict.fromkeys(("log_floor", "log_offset", "mean", "inverse_2std"), "fp32")
         constexprs = {"WIN": 400, "HOP": 160, "NUM_MEL": 128, "N": 256, "TAPS": 10}
         constexprs |= {"BLOCK_S": tile["frames"], "BLOCK_F": tile["mels"]}
-        name = f"log_mel-mel-{out}"
+        if not ragged:
+            constexprs["lengths_ptr"] = pointers.pop("lengths_ptr") and None
+        name = f"log_mel-mel-{out}{'-whole' * (not ragged)}"
         cases.append(
             AotCase(
                 name, _mel_kernel, pointers | scalars, constexprs, tuple(pointers), tile["warps"]

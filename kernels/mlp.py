@@ -30,7 +30,7 @@ from .gelu_tiles import gelu, gelu_and_slope
 def _gelu_forward_kernel(
     h_ptr,  # [N]
     g_ptr,  # [N], may be h_ptr
-    num_elements,
+    num_elements: tl.int64,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def _gelu_forward_kernel(
     tl.store(g_ptr + offsets, gelu(h).to(g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gelu_backward_kernel(
     dg_ptr,  # [R, K]
     h_ptr,  # [R, K]

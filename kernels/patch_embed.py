@@ -41,7 +41,7 @@ from .patch_embed_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "grid_t"])
 def _forward_kernel(
     x_ptr,  # [B, S, F]
     weight_ptr,  # [C, pt * pf]

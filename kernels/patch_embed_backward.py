@@ -30,7 +30,7 @@ from .patch_embed_tiles import (
 _COLUMNS_BYTES = 256 * 1024 * 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "grid_t"])
 def _weight_gradient_kernel(
     dy_ptr,  # [B, T, C]
     x_ptr,  # [B, S, F]
@@ -76,7 +76,7 @@ def _weight_gradient_kernel(
     tl.store(plane + cols[:, None] * K + inner[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_clips", "num_tokens"])
 def _token_gradient_kernel(
     dy_ptr,  # [B, T, C]
     dpos_ptr,  # [T, C]
@@ -110,7 +110,7 @@ def _token_gradient_kernel(
     tl.store(partial_ptrs, tl.sum(patches, axis=0), mask=cols < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_patches"])
 def _columns_kernel(
     dy_ptr,  # [B, T, C], from the first clip of this chunk
     weight_ptr,  # [C, pt * pf]
