@@ -16,6 +16,7 @@ boolean "use" beside each configuration instead, with its own meaning (gemm.py).
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -49,9 +50,9 @@ TABLES = {
 # what PyTorch would run. The reference of attention stores the scores, so no table may name it.
 NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient"),
-    "attention_biased": ("triton", "sdpa-flash", "sdpa-efficient"),
+    "attention_biased": ("triton", "sdpa-efficient"),
     "attention_varlen": ("triton", "sdpa-flash", "sdpa-efficient"),
-    "attention_masked": ("triton",),
+    "attention_masked": ("triton", "sdpa-efficient"),
     "layer_norm": ("triton", "torch"),
     "add_layer_norm": ("triton", "torch"),
     "mlp": ("triton", "torch"),
@@ -114,6 +115,18 @@ def look_up(choice: str | Mapping[str, Any], arithmetic: str, width: int, size: 
     if not isinstance(choice, str):
         raise ValueError(f"use: {choice!r} lies below the size of the grid; expected a name")
     return choice
+
+
+def summary(op: str, device: torch.device) -> str:
+    """What the table of this GPU names instead of Triton, by direction, in one line; often nothing."""
+    capability = _tuned.capability(device)
+    said = {direction: _choice(op, direction, capability) for direction in DIRECTIONS}
+    said |= {direction: name for (of, direction), name in _forced.items() if of == op}
+    return ", ".join(
+        f"{direction} {choice if isinstance(choice, str) else json.dumps(choice)}"
+        for direction, choice in said.items()
+        if choice != DEFAULT
+    )
 
 
 def forget() -> None:

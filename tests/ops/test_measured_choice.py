@@ -90,9 +90,7 @@ def test_a_choice_is_read_at_each_level(hopper):
     }
 
     def read(direction, arithmetic="16bit", width=64, clips=64):
-        return _use.implementation(
-            "attention", direction, CPU, arithmetic, width, 1214, 12 * clips
-        )
+        return _use.implementation("attention", direction, CPU, arithmetic, width, 1214, 12 * clips)
 
     assert read("forward") == "sdpa-cudnn"
     assert read("forward", clips=1) == "triton"  # ten tiles of twelve heads: 120 of 132
