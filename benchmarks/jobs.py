@@ -205,7 +205,7 @@ class Runner:
         return {"rows": [vars(row)]}
 
     def _compile(self, job: Job) -> dict[str, Any]:
-        return tune_work.compile_answer(job, self.settings)
+        return tune_work.compile_answer(job)
 
     def _tune(self, job: Job) -> dict[str, Any]:
         return tune_work.tune_answer(job, self.settings, self.ceilings)

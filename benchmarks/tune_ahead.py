@@ -28,7 +28,7 @@ class Ahead:
     ) -> None:
         self._add = add
         self._unknown = {self._key(job) for job in jobs}
-        self._refused: set[tuple[str, str, str]] = set()
+        self._refused: set[tuple[str, str]] = set()
         self._fault: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(
@@ -59,7 +59,7 @@ class Ahead:
         return job | {"entries": kept}
 
     @staticmethod
-    def _key(job: Job) -> tuple[str, str, str]:
+    def _key(job: Job) -> tuple[str, str]:
         return compile_key(job, job["entries"][0])
 
     def _serve(self, workers: pool.Pool, jobs: list[Job], slots: int, deadline: float) -> None:

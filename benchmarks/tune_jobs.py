@@ -85,23 +85,23 @@ def plan_jobs(settings: Settings, capability: int, seconds: float) -> list[Job]:
 
 def compile_jobs(measured: Iterable[Job]) -> list[Job]:
     """What measurements will launch, a configuration a job, in the order in which they will: for all cores."""
-    found: dict[tuple[str, str, str], Job] = {}
+    found: dict[tuple[str, str], Job] = {}
     for job in measured:
         for entry in job["entries"]:
             key = compile_key(job, entry)
             if key in found:
                 continue
-            made = {name: job[name] for name in ("op", "path", "dtype", "capability", "variant")}
-            title = f"compile {key[0]} {key[1]} {key[2]}".replace("  ", " ")
-            made |= {"kind": "compile", "title": title, "group": "tune", "size": "large"}
+            made = {name: job[name] for name in ("op", "path", "dtype", "capability")}
+            made |= {"kind": "compile", "title": f"compile {key[0]} {key[1]}", "group": "tune"}
+            made |= {"size": "large", "variant": ""}
             made |= {"limit_s": _COMPILE_LIMIT_S, "entries": [entry], "priority": job["priority"]}
             found[key] = made
     return list(found.values())
 
 
-def compile_key(job: Job, entry: Entry) -> tuple[str, str, str]:
-    """What tells one compilation from another; both sizes are compiled at once."""
-    return (Slot(job["op"], tuple(job["path"])).label, job["variant"], label(entry))
+def compile_key(job: Job, entry: Entry) -> tuple[str, str]:
+    """What tells one compilation from another: sizes and cases of a slot share their kernels."""
+    return (Slot(job["op"], tuple(job["path"])).label, label(entry))
 
 
 def _one_a_direction(places: Sequence[Slot]) -> list[Slot]:

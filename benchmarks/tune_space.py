@@ -57,24 +57,27 @@ def _distinct(found: list[Entry], known: list[Entry]) -> list[Entry]:
 
 
 def _neighbours(entry: Entry, dtype: str) -> list[Entry]:
-    """The entry with one figure changed."""
-    found = []
+    """The entry with one figure changed: stages and warps first, doubled tiles, which often spill, last."""
+    changed: list[tuple[int, Entry]] = []
     for name, value in entry.items():
-        if name == "rows_of_float32" and dtype != "f32":
-            continue  # no launch reads it
-        if name == "rows" and "rows_of_float32" in entry and dtype == "f32":
-            continue
+        if name == ("rows" if dtype == "f32" else "rows_of_float32") and "rows_of_float32" in entry:
+            continue  # no launch in this dtype reads it
+        least, most = _SMALLEST.get(name, 1), _LARGEST.get(name, 4096)
         if isinstance(value, bool):
-            values = [not value] if name == "split" else []
-        elif name in _DOUBLED:
-            values = [value * 2, value // 2]
+            values = [(0, not value)] if name == "split" else []
         elif name in _STEPPED:
-            values = [value + 1, value - 1]
+            values = [(0, value + 1), (0, value - 1)]
+        elif name in _DOUBLED:
+            first = 0 if name in ("warps", "num_warps", "programs_per_sm") else 1
+            values = [(first, value // 2), (2 * first, value * 2)]
         else:
             values = []
-        least, most = _SMALLEST.get(name, 1), _LARGEST.get(name, 4096)
-        found += [entry | {name: each} for each in values if least <= each <= most]
-    return found
+        changed += [
+            (order, entry | {name: each})
+            for order, each in values
+            if isinstance(each, bool) or least <= each <= most
+        ]
+    return [each for _, each in sorted(changed, key=lambda pair: pair[0])]
 
 
 def _attention(place: Slot, capability: int) -> list[Entry]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
 
 from . import harness, timing, tune_place
 from .case import Run, Settings
-from .compile_only import compile_only, problems
 from .record import Row
 from .tune_case import TWO_PASSES, case_for, facts, label, with_rivals
 from .tune_slots import Entry, Slot
 
 Job = dict[str, Any]
 
+# the file that lists the compile cases of an op, where it is not the op's own
+_CASES = {"attention": "attention_aot", "fp8": "fp8_aot"}
 
-def compile_answer(job: Job, settings: Settings) -> dict[str, Any]:
-    """Compile what a measurement of the job's entry will launch; the row says what became of it."""
+
+def compile_answer(job: Job) -> dict[str, Any]:
+    """Compile what launches with the job's entry will ask for beyond the tables; no GPU is touched.
+
+    The entries of Triton's cache on disk are those that the launches look for (`_aot.source`). The row
+    says whether the kernels spill, do not fit or lack what the entry promises.
+    """
     place, (entry,) = Slot(job["op"], tuple(job["path"])), job["entries"]
     row = Row(
         suite="tune",
@@ -30,22 +37,59 @@ def compile_answer(job: Job, settings: Settings) -> dict[str, Any]:
         status="ok",
         tune=facts(place, job, "compiled", entry),
     )
-    kernels: list[Any] = []
+    found = problems(place, entry, job["dtype"], job["capability"])
+    if found:
+        row.status, row.reason = "failed", "; ".join(found)[:300]
+    return {"rows": [vars(row)]}
+
+
+def problems(place: Slot, entry: Entry, dtype: str, capability: int) -> list[str]:
+    """Why an entry must not be used on a GPU of this capability (90 for 9.0); empty when it may be."""
+    from ast_fast.kernels import _aot
+
+    cases = new_cases(place, entry, dtype, capability)
+    # limits are stated for the architectures that we compile for; a GPU between two has the older one's
+    arch = max(known for known in _aot.ARCHITECTURES if known <= capability)
+    found = []
+    for case in cases:
+        try:
+            report = _aot.compile_case(case, capability)
+        # the compiler fails in as many ways as it has passes
+        except Exception as error:
+            found.append(f"{case.name}: {timing.describe(error)}")
+        else:
+            wrong = _aot.problems(case, report._replace(arch=arch))
+            found += [f"{case.name}: {text}" for text in wrong]
+    return found
+
+
+def new_cases(place: Slot, entry: Entry, dtype: str, capability: int) -> list[Any]:
+    """The compile cases of an op that this entry adds to those of the table, in one dtype."""
+    module = importlib.import_module(f"ast_fast.kernels.{_CASES.get(place.op, place.op)}")
+    tune_place.put(None)
+    known = {_key(case) for case in module.aot_cases(capability)}
     try:
         tune_place.put(tune_place.Placement(place.op, place.path, entry))
-        for size in ("large", "small"):
-            case = case_for(place, job["capability"], settings, job["dtype"], size, job["variant"])
-            with compile_only() as found:
-                case.candidates[0].prepare([case.make_inputs(0)])(0)
-            kernels += found
-        wrong = problems(kernels, job["capability"])
-    except Exception as error:
-        wrong = [timing.describe(error)]
+        cases = module.aot_cases(capability)
     finally:
         tune_place.put(None)
-    if wrong:
-        row.status, row.reason = "failed", "; ".join(wrong)[:300]
-    return {"rows": [vars(row)]}
+    other = "fp16" if dtype == "bf16" else "bf16"
+    return [
+        case
+        for case in cases
+        if _key(case) not in known and not any(other in kind for kind in case.signature.values())
+    ]
+
+
+def _key(case: Any) -> tuple[str, ...]:
+    """What decides what is compiled."""
+    options = (case.num_warps, case.num_stages, case.maxnreg)
+    return (
+        case.fn.__name__,
+        str(sorted(case.signature.items())),
+        str(sorted(case.constexprs.items())),
+        str((case.divisible, options)),
+    )
 
 
 def tune_answer(job: Job, settings: Settings, ceilings: harness.Ceilings) -> dict[str, Any]:
