@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.text())
     if options.write:
         print(report.write())
-    return 0 if report.found else 1
+    return 0 if report.found.places() else 1
 
 
 if __name__ == "__main__":

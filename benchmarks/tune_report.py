@@ -81,7 +81,9 @@ class Report:
             what = " ".join((*use.key, use.size or "")).strip()
             said = "stays" if before == use.name else f"from {before} to"
             lines.append(f"use {what}: {said} {use.name} ({use.why})")
-        return "\n".join(lines) or "no measurement counts"
+        if not self.found.places():
+            lines.append("no committed configuration was measured: nothing can be picked")
+        return "\n".join(lines)
 
     def write(self) -> str:
         """Put the picks into the tables; what was written, a line each."""
