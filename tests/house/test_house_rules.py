@@ -39,6 +39,7 @@ FLOORS = (
         "patchout",
         "token_merging",
         "optimized",
+        "cuda_graphs",
         "graphs",
         "augment",
         "frontend",
