@@ -177,20 +177,17 @@ def streams(device: str, dtype: torch.dtype) -> None:
 def graph(device: str, dtype: torch.dtype) -> None:
     """A captured forward and backward replays to the same bits."""
     _need_cuda(device)
+    from ast_fast.cuda_graphs import CudaGraphs
+
     for name, step in _steps(device, dtype, 2, 1214):
         eager = step()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            results = step()
+        graphs = CudaGraphs()
+        graphs.warm_up(step)
+        results, replay = graphs.capture(step)
         for _ in range(3):
             for result in results:
                 result.fill_(float("nan"))
-            captured.replay()
+            replay()
             torch.cuda.synchronize()
             _same(name, eager, results)
 
