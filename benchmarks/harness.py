@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import sys
@@ -174,7 +175,7 @@ def _graphed(
         try:
             if case.mode == "backward":
                 # the forward of what was timed ran on another stream
-                graphs[name] = timing.capture_prepared(lambda name=name: prepares[name](inputs))
+                graphs[name] = timing.capture_prepared(functools.partial(prepares[name], inputs))
             else:
                 graphs[name] = timing.capture(run)
         except Exception as error:

@@ -28,6 +28,7 @@ GROUND = (
     "_containers",
     "_C",
     "labels",
+    "sample_rows",
     "seeding",
 )
 FLOORS = (
