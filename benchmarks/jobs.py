@@ -1,13 +1,15 @@
 """The jobs of a GPU run: small, named, serialisable, and each able to fail alone.
 
-A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s` and what its
-kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
+A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s`, perhaps `fresh` (it
+needs a process that has run nothing) and what its kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -96,6 +98,7 @@ def proof_jobs(settings: Settings) -> Iterator[Job]:
             "limit_s": _CASE_LIMIT_S,
             "name": name,
             "dtype": settings.dtypes[0],
+            "fresh": name in proofs.FRESH,
         }
 
 
@@ -265,7 +268,8 @@ class Runner:
         if job["action"] == "lose":
             # what a worker says after an illegal address: no call works from here on
             raise RuntimeError(f"CUDA error: {LOST}")
-        time.sleep(3600)
+        # in a child, as a sanitizer would
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(3600)"], check=True)
         return {"rows": []}
 
 
