@@ -13,7 +13,8 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, TypeVar
@@ -171,6 +172,45 @@ def forget_failures() -> None:
     _failures.clear()
 
 
+class Seen:
+    """What ran while `watch` watched."""
+
+    def __init__(self) -> None:
+        self.ran: dict[tuple[str, str], str] = {}  # op and direction to implementation
+        self.reasons: list[str] = []  # why calls did not go to the backend of ours
+
+    @property
+    def names(self) -> str:
+        """The implementations in words; the reference where no op had a choice."""
+        return ", ".join(dict.fromkeys(self.ran.values())) or "reference"
+
+
+_watching: list[Seen] = []
+
+
+@contextmanager
+def watch() -> Iterator[Seen]:
+    """Note which implementation each op runs in, on all threads, until the block ends."""
+    seen = Seen()
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching.remove(seen)
+
+
+def saw(op: str, direction: str, name: str) -> None:
+    """Tell whoever watches what ran."""
+    for seen in _watching:
+        seen.ran[op, direction] = name
+
+
+@constant_when_compiled
+def _saw_refusal(reason: str) -> None:
+    for seen in _watching:
+        seen.reasons.append(reason)
+
+
 def native(device_type: str) -> str:
     """The backend of ours for a kind of device."""
     return "triton" if device_type == "cuda" else "cpp"
@@ -203,6 +243,7 @@ def choose(op: str, load: Callable[[str], Any], lead: Tensor, *inputs: object) -
             f"backend {backend!r} was asked for and cannot run ast_fast.{op}: {reason}; "
             "use_backend('auto') falls back by itself"
         )
+    _saw_refusal(reason)
     nor = load(SDPA).unsupported(lead, *inputs) if op in SDPA_OPS else None
     if op in SDPA_OPS and nor is None:
         taken, where = SDPA, "PyTorch's fused attention (SDPA)"

@@ -35,7 +35,8 @@ class Settings:
     quick: bool = False  # few shapes
     tiny: bool = False  # shapes for a dry run: only the control flow matters
     peers: tuple[str, ...] | None = None  # None: all that can be imported
-    only: str = ""  # part of a case's title
+    without: tuple[str, ...] = ()  # peers that take no part all the same
+    only: tuple[str, ...] = ()  # parts of titles, one of which a case must have
 
     @property
     def ours(self) -> str:
@@ -49,6 +50,8 @@ class Settings:
 
     def wants(self, peer: str) -> bool:
         """Whether a peer was asked for, by its name or a pattern such as `sdpa*`."""
+        if any(fnmatch.fnmatchcase(peer, name) for name in self.without):
+            return False
         return self.peers is None or any(fnmatch.fnmatchcase(peer, name) for name in self.peers)
 
 
@@ -95,6 +98,18 @@ class Case:
         """Name, mode, shape and dtype in one line."""
         sizes = " ".join(f"{key}{value}" for key, value in self.shape.items())
         return f"{self.suite}/{self.name} {self.mode} {sizes} {self.dtype}"
+
+
+def texts(given: str) -> tuple[str, ...]:
+    """Texts of a comma-separated list."""
+    return tuple(text.strip() for text in given.split(",") if text.strip())
+
+
+def listed(title: str, only: Sequence[str]) -> bool:
+    """Whether a title has one of some texts or matches one of some patterns; none asks for all."""
+    return not only or any(
+        text in title or fnmatch.fnmatchcase(title, f"*{text}*") for text in only
+    )
 
 
 def generator(seed: int, device: str) -> torch.Generator:

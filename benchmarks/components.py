@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from . import ceilings, environment, harness, record, suites, timing
-from .case import Case, Run, Settings
+from .case import Case, Run, Settings, listed, texts
 from .models import DEPTH, SIZES, num_tokens
 from .run import default_backend
 from .table import duration
@@ -272,12 +272,12 @@ def text(rows: Sequence[record.Row]) -> str:
     return "\n".join(lines)
 
 
-def chosen(names: Sequence[str], settings: Settings, only: str) -> Iterator[Case]:
-    """Cases whose title has the text; else the first of each suite and dtype."""
+def chosen(names: Sequence[str], settings: Settings, only: Sequence[str]) -> Iterator[Case]:
+    """Cases whose titles have one of the texts; else the first of each suite and dtype."""
     for name in names:
         seen: set[str] = set()
         for case in suites.load(name, settings):
-            if only in case.title if only else case.dtype not in seen:
+            if listed(case.title, only) if only else case.dtype not in seen:
                 seen.add(case.dtype)
                 yield case
 
@@ -286,7 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.components")
     parser.add_argument("--suite", default="inference,training")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose title has this")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT,...", help="cases whose title has one of these"
+    )
     parser.add_argument("--dtype", default="f32,bf16")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -314,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     good = True
     with use_backend(settings.backend):
-        for case in chosen(suites.names(options.suite), settings, options.only):
+        for case in chosen(suites.names(options.suite), settings, texts(options.only)):
             rows = split(case, settings, tops, 2 if options.tiny else DEPTH)
             print(f"\n{case.title}\n{text(rows)}", flush=True)
             good = good and rows[0].status == "ok"

@@ -114,7 +114,9 @@ def _run(*command: str) -> str:
 
 def commit() -> tuple[str, bool]:
     """The checkout's commit, `unknown` outside of one, and whether watched files differ from it."""
-    revision = _run("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    # a copy of the checkout without its .git may be told its commit
+    told = os.environ.get("AST_FAST_COMMIT", "")[:12]
+    revision = _run("git", "rev-parse", "--short=12", "HEAD") or told or "unknown"
     watched = ("ast_fast", "kernels", "csrc", "benchmarks/*.py", "benchmarks/suites")
     changed = bool(_run("git", "status", "--porcelain", "--untracked-files=no", "--", *watched))
     return revision, changed

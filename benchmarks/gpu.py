@@ -1,35 +1,46 @@
 """One command for any CUDA machine with PyTorch and Triton: is it right, and how fast is it.
 
-    python -m benchmarks.gpu [--suite a,b] [--minutes 9] [--out DIR] [--dry-run]
+    python -m benchmarks.gpu [--minutes 9.5] [--out DIR] [--only TEXT,...] [--dry-run]
+    python -m benchmarks.gpu --suite checks,attention       some parts, as long as there is time
+    python -m benchmarks.gpu --unpack results.tar.gz        the result files of a run elsewhere
 
-Prints the device and its ceilings, checks every op and the whole model at full size in every dtype,
-runs every committed kernel configuration, then measures the suites, most important first, until the
-time is up. Results are rewritten after every job: a run that is cut off leaves what it measured. A job
-that raises, crashes or hangs is recorded as failed and the rest goes on in a new process.
+Without --suite it follows the plan of plan.py, most important first: proofs, checks, kernels, tuning, whole
+models. Each job runs in a process that is replaced if the job crashes it, hangs it or loses the device; each
+step ends when its time is up. Everything found is packed into DIR/results.tar.gz every half minute and at
+the end, and the run ends inside its limit by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import jobs, pool, record, suites, table, tuned
-from .case import Settings
+from . import archive, jobs, plan, pool, record, suites
+from .background import Background, Watchdog, warming
+from .book import Book
+from .case import Settings, texts
 
-# checks may take this share of the time before the first suite is measured; what is left of them
-# comes after the suites
+Now = Callable[[], float]
+# with --suite, checks may take this share of the time before the first suite is measured; what is left
+# of them comes after the suites
 _CHECK_SHARE = 0.4
-# checks do not measure time, so several processes compile and run side by side
-_CHECK_SLOTS = 4
+# how long a job may outlast its step
+_GRACE_S = 2.0
+_DEVICE_GRACE_S = 60.0
+# kept at the end of a run for its summary; less is left when the watchdog bites
+_LAST_S = 6.0
+_WATCHDOG_S = 3.0
 # importing or compiling the others would take longer than everything else of a dry run
 _DRY_RUN_PEERS = ("torch", "sdpa", "sdpa-padded", "loop")
 _DRY_RUN_CASES = 2  # a suite
-PHASES = ("checks", "tuned", "proofs", *suites.SUITES)
+PHASES = ("smoke", "checks", "tuned", "proofs", *suites.SUITES)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,14 +50,23 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--suite", default="all", help=f"all, or some of {', '.join(PHASES)}")
-    made.add_argument("--minutes", type=float, default=9.0, help="time limit (default 9)")
-    made.add_argument("--out", type=Path, default=record.RESULTS, help="folder of result files")
+    made.add_argument("--suite", help=f"instead of the plan: all, or some of {', '.join(PHASES)}")
+    made.add_argument(
+        "--minutes", type=float, default=plan.MINUTES, help="time limit (default %(default)s)"
+    )
+    made.add_argument("--out", type=Path, default=record.RESULTS, help="folder of results.tar.gz")
     made.add_argument("--dtype", default="bf16,f16,f32", help="most important first")
-    made.add_argument("--only", default="", metavar="TEXT", help="jobs whose title has this text")
+    made.add_argument(
+        "--only", default="", metavar="TEXT,...", help="jobs whose titles have one of these"
+    )
+    made.add_argument("--compiled", action="store_true", help="peers under torch.compile too")
     made.add_argument("--quick", action="store_true", help="fewer shapes")
     made.add_argument(
         "--dry-run", action="store_true", help="the whole control flow on a CPU, tiny shapes"
+    )
+    made.add_argument("--list", action="store_true", help="print the plan's jobs and stop")
+    made.add_argument(
+        "--unpack", type=Path, metavar="FILE", help="put an archive's result files into --out"
     )
     return made
 
@@ -57,7 +77,7 @@ def phases(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: a name is unknown.
     """
-    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    wanted = texts(text)
     unknown = sorted(set(wanted) - {*PHASES, "all"})
     if unknown or not wanted:
         raise ValueError(
@@ -67,105 +87,22 @@ def phases(text: str) -> tuple[str, ...]:
     return PHASES if "all" in wanted else tuple(name for name in PHASES if name in wanted)
 
 
-class Book:
-    """The result files of a run, one a group, and what is printed."""
-
-    def __init__(self, out: Path, asked: dict[str, Any], shown: bool = True) -> None:
-        self.out = out
-        self.asked = asked
-        self.environment: dict[str, Any] = {}
-        self.ceilings: dict[str, float] = {}
-        self.files: dict[str, record.ResultFile] = {}
-        self.shown = shown
-
-    def add(self, job: jobs.Job, answer: dict[str, Any]) -> None:
-        """Keep the answer of one job and write its file."""
-        if job["kind"] == "device":
-            self._head(answer)
-            return
-        rows = [record.Row(**row) for row in answer["rows"]]
-        self._file(job["group"]).rows += rows
-        self._write(job["group"])
-        bad = [row for row in rows if row.status in ("wrong", "failed")]
-        if job["kind"] == "case":
-            self._say(f"\n{job['title']}\n{table.text(rows)}")
-        else:
-            state = "ok" if not bad else f"{len(bad)} of {len(rows)} NOT OK"
-            took = f", {answer['seconds']:.1f} s" if "seconds" in answer else ""
-            self._say(f"{job['title']}: {state}{took}")
-            for row in bad:
-                self._say(f"    {row.case} {row.dtype}: {row.status}, {row.reason}")
-
-    def late(self, left: list[jobs.Job]) -> None:
-        """List what did not fit in the time."""
-        for job in left:
-            self._file(job["group"]).rows.append(jobs.failed_row(job, "out of time", "late"))
-        for group in {job["group"] for job in left}:
-            self._write(group)
-
-    def _head(self, answer: dict[str, Any]) -> None:
-        if "environment" not in answer:
-            raise RuntimeError(f"the device does not answer: {answer['rows'][0]['reason']}")
-        self.environment, self.ceilings = answer["environment"], answer["ceilings"]
-        facts = self.environment
-        names = ("device_name", "driver", "torch", "cuda", "commit", "date")
-        self._say(", ".join(f"{name} {facts[name]}" for name in names if facts.get(name)))
-        self._say(", ".join(f"{name} {value:.4g}" for name, value in self.ceilings.items()))
-
-    def _file(self, group: str) -> record.ResultFile:
-        if group not in self.files:
-            self.files[group] = record.ResultFile(
-                suite=group,
-                environment=self.environment,
-                settings=self.asked,
-                ceilings=self.ceilings,
-            )
-        return self.files[group]
-
-    def _write(self, group: str) -> None:
-        name = record.file_name(self.environment, group)
-        self.files[group].write(self.out / name)
-
-    def _say(self, text: str) -> None:
-        if self.shown:
-            print(text, flush=True)
-
-    def summary(self) -> str:
-        """Counts a group, the failures, and the fastest configurations."""
-        lines = ["", "summary"]
-        for group, file in self.files.items():
-            states = [row.status for row in file.rows]
-            counts = ", ".join(
-                f"{states.count(state)} {state}" for state in record.STATUSES if state in states
-            )
-            lines.append(f"  {group}: {counts}")
-        if "tuned" in self.files:
-            rows = [vars(row) for row in self.files["tuned"].rows]
-            lines += ["fastest configurations", *(f"  {line}" for line in tuned.fastest(rows))]
-        return "\n".join(lines)
-
-    @property
-    def good(self) -> bool:
-        """Whether none of our results was wrong or failed."""
-        return not any(
-            row.status in ("wrong", "failed") and row.provider.startswith("ast_fast")
-            for file in self.files.values()
-            for row in file.rows
-        )
-
-
 def settings_of(options: argparse.Namespace) -> Settings:
     """Settings of a real or a dry run.
 
     Raises:
-        ValueError: there is no GPU, or a dtype is unknown.
+        ValueError: there is no GPU, a dtype is unknown, or there is no time.
     """
     import torch
 
-    dtypes = tuple(options.dtype.split(","))
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes {options.minutes}: expected more than 0")
+    dtypes = texts(options.dtype)
     unknown = sorted(set(dtypes) - {"bf16", "f16", "f32"})
-    if unknown:
-        raise ValueError(f"--dtype: unknown {', '.join(unknown)}; expected some of bf16, f16, f32")
+    if unknown or not dtypes:
+        named = ", ".join(unknown) or "(none given)"
+        raise ValueError(f"--dtype: unknown {named}; expected some of bf16, f16, f32")
+    only = texts(options.only)
     if options.dry_run:
         from .run import default_backend
 
@@ -174,31 +111,31 @@ def settings_of(options: argparse.Namespace) -> Settings:
             backend=default_backend("cpu"),
             tiny=True,
             peers=_DRY_RUN_PEERS,
-            only=options.only,
+            only=only,
         )
+    if options.list and not torch.cuda.is_available():
+        return Settings(device="cuda", dtypes=dtypes, backend="triton", only=only)
     if not torch.cuda.is_available():
         raise ValueError(
-            "this PyTorch sees no CUDA device; --dry-run shows the control flow on a CPU, and "
-            "`python -m benchmarks.run --device cpu` measures a CPU"
+            "this PyTorch sees no CUDA device; --dry-run shows the control flow on a CPU, --list "
+            "the plan, and `python -m benchmarks.run --device cpu` measures a CPU"
         )
     if torch.cuda.get_device_capability() < (8, 0):
         dtypes = tuple(dtype for dtype in dtypes if dtype != "bf16")
-    return Settings(
-        device="cuda", dtypes=dtypes, backend="triton", quick=options.quick, only=options.only
-    )
+    return Settings(device="cuda", dtypes=dtypes, backend="triton", quick=options.quick, only=only)
 
 
-def plan(chosen: Sequence[str], settings: Settings, dry_run: bool) -> list[list[jobs.Job]]:
-    """Jobs in three lists: checks to run first, suites, and checks that may wait."""
+def three_lists(chosen: Sequence[str], settings: Settings, dry_run: bool) -> list[list[jobs.Job]]:
+    """Of chosen phases: checks to run first, suites, and checks that may wait."""
     first: list[jobs.Job] = []
     later: list[jobs.Job] = []
+    if "smoke" in chosen:
+        first += jobs.smoke_jobs(settings, 60)
     if "checks" in chosen:
         lead, *others = [*settings.dtypes, *(["tf32"] if settings.cuda else [])]
         first += jobs.check_jobs(settings, lead)
         for precision in others:
             later += jobs.check_jobs(settings, precision)
-    if dry_run and "checks" in chosen:
-        first += jobs.probe_jobs()
     if "tuned" in chosen:
         configurations = list(_tuned_jobs(settings))
         first += [job for job in configurations if _leads(job, settings)]
@@ -214,20 +151,12 @@ def plan(chosen: Sequence[str], settings: Settings, dry_run: bool) -> list[list[
     # 16-bit of every suite before float32 of any
     order = {dtype: place for place, dtype in enumerate(settings.dtypes)}
     measured.sort(key=lambda job: order.get(job["dtype"], 9))
-    lists = [first, measured, later]
-    only = settings.only
-    return [[job for job in jobs_ if not only or only in job["title"]] for jobs_ in lists]
+    return [plan.chosen(jobs_, settings.only) for jobs_ in (first, measured, later)]
 
 
 def _tuned_jobs(settings: Settings) -> list[jobs.Job]:
-    capability = 90
-    if settings.cuda:
-        import torch
-
-        major, minor = torch.cuda.get_device_capability()
-        capability = major * 10 + minor
     try:
-        found = list(jobs.tuned_jobs(settings, capability))
+        found = list(jobs.tuned_jobs(settings, _capability(settings)))
     except (ImportError, ValueError) as error:
         print(f"configurations cannot be listed: {error}")
         return []
@@ -238,16 +167,105 @@ def _tuned_jobs(settings: Settings) -> list[jobs.Job]:
     return found
 
 
+def _capability(settings: Settings) -> int:
+    import torch
+
+    if not settings.cuda or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
 def _leads(job: jobs.Job, settings: Settings) -> bool:
     """Whether a configuration serves the model in the leading dtype."""
     return f" {settings.dtypes[0]} " in job["title"]
 
 
-def execute(options: argparse.Namespace, settings: Settings, chosen: Sequence[str]) -> int:
-    """Run the plan within the time limit; exit status 1 if one of our results was not ok."""
-    started = time.monotonic()
-    total = options.minutes * 60
-    end = started + total
+class Run:
+    """One run: its clock, its book, its workers."""
+
+    def __init__(
+        self, options: argparse.Namespace, settings: Settings, book: Book, now: Now
+    ) -> None:
+        self.options, self.settings, self.book, self.now = options, settings, book, now
+        self.started = now()
+        self.end = self.started + options.minutes * 60 - _LAST_S
+        self.known = plan.Known(settings, options.dry_run, _capability(settings))
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.now() - self.started
+
+    def device(self, workers: Any, deadline: float) -> None:
+        """Ask where we are; everything else needs the answer.
+
+        Raises:
+            RuntimeError: the device does not answer.
+        """
+        # a cold disk may take its time over the first import: without an answer there is no run
+        asked = [jobs.device_job()]
+        workers.run(asked, self.book.add, slots=1, deadline=deadline, grace_s=_DEVICE_GRACE_S)
+        if not self.book.environment:
+            raise RuntimeError("no time was left to look at the device: raise --minutes")
+        self.known.ceilings = self.book.ceilings
+
+    def follow(self, steps: Sequence[plan.Step], workers: Any, make_pool: Any, stop: Any) -> None:
+        """Every step of the plan in its time; what goes wrong in one is recorded, and the next begins."""
+        lead, *others = steps
+        self.device(workers, self.started + lead.end(self.options.minutes))
+        self.book.steps.append(f"{lead.name}: {self.elapsed():.0f} s")
+        for step in others:
+            began = self.elapsed()
+            if step.quiet:
+                stop()
+            try:
+                line = self._step(step, workers, make_pool, began)
+            except Exception as error:
+                line = f"broke off: {type(error).__name__}: {error}"
+            self.known.digests = self.book.digests
+            done = f"{step.name}: {line}; {began:.0f} s to {self.elapsed():.0f} s"
+            self.book.steps.append(done)
+            self.book.say(f"== {done}")
+
+    def _step(self, step: plan.Step, workers: Any, make_pool: Any, began: float) -> str:
+        found = plan.chosen(step.jobs(self.known), self.settings.only)
+        for job in found:
+            job["ceilings"] = self.known.ceilings
+        deadline = min(self.end, self.started + step.end(self.options.minutes, began))
+        slots = 1 if self.options.dry_run else step.slots
+        extra = step.extra(self.known)
+        if extra is None:
+            left = self._in(workers, found, slots, deadline)
+        else:
+            with make_pool(extra) as own:
+                left = self._in(own, found, slots, deadline)
+        self.book.late(left)
+        return f"{len(found) - len(left)} of {len(found)} jobs"
+
+    def _in(self, workers: Any, found: list[jobs.Job], slots: int, deadline: float) -> Any:
+        return workers.run(found, self.book.add, slots=slots, deadline=deadline, grace_s=_GRACE_S)
+
+    def take(self, chosen: Sequence[str], workers: Any) -> None:
+        """Chosen phases: checks, suites, the remaining checks, as long as there is time."""
+        self.device(workers, self.end)
+        first, measured, later = three_lists(chosen, self.settings, self.options.dry_run)
+        for job in (*first, *measured, *later):
+            job["ceilings"] = self.known.ceilings
+        slots = 1 if self.options.dry_run else plan.CHECK_SLOTS
+        share = _CHECK_SHARE if measured else 1.0
+        checks_end = min(self.end, self.started + share * (self.end - self.started))
+        left = self._in(workers, first, slots, checks_end)
+        late = self._in(workers, measured, 1, self.end)
+        self.book.late(late + self._in(workers, [*left, *later], slots, self.end))
+
+
+def execute(
+    options: argparse.Namespace,
+    settings: Settings,
+    chosen: Sequence[str] | None,
+    now: Now = time.monotonic,
+) -> int:
+    """Run within the time limit; exit status 1 if one of our results was not ok."""
     asked = {"minutes": options.minutes, "backend": settings.backend, "dry_run": options.dry_run}
     limits = {"seconds": 2.0, "min_rounds": 5, "max_rounds": 25, "sample_ms": 5.0}
     if options.dry_run:
@@ -258,37 +276,51 @@ def execute(options: argparse.Namespace, settings: Settings, chosen: Sequence[st
         "limits": limits,
         "threads": 1 if options.dry_run else 0,
     }
-    book = Book(options.out, asked | limits)
-    with pool.Pool(setup) as workers:
-        late = _run_phases(workers, book, options, settings, chosen, (started, end))
-    book.late(late)
-    print(book.summary())
-    print(f"{time.monotonic() - started:.0f} s of {total:.0f} s; results in {options.out}")
+    with tempfile.TemporaryDirectory(prefix="ast_fast_gpu_") as name:
+        folder = Path(name)
+        book = Book(folder, asked | limits)
+
+        def make_pool(extra: Any = None) -> pool.Pool:
+            return pool.Pool(setup, extra, folder, now)
+
+        run = Run(options, settings, book, now)
+        with archive.Archive(folder, options.out) as packed:
+
+            def last_words() -> None:
+                book.say(book.summary())
+                book.say(f"{run.elapsed():.0f} s of {options.minutes * 60:.0f} s; {packed.path}")
+
+                packed.pack()
+
+            def cut_off() -> None:
+                book.say("the run did not end by itself and is cut off")
+                last_words()
+
+            with (
+                Watchdog(options.minutes * 60 - _WATCHDOG_S, cut_off),
+                Background(warming(run.known), folder) as background,
+                make_pool() as workers,
+            ):
+                try:
+                    if chosen is None:
+                        steps = plan.steps(options.dry_run)
+                        run.follow(steps, workers, make_pool, background.stop)
+                    else:
+                        run.take(chosen, workers)
+                finally:
+                    # before the workers are ended, which may take seconds
+                    last_words()
     return 0 if book.good else 1
 
 
-def _run_phases(
-    workers: pool.Pool,
-    book: Book,
-    options: argparse.Namespace,
-    settings: Settings,
-    chosen: Sequence[str],
-    limits: tuple[float, float],
-) -> list[jobs.Job]:
-    """Device, checks, suites, the remaining checks; returns what did not fit in the time."""
-    started, end = limits
-    workers.run([jobs.device_job()], book.add, slots=1, deadline=end)
-    if not book.environment:
-        raise RuntimeError("no time was left to look at the device: raise --minutes")
-    first, measured, later = plan(chosen, settings, options.dry_run)
-    for job in (*first, *measured, *later):
-        job["ceilings"] = book.ceilings
-    slots = 1 if options.dry_run else _CHECK_SLOTS
-    share = _CHECK_SHARE if measured else 1.0
-    checks_end = min(end, started + share * (end - started))
-    left = workers.run(first, book.add, slots=slots, deadline=checks_end)
-    late = workers.run(measured, book.add, slots=1, deadline=end)
-    return late + workers.run([*left, *later], book.add, slots=slots, deadline=end)
+def print_plan(settings: Settings, minutes: float) -> None:
+    """The steps, their ends, and the titles of their jobs."""
+    known = plan.Known(settings)
+    for step in plan.steps():
+        end = step.end(minutes)
+        print(f"until {int(end // 60)}:{int(end % 60):02d}  {step.name}, {step.slots} at a time")
+        for job in plan.chosen(step.jobs(known), settings.only):
+            print(f"    {job['title']}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,11 +328,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser()
     options = made.parse_args(arguments)
     try:
-        chosen = phases(options.suite)
+        if options.unpack is not None:
+            for path in archive.unpack(options.unpack, options.out):
+                print(path)
+            return 0
+        chosen = None if options.suite is None else phases(options.suite)
         settings = settings_of(options)
     except ValueError as error:
         made.error(str(error))
-    return execute(options, settings, chosen)
+    if chosen is None:
+        settings = plan.settings_of_plan(settings, options.compiled)
+    elif not options.compiled:
+        settings = dataclasses.replace(settings, without=plan.COMPILED)
+    if options.list:
+        print_plan(settings, options.minutes)
+        return 0
+    # a machine that is taken away asks first: what was found is packed all the same
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return execute(options, settings, chosen)
+    except RuntimeError as error:
+        print(f"{made.prog}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

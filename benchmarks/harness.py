@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import math
 import sys
@@ -43,8 +45,15 @@ def num_copies(case: Case, one: Inputs, device: str) -> int:
     return max(1, min(_MAX_COPIES, math.ceil(_COLD_BYTES[device] / max(size, 1))))
 
 
-def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run], list[Inputs]]:
+def check(
+    case: Case, settings: Settings, *, alone: bool = False
+) -> tuple[dict[str, Row], dict[str, Run], list[Inputs]]:
     """Compare every candidate with the oracle.
+
+    Args:
+        case: what to compare.
+        settings: who takes part.
+        alone: nothing will be timed, so only what is checked is made ready.
 
     Returns:
         A row per candidate with its error, what may be timed of those that are right, and the inputs.
@@ -52,8 +61,8 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
     gate_inputs = (case.make_gate_inputs or case.make_inputs)(0)
     expected = expected_outputs(case, gate_inputs)
     shared = case.make_gate_inputs is None
-    inputs = [gate_inputs] if shared else [case.make_inputs(0)]
-    copies = num_copies(case, inputs[0], settings.device)
+    inputs = [gate_inputs] if shared or alone else [case.make_inputs(0)]
+    copies = 1 if alone else num_copies(case, inputs[0], settings.device)
     inputs += [case.make_inputs(seed) for seed in range(1, copies)]
     verdicts: dict[str, Verdict] = {}
     runs: dict[str, Run] = {}
@@ -72,7 +81,7 @@ def check(case: Case, settings: Settings) -> tuple[dict[str, Row], dict[str, Run
             else:
                 probe = candidate.prepare(inputs)
             if timed:
-                same = shared and candidate.prepare_gate is None
+                same = alone or (shared and candidate.prepare_gate is None)
                 runs[name] = probe if same else candidate.prepare(inputs)
         except Skipped as reason:
             rows[name] = blank(case, name, "skipped", str(reason))
@@ -110,7 +119,7 @@ def measure(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     try:
-        rows, runs, _inputs = check(case, settings)
+        rows, runs, inputs = check(case, settings)
     except Exception as error:  # inputs or oracle: out of memory, say
         return [blank(case, case.candidates[0].name, "failed", timing.describe(error))]
     for row in rows.values():
@@ -119,7 +128,7 @@ def measure(
     clock = timing.clock_for(settings.device)
     result = timed(case, rows, runs, clock, limits, settings, ceilings)
     if case.graph and settings.cuda:
-        result += _graphed(case, rows, runs, limits, settings, ceilings)
+        result += _graphed(case, rows, runs, inputs[:1], limits, settings, ceilings)
     return result
 
 
@@ -157,12 +166,14 @@ def _graphed(
     case: Case,
     rows: dict[str, Row],
     runs: dict[str, Run],
+    inputs: list[Inputs],
     limits: timing.Limits,
     settings: Settings,
     ceilings: Ceilings,
 ) -> list[Row]:
-    """The same as CUDA graphs."""
+    """The same as CUDA graphs, which replay the first call."""
     graphs, again = {}, {}
+    prepares = {candidate.name: candidate.prepare for candidate in case.candidates}
     for name, run in runs.items():
         if rows[name].status != "ok":
             continue
@@ -170,13 +181,19 @@ def _graphed(
         again[name].error, again[name].budget = rows[name].error, rows[name].budget
         again[name].worst, again[name].clock = rows[name].worst, "graph"
         try:
-            graphs[name] = timing.capture(run)
+            if case.mode == "backward":
+                # the forward of what was timed ran on another stream
+                graphs[name] = timing.capture_prepared(functools.partial(prepares[name], inputs))
+            else:
+                graphs[name] = timing.capture(run)
         except Exception as error:
             again[name].status, again[name].reason = (
                 "failed",
                 f"as a graph: {timing.describe(error)}",
             )
-            torch.cuda.synchronize()
+            # where the device is lost the others say so themselves
+            with contextlib.suppress(Exception):
+                torch.cuda.synchronize()
     done = timed(case, again, graphs, timing.EventClock(), limits, settings, ceilings)
     for row in done:
         row.clock = "graph"

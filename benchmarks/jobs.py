@@ -1,18 +1,20 @@
 """The jobs of a GPU run: small, named, serialisable, and each able to fail alone.
 
-A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s` and what its
-kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
+A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s`, perhaps `fresh` (it
+needs a process that has run nothing) and what its kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import ceilings, environment, harness, proofs, suites, tune_work, tuned
+from . import ceilings, environment, harness, proofs, smoke, suites, tune_work, tuned
 from .case import DTYPES, Settings, Skipped
 from .record import Row
 from .timing import Limits, describe
@@ -21,11 +23,26 @@ Job = dict[str, Any]
 
 _CHECK_LIMIT_S = 150
 _CASE_LIMIT_S = 240
+# in the message of an error after which the worker is as good as dead
+LOST = "an illegal memory access was encountered"
 
 
 def device_job() -> Job:
     """Where we are and what the machine can do."""
     return {"kind": "device", "title": "device and ceilings", "group": "device", "limit_s": 120}
+
+
+def smoke_jobs(settings: Settings, limit_s: float) -> Iterator[Job]:
+    """One job an op: a small forward and backward."""
+    for name in smoke.checks(settings.backend):
+        yield {
+            "kind": "smoke",
+            "title": f"smoke {name} {settings.dtypes[0]}",
+            "group": "smoke",
+            "limit_s": limit_s,
+            "name": name,
+            "dtype": settings.dtypes[0],
+        }
 
 
 def check_jobs(settings: Settings, precision: str) -> Iterator[Job]:
@@ -43,7 +60,9 @@ def check_jobs(settings: Settings, precision: str) -> Iterator[Job]:
     # the front end computes in float32 whatever the model does
     also = ("frontend",) if precision == settings.dtypes[0] else ()
     for suite in ("inference", "training", *also):
-        for index, title in enumerate(_titles(suite, settings, (dtype,))[:2]):
+        titles = enumerate(_titles(suite, settings, (dtype,)))
+        # a case with a compiled peer is the same check of ours again
+        for index, title in [pair for pair in titles if "compile" not in pair[1]][:2]:
             yield {
                 "kind": "gate",
                 "title": f"check {title}" + (" tf32" if precision == "tf32" else ""),
@@ -79,6 +98,7 @@ def proof_jobs(settings: Settings) -> Iterator[Job]:
             "limit_s": _CASE_LIMIT_S,
             "name": name,
             "dtype": settings.dtypes[0],
+            "fresh": name in proofs.FRESH,
         }
 
 
@@ -102,10 +122,10 @@ def case_jobs(settings: Settings, suite: str) -> Iterator[Job]:
 
 
 def probe_jobs() -> Iterator[Job]:
-    """What must not end a run: a Python error, the death of a process, a hang. For dry runs."""
-    for action in ("raise", "exit", "hang"):
+    """What must not end a run: an error, the death of a process, a lost device, a hang. For dry runs."""
+    for action in ("raise", "exit", "lose", "hang"):
         title = f"probe: {action}"
-        yield {"kind": "probe", "title": title, "group": "checks", "limit_s": 3, "action": action}
+        yield {"kind": "probe", "title": title, "group": "probes", "limit_s": 3, "action": action}
 
 
 def _titles(suite: str, settings: Settings, dtypes: tuple[str, ...]) -> list[str]:
@@ -144,6 +164,7 @@ class Runner:
         """Rows of one job as plain values; errors become failed rows."""
         kinds: dict[str, Callable[[Job], dict[str, Any]]] = {
             "device": self._device,
+            "smoke": self._smoke,
             "op": self._op,
             "gate": self._gate,
             "tuned": self._tuned,
@@ -166,6 +187,15 @@ class Runner:
         tops = ceilings.measure(self.settings.device, tuple(DTYPES), self.settings.tiny)
         return {"rows": [], "environment": facts, "ceilings": tops}
 
+    def _smoke(self, job: Job) -> dict[str, Any]:
+        found, digests = smoke.run(job["name"], self.settings, job["dtype"])
+        rows = check_rows(found, job["dtype"], "smoke")
+        changed = smoke.differences(digests, job.get("before", {}))
+        for row in rows:
+            if changed and row.status == "ok":
+                row.reason = f"finding: other bits than {job['what']} in {', '.join(changed)}"
+        return {"rows": [vars(row) for row in rows], "digests": digests}
+
     def _op(self, job: Job) -> dict[str, Any]:
         from ast_fast.equivalence import run_ops
 
@@ -180,8 +210,8 @@ class Runner:
         with run_ops.tf32(job["precision"] == "tf32"):
             case = dataclasses.replace(self._find(job), tf32=job["precision"] == "tf32")
             # plain PyTorch, the yardstick, takes part whatever peers are asked for
-            alone = dataclasses.replace(self.settings, peers=("none",))
-            rows, _, _ = harness.check(case, alone)
+            ours = dataclasses.replace(self.settings, peers=("none",))
+            rows, _, _ = harness.check(case, ours, alone=True)
         for row in rows.values():
             row.suite = "checks"
             if job["precision"] == "tf32":
@@ -212,7 +242,8 @@ class Runner:
 
     def _case(self, job: Job) -> dict[str, Any]:
         case = self._find(job)
-        rows = harness.measure(case, self.settings, self.ceilings, self.limits, say=lambda _: None)
+        limits = Limits(**job["limits"]) if "limits" in job else self.limits
+        rows = harness.measure(case, self.settings, self.ceilings, limits, say=lambda _: None)
         return {"rows": [vars(row) for row in rows]}
 
     def _find(self, job: Job) -> harness.Case:
@@ -224,7 +255,11 @@ class Runner:
             raise RuntimeError("asked to raise")
         if job["action"] == "exit":
             os._exit(7)
-        time.sleep(3600)
+        if job["action"] == "lose":
+            # what a worker says after an illegal address: no call works from here on
+            raise RuntimeError(f"CUDA error: {LOST}")
+        # in a child, as a sanitizer would
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(3600)"], check=True)
         return {"rows": []}
 
 
@@ -233,7 +268,7 @@ def failed_row(job: Job, reason: str, status: str = "failed") -> Row:
     return Row(
         suite=job["group"],
         case=job["title"],
-        mode="check" if job["group"] in ("checks", "tuned", "proofs") else "job",
+        mode="check" if job["group"] in ("smoke", "checks", "tuned", "proofs") else "job",
         shape={},
         dtype=job.get("dtype", job.get("precision", "")),
         # a probe's failure is what a dry run wants to see
@@ -251,12 +286,17 @@ def op_rows(case: Any, precision: str, settings: Settings, run_ops: Any) -> list
     found = run_ops.run_op_case(
         case, torch.device(settings.device), dtype, settings.backend, precision == "tf32"
     )
+    return check_rows(found, precision, "checks")
+
+
+def check_rows(found: Sequence[Any], precision: str, suite: str) -> list[Row]:
+    """Rows of the equivalence checks as rows of a result file."""
     rows = []
     for item in found:
         note = f"worst entry {item.error[0]:.3g} of {item.budget[0]:.3g}, rel l2 {item.error[1]:.3g} of "
         note += f"{item.budget[1]:.3g}"
         row = Row(
-            suite="checks",
+            suite=suite,
             case=f"{item.what} {item.shape}",
             mode="check",
             shape={},

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import ceilings, environment, harness, peers, record, suites, table
-from .case import Settings
+from .case import Settings, listed, texts
 from .timing import Limits
 
 
@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     made.add_argument("--dtype", default="f32,bf16", help="some of f32, bf16, f16, bf16-amp")
     made.add_argument("--backend", choices=("triton", "cpp", "reference"), help="of our ops")
-    made.add_argument("--only", default="", metavar="TEXT", help="cases whose title has this text")
+    made.add_argument(
+        "--only", default="", metavar="TEXT,...", help="cases whose title has one of these"
+    )
     made.add_argument("--seconds", type=float, default=8.0, help="time a case (least rounds aside)")
     made.add_argument(
         "--minutes", type=float, help="stop after this long; the rest is listed as late"
@@ -73,7 +75,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         backend=options.backend or default_backend(device),
         quick=options.quick,
         peers=peers.names(options.peers),
-        only=options.only,
+        only=texts(options.only),
     )
 
 
@@ -133,7 +135,7 @@ def execute(chosen: Sequence[str], settings: Settings, options: argparse.Namespa
         file = record.ResultFile(suite=name, environment=facts, settings=asked, ceilings=tops)
         path = options.out / record.file_name(facts, name)
         for case in suites.load(name, settings):
-            if settings.only and settings.only not in case.title:
+            if not listed(case.title, settings.only):
                 continue
             print(f"\n{case.title}", flush=True)
             if deadline is not None and time.monotonic() > deadline:

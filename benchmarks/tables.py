@@ -71,7 +71,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu-block": ("cpu", ("block", "patch_embed"), ("torch", "torch-compile")),
     "cpu-decisions": ("cpu", ("decisions",), ("torch", "rows", "residual by oneDNN", "bytes")),
     "cpu-summary": ("cpu", _MEASURED, ()),
-    "gpu-checks": ("cuda", ("checks", "tuned", "proofs"), ()),
+    "gpu-checks": ("cuda", ("smoke", "checks", "tuned", "proofs"), ()),
+    "gpu-decisions": ("cuda", ("decisions",), ("torch",)),
     "gpu-attention": (
         "cuda",
         ("attention",),

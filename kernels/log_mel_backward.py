@@ -191,7 +191,7 @@ def wave_gradient(
     num_frames = min(dy.shape[1], whole)
     if wave.numel() == 0 or num_frames <= 0:
         return dwave.zero_()
-    dy, wave = last_dim_contiguous(dy), last_dim_contiguous(wave)
+    dy = last_dim_contiguous(dy)
     num_clips, num_mel = wave.shape[0], dy.shape[2]
     op = operator(tables, wave.device)
     rows, cols = op.dense.shape[0], op.dense.shape[1] // 2

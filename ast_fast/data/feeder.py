@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from ..sample_rows import Allocate
 from .buffers import SAMPLES
-from .dataset import Allocate, Batch, ClipSet, Collate, MixPlan
+from .dataset import Batch, ClipSet, Collate, MixPlan
 from .mixing import WholeSetMixup
 from .reading import Fetched, Reader, Reading, Step
 from .sampler import BatchSampler

@@ -90,9 +90,13 @@ def _wave(case: LogMelCase, seconds: float) -> Tensor:
 
 
 def run_log_mel_case(
-    case: LogMelCase, device: torch.device, seconds: float, backend: str = "auto"
+    case: LogMelCase,
+    device: torch.device,
+    seconds: float,
+    backend: str = "auto",
+    keep: Tensors | None = None,
 ) -> list[Row]:
-    """Row of the features of one signal."""
+    """Row of the features of one signal; our results also go into `keep`."""
     mean, std = (MEAN, STD) if case.normalised else (0.0, 0.5)
     settings: dict[str, Any] = {"sample_rate_hz": case.rate, "num_mel_bins": case.mels}
     wave = _wave(case, seconds).to(device)
@@ -110,6 +114,8 @@ def run_log_mel_case(
         return {"y": y}
 
     results, ran, reason = evaluate_ours("log_mel", ours, {"wave": wave}, None, backend)
+    if keep is not None:
+        keep.update(results)
     target = (oracle - mean) / (2.0 * std)
     errors = measure(results["y"], target)
     plain_errors = measure(simple, oracle)
@@ -132,7 +138,9 @@ def run_log_mel_case(
     ]
 
 
-def run_log_mel_gradient(device: torch.device, seconds: float, backend: str = "auto") -> list[Row]:
+def run_log_mel_gradient(
+    device: torch.device, seconds: float, backend: str = "auto", keep: Tensors | None = None
+) -> list[Row]:
     """Row of the waveform's gradient, on noise: its energies are far from the floor's kink."""
     generator = torch.Generator().manual_seed(SEED)
     wave = {"wave": _wave(LogMelCase(noise), seconds).to(device)}
@@ -154,6 +162,8 @@ def run_log_mel_gradient(device: torch.device, seconds: float, backend: str = "a
     upstream = draw_upstream(evaluate(oracle, wide), generator, torch.float32)
     want = evaluate(oracle, wide, upstream)["dwave"]
     got, ran, reason = evaluate_ours("log_mel", ours, wave, upstream, backend)
+    if keep is not None:
+        keep.update(got)
     errors: Errors = measure(got["dwave"], want)
     plain_errors = measure(evaluate(simple, wave, upstream)["dwave"], want)
     allowed = budget("waveform gradient", precision_of(torch.float32), plain_errors)

@@ -73,10 +73,12 @@ def dispatch(
         plan: gives what a choice depends on. A form that could not be launched is not tried again.
     """
     if backend not in (backends.AUTO, backends.SDPA):
+        backends.saw(op, direction, backend)
         return run(backend)
     kind, fallbacks, refuse, problem = plan()
     names = list(fallbacks)
-    if backend == backends.AUTO:
+    # a program exported on a GPU may run elsewhere
+    if backend == backends.AUTO and backends.native(lead.device.type) == "triton":
         names = [_measured(op, direction, lead, problem), "triton", *names]
     form = (op, direction, str(lead.dtype).removeprefix("torch."), kind)
     able, reasons = [], []
@@ -95,12 +97,15 @@ def dispatch(
         )
     for name, other in zip(able, [*able[1:], None], strict=True):
         try:
-            return run(name)
+            result = run(name)
         except Exception as error:
             # what a graph records has to be what ran before it: its caller runs eagerly, and falls back there
             if other is None or _capturing(lead) or not cannot_launch(name, error):
                 raise
             backends.record_failure(form, name, other, _first_line(error))
+        else:
+            backends.saw(op, direction, name)
+            return result
     raise AssertionError("the last implementation returns or raises")
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, jobs, pool, record
+from benchmarks import archive, book, gpu, jobs, pool, record
 from benchmarks.case import Settings
 
 # what a bare machine with PyTorch and Triton may lack
@@ -70,21 +70,19 @@ def _dry_run(root, out, *arguments, **environment) -> subprocess.CompletedProces
     )
 
 
-def _rows(out, suite: str) -> list[dict]:
-    (path,) = out.glob(f"*-{suite}-*.json")
-    return record.read(path)["rows"]
+def _unpacked(out) -> dict[str, list[dict]]:
+    """Rows by suite of the archive in a folder."""
+    files = [record.read(path) for path in archive.unpack(out / archive.NAME, out / "unpacked")]
+    return {content["suite"]: content["rows"] for content in files}
 
 
-def test_dry_run_survives_crashes_and_records_everything(root, tmp_path):
+def test_chosen_suites_run_instead_of_the_plan(root, tmp_path):
     done = _dry_run(root, tmp_path, "--suite", "checks,tuned,attention", "--minutes", "4")
     assert done.returncode == 0, done.stdout + done.stderr
-    probes = {row["case"]: row for row in _rows(tmp_path, "checks") if row["provider"] == "probe"}
-    assert "asked to raise" in probes["probe: raise"]["reason"]
-    assert "ended with status 7" in probes["probe: exit"]["reason"]
-    assert "took longer than" in probes["probe: hang"]["reason"]
-    checks = [row for row in _rows(tmp_path, "checks") if row["provider"] != "probe"]
-    assert len(checks) > 10 and all(row["status"] == "ok" for row in checks)
-    attention = _rows(tmp_path, "attention")
+    rows = _unpacked(tmp_path)
+    assert set(rows) == {"checks", "tuned", "attention"}
+    assert len(rows["checks"]) > 10 and all(row["status"] == "ok" for row in rows["checks"])
+    attention = rows["attention"]
     assert any(row["provider"].startswith("ast_fast") and row["ms"] for row in attention)
     assert any(row["provider"] == "sdpa" and row["ratio"] for row in attention)
     assert "summary" in done.stdout
@@ -100,22 +98,22 @@ def test_dry_run_needs_nothing_beyond_pytorch(root, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     # the compiled module cannot load: plain PyTorch stands in
     assert "ast_fast[reference]" in done.stdout
+    found = _unpacked(out)
     for suite in suites.split(","):
-        rows = [row for row in _rows(out, suite) if row["provider"].startswith("ast_fast")]
+        rows = [row for row in found[suite] if row["provider"].startswith("ast_fast")]
         assert rows and all(row["status"] == "ok" for row in rows), (suite, rows)
 
 
 @pytest.mark.slow
 def test_dry_run_of_everything(root, tmp_path):
-    done = _dry_run(root, tmp_path, "--minutes", "9")
+    done = _dry_run(root, tmp_path, "--suite", "all", "--minutes", "9")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {record.read(path)["suite"] for path in tmp_path.glob("*.json")}
-    assert found == set(gpu.PHASES)
+    assert set(_unpacked(tmp_path)) == set(gpu.PHASES)
 
 
 def test_a_cut_off_run_lists_what_it_did_not_measure(tmp_path):
-    book = gpu.Book(tmp_path, {}, shown=False)
-    book.environment = {
+    kept = book.Book(tmp_path, {}, shown=False)
+    kept.environment = {
         "device": "cpu",
         "device_name": "x",
         "torch": "2",
@@ -125,10 +123,11 @@ def test_a_cut_off_run_lists_what_it_did_not_measure(tmp_path):
         "packages": {},
     }
     job = {"kind": "case", "title": "attention/attention", "group": "attention", "dtype": "bf16"}
-    book.late([job])
-    (row,) = _rows(tmp_path, "attention")
+    kept.late([job])
+    (path,) = tmp_path.glob("*-attention-*.json")
+    (row,) = record.read(path)["rows"]
     assert (row["status"], row["reason"], row["case"]) == ("late", "out of time", job["title"])
-    assert book.good
+    assert kept.good
 
 
 def test_no_job_starts_after_the_deadline():
@@ -138,16 +137,21 @@ def test_no_job_starts_after_the_deadline():
     assert left == jobs_
 
 
-def test_the_plan_for_a_gpu_leads_with_16_bit_checks_and_attention(monkeypatch):
+def test_chosen_suites_lead_with_16_bit_checks_and_attention(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     settings = Settings(device="cuda", backend="triton", dtypes=("bf16", "f16", "f32"))
-    first, measured, later = gpu.plan(gpu.PHASES, settings, dry_run=False)
+    first, measured, later = gpu.three_lists(gpu.PHASES, settings, dry_run=False)
     assert {job["precision"] for job in first if job["kind"] == "op"} == {"bf16"}
     assert {job["precision"] for job in later if job["kind"] == "op"} == {"f16", "f32", "tf32"}
     assert measured[0]["title"].startswith("attention/attention forward B64 T1214 H12 D64 bf16")
-    assert {job["group"] for job in measured} == set(gpu.PHASES) - {"checks", "tuned", "proofs"}
+    assert {job["group"] for job in measured} == set(gpu.PHASES) - {
+        "smoke",
+        "checks",
+        "tuned",
+        "proofs",
+    }
     titles = [job["title"] for job in (*first, *measured, *later)]
     assert len(titles) == len(set(titles))
     claims = [job["name"] for job in later if job["kind"] == "proof"]
@@ -229,7 +233,23 @@ def test_the_fastest_of_rival_configurations_is_named():
 def test_unknown_suites_are_refused_with_the_known_ones_named(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--suite", "attention,speed"])
-    assert "unknown speed; expected some of all, checks, tuned, proofs" in capsys.readouterr().err
+    assert "unknown speed; expected some of all, smoke, checks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--minutes", "0"], "--minutes 0.0: expected more than 0"),
+        (["--minutes", "nan"], "--minutes nan: expected more than 0"),
+        (["--dtype", "bf16,fp4"], "unknown fp4; expected some of bf16, f16, f32"),
+        (["--dtype", ","], "unknown (none given)"),
+        (["--suite", ","], "unknown (none given)"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", *arguments])
+    assert said in capsys.readouterr().err
 
 
 def test_jobs_are_plain_text():

@@ -28,6 +28,7 @@ GROUND = (
     "_containers",
     "_C",
     "labels",
+    "sample_rows",
     "seeding",
 )
 FLOORS = (
@@ -39,6 +40,7 @@ FLOORS = (
         "patchout",
         "token_merging",
         "optimized",
+        "cuda_graphs",
         "graphs",
         "augment",
         "frontend",
