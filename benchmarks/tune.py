@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,10 +94,10 @@ Finished = Callable[[tune_jobs.Job, dict[str, Any]], None]
 def search(
     measured: Sequence[tune_jobs.Job],
     workers: pool.Pool,
+    compilers: pool.Pool | None,
     add: Finished,
     seconds: float,
     *,
-    compiled: bool = True,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[tune_jobs.Job]:
@@ -104,10 +105,10 @@ def search(
 
     Args:
         measured: jobs of `tune_jobs.tune_jobs`.
-        workers: processes.
+        workers: processes that measure.
+        compilers: processes that compile; None: an interpreted kernel cannot be.
         add: called with each job and its answer.
         seconds: time limit; no job starts later.
-        compiled: compile ahead; an interpreted kernel cannot be.
         clock: seconds, rising.
         sleep: waits that many seconds.
 
@@ -116,8 +117,8 @@ def search(
     """
     end = clock() + seconds
     waiting = list(measured)
-    asked = tune_jobs.compile_jobs(waiting) if compiled else []
-    with Ahead(workers, asked, add, slots=_COMPILE_SLOTS, deadline=end) as ahead:
+    asked = tune_jobs.compile_jobs(waiting) if compilers is not None else []
+    with Ahead(compilers, asked, add, slots=_COMPILE_SLOTS, deadline=end) as ahead:
         idle_since = clock()
         while waiting and clock() < end:
             job = next((job for job in waiting if ahead.known(job)), None)
@@ -154,7 +155,13 @@ def measure(options: argparse.Namespace, ops: tuple[str, ...], widths: tuple[int
     file = record.ResultFile(suite="tune", environment=facts, settings=asked)
     path = options.out / record.file_name(facts, "tune")
 
+    lock = threading.Lock()  # two pools report
+
     def add(job: tune_jobs.Job, answer: dict[str, Any]) -> None:
+        with lock:
+            keep(job, answer)
+
+    def keep(job: tune_jobs.Job, answer: dict[str, Any]) -> None:
         rows = [record.Row(**row) for row in answer["rows"]]
         bad = [f"{row.provider} {row.status}: {row.reason}" for row in rows if row.status != "ok"]
         if job["kind"] == "tune" or bad:
@@ -167,8 +174,10 @@ def measure(options: argparse.Namespace, ops: tuple[str, ...], widths: tuple[int
         "limits": tune_jobs.LIMITS,
         "threads": 1 if dry else 0,
     }
-    with pool.Pool(setup) as workers:
-        late = search(measured, workers, add, options.seconds, compiled=not dry)
+    # those that compile leave the GPU alone: to ask whether it still answers would take memory on it
+    apart = setup | {"settings": dataclasses.asdict(settings) | {"device": "cpu"}, "threads": 1}
+    with pool.Pool(setup) as workers, pool.Pool(apart) as compilers:
+        late = search(measured, workers, None if dry else compilers, add, options.seconds)
     print(f"{len(measured) - len(late)} of {len(measured)} measurements in {options.seconds:.0f} s")
     file.write(path)
     print(f"measured: {path}")

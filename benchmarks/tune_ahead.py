@@ -19,7 +19,7 @@ class Ahead:
 
     def __init__(
         self,
-        workers: pool.Pool,
+        workers: pool.Pool | None,
         jobs: Sequence[Job],
         add: Callable[[Job, dict[str, Any]], None],
         *,
@@ -62,9 +62,12 @@ class Ahead:
     def _key(job: Job) -> tuple[str, str]:
         return compile_key(job, job["entries"][0])
 
-    def _serve(self, workers: pool.Pool, jobs: list[Job], slots: int, deadline: float) -> None:
+    def _serve(
+        self, workers: pool.Pool | None, jobs: list[Job], slots: int, deadline: float
+    ) -> None:
         try:
-            workers.run(jobs, self._done, slots=slots, deadline=deadline)
+            if workers is not None:
+                workers.run(jobs, self._done, slots=slots, deadline=deadline)
         except _Closed:
             return
         except BaseException as error:

@@ -89,12 +89,13 @@ def _form(
 
 def _shared(prepare: Callable[[list[Inputs]], Run]) -> Callable[[list[Inputs]], Run]:
     """Prepared once for all configurations: what a forward saved serves every backward."""
-    made: dict[int, Run] = {}
+    # with the list itself, whose number may be given to another once it is gone
+    made: dict[int, tuple[list[Inputs], Run]] = {}
 
     def once(inputs: list[Inputs]) -> Run:
         if id(inputs) not in made:
-            made[id(inputs)] = prepare(inputs)
-        return made[id(inputs)]
+            made[id(inputs)] = (inputs, prepare(inputs))
+        return made[id(inputs)][1]
 
     return once
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ast_fast.cuda_graphs import CudaGraphs, GraphMaker
+
 from . import harness, timing, tune_place
-from .case import Run, Settings
+from .case import Case, Inputs, Run, Settings
 from .record import Row
 from .tune_case import TWO_PASSES, case_for, facts, label, with_rivals
 from .tune_slots import Entry, Slot
@@ -95,15 +100,15 @@ def _key(case: Any) -> tuple[str, ...]:
 def tune_answer(job: Job, settings: Settings, ceilings: harness.Ceilings) -> dict[str, Any]:
     """Measure the job's entries, the committed one and the libraries in the same rounds."""
     place = Slot(job["op"], tuple(job["path"]))
-    settings = dataclasses.replace(settings, peers=None)
+    settings = dataclasses.replace(settings, peers=None, without=())
     limits = timing.Limits(**job["limits"])
     try:
         case = case_for(
             place, job["capability"], settings, job["dtype"], job["size"], job["variant"]
         )
         case = with_rivals(case, place, settings, job["entries"])
-        rows, runs, _inputs = harness.check(case, settings)
-        calls, clock = _calls(case.mode, runs, settings, rows)
+        rows, runs, inputs = harness.check(case, settings)
+        calls, clock = _calls(case, runs, inputs, rows, settings)
         done = harness.timed(case, rows, calls, clock, limits, settings, ceilings)
     finally:
         tune_place.put(None)
@@ -119,23 +124,48 @@ def tune_answer(job: Job, settings: Settings, ceilings: harness.Ceilings) -> dic
     return {"rows": [vars(row) for row in done]}
 
 
-def _calls(
-    mode: str, runs: dict[str, Run], settings: Settings, rows: dict[str, Row]
-) -> tuple[dict[str, timing.Call], timing.Clock]:
-    """What is timed: forwards as recorded graphs, where a launch may cost more than the kernel."""
-    clock = tune_place.SwitchingClock(timing.clock_for(settings.device))
-    if not settings.cuda or mode != "forward" or settings.ours not in runs:
-        return dict(runs), clock
-    graphs: dict[str, timing.Call] = {}
-    # ours first: what cannot be recorded is then timed call by call, all of it
-    for name in sorted(runs, key=lambda name: name != settings.ours):
+def recorded(
+    case: Case,
+    runs: Mapping[str, Run],
+    inputs: list[Inputs],
+    rows: Mapping[str, Row],
+    graphs: GraphMaker,
+) -> dict[str, timing.Call] | None:
+    """The runs as recorded graphs: where a launch takes longer than its kernel all would look alike.
+
+    None where ours cannot be recorded: then nothing is. Another one that cannot be takes no part.
+    """
+    first = inputs[:1]
+    found: dict[str, timing.Call] = {}
+    ours, *others = (each for each in case.candidates if each.name in runs)
+    for candidate in (ours, *others):
         try:
-            graphs[name] = timing.capture(runs[name])
+            # the forward runs where the backward will be recorded
+            prepare = functools.partial(candidate.prepare, first)
+            found[candidate.name] = timing.capture_prepared(prepare, graphs)
         except Exception as error:
+            if candidate is ours:
+                return None
+            first = list(first)  # the next one records on a stream of its own: all is prepared anew
+            row = rows[candidate.name]
+            row.status, row.reason = "failed", f"as a graph: {timing.describe(error)}"
+    return found
+
+
+def _calls(
+    case: Case,
+    runs: dict[str, Run],
+    inputs: list[Inputs],
+    rows: dict[str, Row],
+    settings: Settings,
+) -> tuple[Mapping[str, timing.Call], timing.Clock]:
+    """What is timed, and by which clock."""
+    clock = tune_place.SwitchingClock(timing.clock_for(settings.device))
+    if settings.cuda and case.candidates[0].name in runs:
+        graphs = recorded(case, runs, inputs, rows, CudaGraphs())
+        with contextlib.suppress(Exception):  # where the device is lost the worker says so
             torch.cuda.synchronize()
-            if name == settings.ours:
-                return dict(runs), clock
-            rows[name].status = "failed"
-            rows[name].reason = f"as a graph: {timing.describe(error)}"
-    clock.name = "graph"
-    return graphs, clock
+        if graphs is not None:
+            clock.name = "graph"
+            return graphs, clock
+    return runs, clock

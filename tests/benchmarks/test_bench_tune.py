@@ -184,9 +184,8 @@ class FakePool:
 
 
 def searched(workers, seconds, jobs):
-    return tune.search(
-        jobs, workers, lambda *_: None, seconds, clock=workers.clock, sleep=workers.sleep
-    )
+    own = {"clock": workers.clock, "sleep": workers.sleep}
+    return tune.search(jobs, workers, workers, lambda *_: None, seconds, **own)
 
 
 def test_no_measurement_starts_after_the_budget():
@@ -287,6 +286,73 @@ def test_ours_in_another_form_is_held_to_our_budget():
     rows, runs, _ = harness.check(case, Settings())
     assert rows["form"].status == "wrong" and "form" not in runs
     assert rows["peer"].status == "ok"
+
+
+class FakeGraphs:
+    """Records by keeping the function; the runs of some names cannot be recorded."""
+
+    def __init__(self, broken=()):
+        self.broken, self.warmed = broken, 0
+
+    def warm_up(self, function):
+        self.warmed += 1
+        return function()
+
+    def capture(self, function):
+        result = function()
+        if result[0] in self.broken:
+            raise RuntimeError("operation not permitted while recording")
+        return result, lambda: None
+
+
+def recordable(prepared):
+    def candidate(name):
+        def prepare(inputs):
+            prepared.append((name, id(inputs)))
+            return lambda index: (name,)
+
+        return Candidate(name, prepare)
+
+    case = Case(
+        suite="tune",
+        name="a test",
+        mode="backward",
+        shape={},
+        dtype="f32",
+        outputs=("y",),
+        make_inputs=lambda seed: {},
+        oracle=lambda inputs: (),
+        candidates=tuple(map(candidate, ("ours", "form", "peer"))),
+        kinds=("product",),
+    )
+    runs = {each.name: (lambda index: ()) for each in case.candidates}
+    rows = {name: harness.blank(case, name, "ok") for name in runs}
+    return case, runs, rows
+
+
+def test_what_cannot_be_recorded_takes_no_part_and_what_follows_is_prepared_anew():
+    from benchmarks.tune_work import recorded
+
+    prepared = []
+    case, runs, rows = recordable(prepared)
+    found = recorded(case, runs, [{}], rows, FakeGraphs(broken=("form",)))
+    assert set(found) == {"ours", "peer"}
+    assert rows["form"].status == "failed" and "while recording" in rows["form"].reason
+    inputs = dict(prepared)
+    assert inputs["ours"] == inputs["form"] != inputs["peer"]
+    assert recorded(case, runs, [{}], rows, FakeGraphs(broken=("ours",))) is None
+
+
+def test_a_forward_is_prepared_once_for_all_configurations():
+    prepared = []
+    case, _, _ = recordable(prepared)
+    place = Slot("log_mel", ("power",))
+    entry = {"frames": 1}
+    rivals = tune_case.with_rivals(case, place, TINY, [entry, entry | {"warps": 1}])
+    inputs = [{}]
+    for each in rivals.candidates:
+        each.prepare(inputs)
+    assert [name for name, _ in prepared] == ["ours"]
 
 
 @pytest.mark.slow
