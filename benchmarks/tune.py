@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace, ops: tuple[str, ...], widths: tuple[int
         major, minor = torch.cuda.get_device_capability()
         capability = major * 10 + minor
     wanted = tune_jobs.Wanted(capability, options.dtype, widths, ops)
-    measured = tune_jobs.tune_jobs(settings, wanted, generated=not dry)
+    measured = tune_jobs.tune_jobs(settings, wanted)
     facts = environment.collect(device)
     asked = {"seconds": options.seconds, "dtype": options.dtype, "dry_run": dry}
     file = record.ResultFile(suite="tune", environment=facts, settings=asked)

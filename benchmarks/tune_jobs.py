@@ -23,6 +23,7 @@ from .tune_use import use_key
 Job = dict[str, Any]
 
 AT_ONCE = 8  # configurations measured beside the committed one
+_GUESSED = 3  # generated ones that stand in where nobody has guessed
 JOB_S = 2.5  # what a job is expected to take
 _LIMIT_S = 60
 _COMPILE_LIMIT_S = 60
@@ -40,6 +41,8 @@ class Wanted:
     dtype: str = "bf16"
     widths: tuple[int, ...] = (64,)
     ops: tuple[str, ...] = OPS
+    # only what kernels/tuned holds, which a warm cache has compiled: nothing generated
+    listed_only: bool = False
 
 
 def wanted_slots(wanted: Wanted) -> list[Slot]:
@@ -57,14 +60,14 @@ def wanted_slots(wanted: Wanted) -> list[Slot]:
     return sorted(found, key=lambda place: place.value)
 
 
-def tune_jobs(settings: Settings, wanted: Wanted, generated: bool = True) -> list[Job]:
+def tune_jobs(settings: Settings, wanted: Wanted) -> list[Job]:
     """Measurements in the order to run them in."""
     places = wanted_slots(wanted)
     if settings.tiny:
         places = _one_a_direction(places)
     found: list[Job] = []
     judges = _judges(places)
-    for tier in TIERS if generated else TIERS[:2]:
+    for tier in TIERS[:2] if wanted.listed_only or settings.tiny else TIERS:
         # in turn: the first few of every slot before more of any
         turns = [
             list(_slot_jobs(settings, wanted, place, tier, place in judges)) for place in places
@@ -78,8 +81,14 @@ def tune_jobs(settings: Settings, wanted: Wanted, generated: bool = True) -> lis
 
 
 def plan_jobs(settings: Settings, capability: int, seconds: float) -> list[Job]:
-    """The measurements of `tune_jobs` in the settings' first dtype that fit in `seconds`, in their order."""
-    wanted = Wanted(capability, settings.dtypes[0])
+    """The measurements of `tune_jobs` in the settings' first dtype that fit in `seconds`, in their order.
+
+    Only configurations of kernels/tuned, which `_aot --warm` has compiled. No job where our kernels do not
+    run, as in a dry run of the plan.
+    """
+    if settings.backend != "triton":
+        return []
+    wanted = Wanted(capability, settings.dtypes[0], listed_only=True)
     return tune_jobs(settings, wanted)[: max(1, int(seconds / JOB_S))]
 
 
@@ -127,12 +136,13 @@ def _slot_jobs(
     dtype = place.dtype(wanted.dtype)
     known = committed(place, wanted.capability)
     best = tune_space.guesses(place, wanted.capability)
+    rest = tune_space.generated(place, wanted.capability, dtype)
+    if not best and not wanted.listed_only:
+        best, rest = rest[:_GUESSED], rest[_GUESSED:]
     # the rest of a committed list competes too: for small grids, and for operands without a tensor map
     best = [*known[1:], *best] if place.is_list else best
-    rest = tune_space.generated(place, wanted.capability, dtype)
     if settings.tiny:
-        # tensor maps are for the compiler to prove: an interpreter only spends time on them
-        best, rest = (best or rest)[:1], rest[1:2]
+        best = best[:1]
     sizes = {"guesses": ["large"], "one clip": ["small"], "generated": ["large"]}[tier]
     if place.is_list:
         # a list is for both sizes of grid: either measurement alone decides nothing
