@@ -71,6 +71,7 @@ MODELS = (
 )
 PROOFS = (
     *("deterministic", "graph", "step graph", "forward graph", "races", "recompiled"),
+    "failed graph",
     *("poisoned", "streams", "out of memory", "step memory", "large"),
 )
 

@@ -402,6 +402,57 @@ def test_what_runs_in_the_background_ends_with_its_children(tmp_path):
         time.sleep(0.02)
 
 
+# what a bare machine with PyTorch and Triton may lack
+ABSENT = [
+    "soundfile",
+    "soxr",
+    "lightning_fabric",
+    "lightning",
+    "torchmetrics",
+    "tyro",
+    "rich",
+    "tqdm",
+    "safetensors",
+    "transformers",
+    "huggingface_hub",
+    "timm",
+    "torchvision",
+    "torchaudio",
+    "kaldi_native_fbank",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pybind11",
+    "onnxruntime",
+    "openvino",
+    "hypothesis",
+    "pytest",
+]
+
+BLOCKER = f"""
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = {set(ABSENT)!r}
+
+
+class Finder:
+    # found nowhere, exactly as a package that is not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT or name == "ast_fast._C":
+            return None
+        return PathFinder.find_spec(name, path, target)
+
+
+# the finder of an editable install would still find the compiled module
+sys.meta_path = [
+    Finder() if finder is PathFinder else finder
+    for finder in sys.meta_path
+    if "__editable__" not in getattr(finder, "__module__", "")
+]
+"""
+
+
 def dry_run(root, out, *arguments, **environment) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), *arguments]
     return subprocess.Popen(
@@ -420,8 +471,12 @@ def unpacked(out, back) -> dict[str, list[dict]]:
     return {content["suite"]: content["rows"] for content in found}
 
 
-def test_the_dry_run_of_the_whole_plan_survives_a_crash_a_hang_and_a_lost_device(root, tmp_path):
-    process = dry_run(root, tmp_path / "out", "--minutes", "6")
+def test_the_dry_run_of_the_plan_survives_a_crash_a_hang_and_a_lost_device(root, tmp_path):
+    # on a machine that has nothing beyond PyTorch and Triton
+    blocker = tmp_path / "path"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(BLOCKER)
+    process = dry_run(root, tmp_path / "out", "--minutes", "6", PYTHONPATH=str(blocker))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     assert names_in(tmp_path / "out") == [archive.NAME]
@@ -436,6 +491,9 @@ def test_the_dry_run_of_the_whole_plan_survives_a_crash_a_hang_and_a_lost_device
         if suite != "probes":
             assert all(row["status"] in ("ok", "skipped") for row in found), (suite, found)
     assert any(row["provider"] == "sdpa" and row["ratio"] for row in rows["attention"])
+    # the compiled module cannot load: plain PyTorch stands in
+    own = [row["provider"] for row in rows["inference"] if row["provider"].startswith("ast_fast")]
+    assert own == ["ast_fast[reference]"]
     summary = output[output.rindex("\nsummary") :]
     for line in ("steps", "ptxas: ", "speed", "s of 360 s"):
         assert line in summary
