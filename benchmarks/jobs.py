@@ -241,13 +241,22 @@ class Runner:
         return tune_work.tune_answer(job, self.settings, self.ceilings)
 
     def _case(self, job: Job) -> dict[str, Any]:
-        case = self._find(job)
+        from ast_fast import backend
+
         limits = Limits(**job["limits"]) if "limits" in job else self.limits
-        rows = harness.measure(case, self.settings, self.ceilings, limits, say=lambda _: None)
+        name = job.get("backend", self.settings.backend)
+        settings = dataclasses.replace(self.settings, backend=name)
+        with backend.use_backend(name):
+            case = self._find(job, settings)
+            rows = harness.measure(case, settings, self.ceilings, limits, say=lambda _: None)
+            failed = [f"{row['op']}: {row['failed']}" for row in backend.status() if row["failed"]]
+        for row in rows:
+            if failed and row.provider == settings.ours and row.status == "ok":
+                row.reason = f"finding: not by our kernels alone: {'; '.join(failed)}"[:300]
         return {"rows": [vars(row) for row in rows]}
 
-    def _find(self, job: Job) -> harness.Case:
-        narrowed = _narrow(self.settings, (job["dtype"],))
+    def _find(self, job: Job, settings: Settings | None = None) -> harness.Case:
+        narrowed = _narrow(settings or self.settings, (job["dtype"],))
         return list(suites.load(job["suite"], narrowed))[job["index"]]
 
     def _probe(self, job: Job) -> dict[str, Any]:

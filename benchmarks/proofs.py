@@ -198,6 +198,37 @@ def graph(device: str, dtype: torch.dtype) -> None:
             _same(name, eager, results)
 
 
+def failed_graph(device: str, dtype: torch.dtype) -> None:
+    """A capture that fails says why, and leaves memory and the next capture as they were."""
+    _need_cuda(device)
+    from ast_fast.cuda_graphs import CudaGraphs
+
+    name, step = next(_steps(device, dtype, 2, 1214))
+    eager, graphs = step(), CudaGraphs()
+
+    def waits() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    for _ in range(2):
+        graphs.warm_up(step)
+        stream = torch.cuda.current_stream()
+        try:
+            graphs.capture(waits)
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise Broken(f"the error of a failed capture is {error}") from error
+        else:
+            raise Broken("a function that waits for the device was recorded")
+        if torch.cuda.current_stream() != stream:
+            raise Broken("a failed capture leaves its stream behind")
+        torch.cuda.empty_cache()
+    results, replay = graphs.capture(step)
+    replay()
+    torch.cuda.synchronize()
+    _same(name, eager, results)
+
+
 def large(device: str, dtype: torch.dtype) -> None:
     """A fused buffer of more than 2^31 elements: the first and last clips are what they are alone."""
     _need_cuda(device)
@@ -298,6 +329,7 @@ PROOFS: dict[str, Callable[[str, torch.dtype], None]] = {
     "recompiled": recompiled,
     "streams": streams,
     "graph": graph,
+    "failed graph": failed_graph,
     "step graph": step_graph,
     "forward graph": forward_graph,
     "large": large,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -171,3 +172,12 @@ def test_rows_that_do_not_fit_are_copied_to_where_they_do(make):
     assert torch.equal(found, wave)
     assert found.stride(0) % 16 == 0 and found.data_ptr() % 16 == 0
     assert found.shape[1] <= 1 or found.stride(1) == 1
+
+
+def test_samples_are_loaded_16_bytes_at_a_time():
+    (case,) = [case for case in log_mel.aot_cases(90) if case.name == "log_mel-power-i16"]
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    target = GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(_aot._source(case), target=target, options=options).asm["ptx"]
+    assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+    assert not re.search(r"ld\.global\S*\.[bus]16\b", ptx), "one sample at a time"

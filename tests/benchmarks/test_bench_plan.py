@@ -251,6 +251,22 @@ def test_bits_that_another_assembler_changes_are_a_finding(tmp_path, monkeypatch
     assert "finding: other bits" in book.summary()
 
 
+def test_whole_models_run_by_the_measured_choice_and_say_what_did_not_launch(monkeypatch):
+    from ast_fast import backend
+
+    for job in plan._models(plan.Known(CUDA)):
+        assert job["backend"] == "auto"
+    settings = Settings(dtypes=("f32",), backend="reference", tiny=True, peers=("none",))
+    runner = jobs.Runner(settings, jobs.Limits(seconds=0.0, min_rounds=2, max_rounds=2))
+    job = next(jobs.case_jobs(settings, "block")) | {"backend": "auto"}
+    (row,) = (row for row in runner.run(job)["rows"] if row["provider"] == "ast_fast[auto]")
+    assert row["ms"] and row["reason"] == ""
+    failing = [{"op": "mlp", "failed": "forward of bfloat16: triton (no registers)"}]
+    monkeypatch.setattr(backend, "status", lambda: failing)
+    (row,) = (row for row in runner.run(job)["rows"] if row["provider"] == "ast_fast[auto]")
+    assert row["reason"].startswith("finding: not by our kernels alone: mlp: forward of bfloat16")
+
+
 def test_the_second_assembler_has_a_cache_of_its_own(monkeypatch, tmp_path):
     own = tmp_path / "ptxas"
     own.write_text("")

@@ -200,6 +200,26 @@ def test_torch_without_the_private_functions_is_left_alone(cuda, monkeypatch):
     assert cuda.stream is cuda.default
 
 
+@pytest.mark.gpu
+def test_a_real_failed_capture_leaves_no_pool_behind_and_the_next_works():
+    graphs, x = CudaGraphs(), torch.ones(1 << 20, device="cuda")
+
+    def fails():
+        torch.cuda.synchronize()
+        return x + 1.0
+
+    for _ in range(2):
+        graphs.warm_up(lambda: x + 1.0)
+        before = torch.cuda.current_stream()
+        with pytest.raises(RuntimeError, match="captur"):
+            graphs.capture(fails)
+        assert torch.cuda.current_stream() == before
+        torch.cuda.empty_cache()
+    result, replay = graphs.capture(lambda: x + 1.0)
+    replay()
+    assert bool((result == 2.0).all())
+
+
 def training_step(before=lambda: None):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
