@@ -325,6 +325,26 @@ def test_calls_on_a_gpu_fit_the_signatures_of_pytorch(
         assert set(splits) == {1 if deterministic else None}
 
 
+def test_a_bias_keeps_its_digits_on_a_gpu_too(monkeypatch):
+    """The memory-efficient kernel wants it in the dtype of q."""
+    monkeypatch.setattr(_sdpa, "operand", lambda x: x)  # reads addresses
+    seen = []
+    real = _sdpa._forward
+
+    def forward(name, q, k, v, bias, scale):
+        seen.append((q.dtype, bias.dtype, bias.shape, bias.stride()))
+        return real(name, q, k, v, bias, scale)
+
+    monkeypatch.setattr(_sdpa, "_forward", forward)
+    with FakeTensorMode():
+        q = torch.empty(2, 9, 3, 80, device="cuda", dtype=torch.bfloat16)
+        bias = torch.empty(2, 9, device="cuda")
+        o, _ = _sdpa.forward("sdpa-efficient", q, q, q, 0.1, key_bias=bias)
+    assert o.dtype == torch.bfloat16
+    # one row a clip, on 16 elements, for all heads and queries
+    assert seen == [(torch.float32, torch.float32, (2, 3, 9, 9), (16, 0, 0, 1))]
+
+
 def test_operands_start_where_a_gpu_wants_them(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     qkv = random_tensor(2, 9, 3, 2, 64, seed=0).half()
