@@ -329,13 +329,12 @@ def test_a_bias_keeps_its_digits_on_a_gpu_too(monkeypatch):
     """The memory-efficient kernel wants it in the dtype of q."""
     monkeypatch.setattr(_sdpa, "operand", lambda x: x)  # reads addresses
     seen = []
-    real = _sdpa._forward
 
-    def forward(name, q, k, v, bias, scale):
+    def forward(q, k, v, bias, *args, **options):
         seen.append((q.dtype, bias.dtype, bias.shape, bias.stride()))
-        return real(name, q, k, v, bias, scale)
+        return torch.ops.aten._efficient_attention_forward(q, k, v, bias, *args, **options)
 
-    monkeypatch.setattr(_sdpa, "_forward", forward)
+    monkeypatch.setattr(_sdpa, "_aten", SimpleNamespace(_efficient_attention_forward=forward))
     with FakeTensorMode():
         q = torch.empty(2, 9, 3, 80, device="cuda", dtype=torch.bfloat16)
         bias = torch.empty(2, 9, device="cuda")
