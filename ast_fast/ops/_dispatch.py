@@ -50,9 +50,7 @@ class Plan(NamedTuple):
 
     kind: tuple[object, ...] = ()  # what decides the compiled form besides the dtype
     fallbacks: Sequence[str] = ("reference",)  # after the chosen one, in order
-    refuse: Callable[[str], str | None] | None = (
-        None  # why an implementation of PyTorch's cannot run
-    )
+    refuse: Callable[[str], str | None] | None = None  # why a fused kernel of PyTorch's cannot run
     problem: tuple[str, int, int, int] = ("", 0, 0, 0)  # arithmetic, head width, rows, pairs
 
 

@@ -91,6 +91,8 @@ def why_not(
     }[name]
     if not enabled():
         return "it is switched off in torch.backends.cuda"
+    if q.dim() == 4 and q.shape[0] > 65535:
+        return f"takes at most 65535 clips, got {q.shape[0]}"  # what a grid has in that direction
     if name == "sdpa-efficient":
         return None  # any width, masks, and one split of the keys is deterministic
     capability = torch.cuda.get_device_capability(q.device)

@@ -387,6 +387,25 @@ def test_callers_who_want_no_fixed_order_have_a_choice_of_their_own(machine):
     assert seen.ran[("attention", "backward_any_order")] == "sdpa-flash"
 
 
+def test_masked_attention_is_deterministic_wherever_it_runs(machine, monkeypatch):
+    """Its page says so, whatever `deterministic` is."""
+    from ast_fast.ops import _sdpa
+
+    seen = []
+    real = _sdpa.backward
+
+    def backward(*args):
+        seen.append(args[9])
+        real(*args)
+
+    monkeypatch.setattr(_sdpa, "backward", backward)
+    q = [rand(2, 20, 2, 64, seed=i) for i in range(3)]
+    mask = ops.AttentionMask.from_dense(torch.ones(20, 20, dtype=torch.bool).tril())
+    with _use.force({("attention_masked", "backward_any_order"): "sdpa-efficient"}):
+        ops.attention_masked(*q, mask, deterministic=False).sum().backward()
+    assert seen == [True]
+
+
 def test_a_measured_choice_that_cannot_take_a_call_leaves_it_to_triton(
     machine, warnings, monkeypatch
 ):

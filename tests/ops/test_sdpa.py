@@ -189,10 +189,10 @@ def test_directions_mix(name, names, monkeypatch):
     assert set(ran) == {(op, d) for (op, d), chosen in forced.items() if chosen == "triton"}
 
 
-def refusal(name, direction="forward", dtype=torch.bfloat16, width=64, t=1214, **options):
+def refusal(name, direction="forward", dtype=torch.bfloat16, width=64, t=1214, clips=2, **options):
     """`why_not` for tensors on a pretend GPU."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        q = torch.empty(2, t, 3, width, device="cuda", dtype=dtype)
+        q = torch.empty(clips, t, 3, width, device="cuda", dtype=dtype)
     options = {"masked": False} | options
     return _sdpa.why_not(name, direction, q, options.pop("keys", t), **options)
 
@@ -236,6 +236,7 @@ def test_each_implementation_says_what_it_cannot_take(hopper):
     assert "256" in refusal("sdpa-flash", width=264)
     assert "128" in refusal("sdpa-cudnn", width=136)
     assert refusal("sdpa-efficient", width=520, masked=True) is None
+    assert "65535" in refusal("sdpa-efficient", clips=65536)
     hopper.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
     assert "AVOID_RECOMPILE" in refusal("sdpa-cudnn")
     hopper.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 0))
