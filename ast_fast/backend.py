@@ -149,6 +149,11 @@ def announce(what: str, reason: str) -> None:
         _log.warning("%s: %s", what, reason)
 
 
+def all_launched() -> bool:
+    """Whether nothing failed to launch so far."""
+    return not _failures
+
+
 def failure(form: Form, name: str) -> str | None:
     """Why an implementation could not be launched before; None if it was not tried or ran."""
     known = _failures.get((form, name))

@@ -90,6 +90,8 @@ def _walk(op: str, node: Any, path: tuple[str, ...], capability: int) -> Iterato
             yield Variant(op, path, node, dtype, kind == "tf32")
     else:
         for key, item in node.items():
+            if key == "use" and not path:
+                continue  # which implementation runs, no configuration
             yield from _walk(op, item, (*path, key), capability)
 
 

@@ -96,6 +96,13 @@ def implementation(
     return look_up(choice, arithmetic, width, grid(rows, pairs, _tuned.sm_count(device)))
 
 
+def says_nothing(op: str, direction: str, device: torch.device) -> bool:
+    """Whether the table leaves this direction to Triton whatever the call."""
+    if (op, direction) in _forced:
+        return False
+    return _choice(op, direction, _tuned.capability(device)) == DEFAULT
+
+
 @functools.cache
 def _choice(op: str, direction: str, capability: int) -> Any:
     table = TABLES[op]

@@ -9,9 +9,12 @@ they were made on.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import subprocess
 import traceback
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -47,9 +50,7 @@ class Plan(NamedTuple):
 
     kind: tuple[object, ...] = ()  # what decides the compiled form besides the dtype
     fallbacks: Sequence[str] = ("reference",)  # after the chosen one, in order
-    refuse: Callable[[str], str | None] | None = (
-        None  # why an implementation of PyTorch's cannot run
-    )
+    refuse: Callable[[str], str | None] | None = None  # why a fused kernel of PyTorch's cannot run
     problem: tuple[str, int, int, int] = ("", 0, 0, 0)  # arithmetic, head width, rows, pairs
 
 
@@ -75,17 +76,56 @@ def dispatch(
     if backend not in (backends.AUTO, backends.SDPA):
         backends.saw(op, direction, backend)
         return run(backend)
-    kind, fallbacks, refuse, problem = plan()
-    names = list(fallbacks)
+    # the usual case on a GPU, where every microsecond of a launch counts
+    if backend == backends.AUTO and backends.all_launched() and _unmeasured(op, direction, lead):
+        try:
+            result = run("triton")
+        except Exception as error:
+            form, able = _order(op, direction, backend, lead, plan())
+            _give_up(form, "triton", able[1], lead, error)
+        else:
+            backends.saw(op, direction, "triton")
+            return result
+    form, able = _order(op, direction, backend, lead, plan())
+    for name, other in zip(able, [*able[1:], None], strict=True):
+        try:
+            result = run(name)
+        except Exception as error:
+            _give_up(form, name, other, lead, error)
+        else:
+            backends.saw(op, direction, name)
+            return result
+    raise AssertionError("the last implementation returns or raises")
+
+
+def _give_up(
+    form: backends.Form, name: str, other: str | None, lead: Tensor, error: Exception
+) -> None:
+    """Note that an implementation gives way to another; raise its error where it must not."""
+    # what a graph records has to be what ran before it: its caller runs eagerly, and falls back there
+    if other is None or _capturing(lead) or not cannot_launch(name, error):
+        raise error
+    backends.record_failure(form, name, other, _first_line(error))
+
+
+def _order(
+    op: str, direction: str, backend: str, lead: Tensor, plan: Plan
+) -> tuple[backends.Form, list[str]]:
+    """The form that is asked for, and the implementations that may run it, best first."""
+    names = list(plan.fallbacks)
     # a program exported on a GPU may run elsewhere
     if backend == backends.AUTO and backends.native(lead.device.type) == "triton":
-        names = [_measured(op, direction, lead, problem), "triton", *names]
-    form = (op, direction, str(lead.dtype).removeprefix("torch."), kind)
+        use = _tables()
+        measured = "triton"
+        if use is not None:
+            measured = use.implementation(op, direction, lead.device, *plan.problem)
+        names = [measured, "triton", *names]
+    form = (op, direction, str(lead.dtype).removeprefix("torch."), plan.kind)
     able, reasons = [], []
     for name in dict.fromkeys(names):
         reason = backends.failure(form, name)
-        if reason is None and refuse is not None and name.startswith("sdpa"):
-            reason = refuse(name)
+        if reason is None and plan.refuse is not None and name.startswith("sdpa"):
+            reason = plan.refuse(name)
         if reason is None:
             able.append(name)
         else:
@@ -95,31 +135,23 @@ def dispatch(
             f"ast_fast.{op} ({direction}) runs in plain PyTorch, which stores the scores",
             "; ".join(reasons),
         )
-    for name, other in zip(able, [*able[1:], None], strict=True):
-        try:
-            result = run(name)
-        except Exception as error:
-            # what a graph records has to be what ran before it: its caller runs eagerly, and falls back there
-            if other is None or _capturing(lead) or not cannot_launch(name, error):
-                raise
-            backends.record_failure(form, name, other, _first_line(error))
-        else:
-            backends.saw(op, direction, name)
-            return result
-    raise AssertionError("the last implementation returns or raises")
+    return form, able
 
 
-def _measured(op: str, direction: str, lead: Tensor, problem: tuple[str, int, int, int]) -> str:
+def _unmeasured(op: str, direction: str, lead: Tensor) -> bool:
+    """Whether Triton is what the tables leave this direction to."""
+    if backends.native(lead.device.type) != "triton":
+        return False
+    use = _tables()
+    return use is None or bool(use.says_nothing(op, direction, lead.device))
+
+
+@functools.cache
+def _tables() -> ModuleType | None:
     try:
-        from ..kernels import _use
-
-        return _use.implementation(op, direction, lead.device, *problem)
-    except (
-        ImportError,
-        RuntimeError,
-        AssertionError,
-    ):  # a program made elsewhere: no Triton, no GPU
-        return "triton"
+        return importlib.import_module("ast_fast.kernels._use")
+    except ImportError:  # of Triton
+        return None
 
 
 def cannot_launch(name: str, error: Exception) -> bool:

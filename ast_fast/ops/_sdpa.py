@@ -91,6 +91,8 @@ def why_not(
     }[name]
     if not enabled():
         return "it is switched off in torch.backends.cuda"
+    if q.dim() == 4 and q.shape[0] > 65535:
+        return f"takes at most 65535 clips, got {q.shape[0]}"  # what a grid has in that direction
     if name == "sdpa-efficient":
         return None  # any width, masks, and one split of the keys is deterministic
     capability = torch.cuda.get_device_capability(q.device)
@@ -177,9 +179,10 @@ def _forward(
     if name == "sdpa-cudnn":
         heads = (x.transpose(1, 2) for x in (q, k, v))
         run = _aten._scaled_dot_product_cudnn_attention
-        o, lse, *_ = run(*heads, bias, True, 0.0, False, False, scale=scale)
+        o, lse, *_ = run(*heads, _repeated(bias, q, k, 1), True, 0.0, False, False, scale=scale)
         return o.transpose(1, 2), lse.reshape(*lse.shape[:2], queries)
     run = _aten._efficient_attention_forward
+    bias = _repeated(bias, q, k, q.shape[2])
     o, lse, *_ = run(q, k, v, bias, None, None, None, None, 0.0, 0, True, scale=scale)
     return o, lse[:, :, :queries]
 
@@ -251,11 +254,13 @@ def _backward(
     if name == "sdpa-cudnn":
         run = _aten._scaled_dot_product_cudnn_attention_backward
         rows = lse[:, :, :queries].contiguous()[..., None]
+        bias = _repeated(bias, q, k, 1)
         made = run(
             *heads, rows, unread, unread, bias, None, None, queries, keys, 0.0, False, scale=scale
         )
         return tuple(x.transpose(1, 2) for x in made)
     run = _aten._efficient_attention_backward
+    bias = _repeated(bias, q, k, q.shape[2])
     # with one split no two programs add to the same element
     splits = 1 if deterministic else None
     dq, dk, dv, _ = run(
@@ -263,6 +268,13 @@ def _backward(
         scale=scale, num_splits_key=splits,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _repeated(bias: Tensor | None, q: Tensor, k: Tensor, heads: int) -> Tensor | None:
+    """The bias for all clips and queries, with strides of 0 where it says the same."""
+    if bias is None:
+        return None
+    return bias.expand(q.shape[0], heads, q.shape[1], k.shape[1])
 
 
 def rising(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -288,7 +300,7 @@ def operand(x: Tensor) -> Tensor:
 
 
 def _bias(q: Tensor, k: Tensor, visible: Visible | None, key_bias: Tensor | None) -> Tensor | None:
-    """What is added to the scores, [B, H, Tq, Tk], with strides of 0 where it says the same."""
+    """What is added to the scores: [B or 1, 1, Tq or 1, Tk]."""
     if visible is None and key_bias is None:
         return None
     keys = k.shape[1]
@@ -301,6 +313,4 @@ def _bias(q: Tensor, k: Tensor, visible: Visible | None, key_bias: Tensor | None
         source.masked_fill_(~visible.bias, -math.inf)
     if not q.is_cuda:
         return source
-    # rows start on 16 elements
-    source = F.pad(source, (0, -keys % 16))[..., :keys]
-    return source.expand(q.shape[0], q.shape[2], q.shape[1], keys)
+    return F.pad(source, (0, -keys % 16))[..., :keys]  # rows start on 16 elements

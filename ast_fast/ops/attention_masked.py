@@ -159,7 +159,7 @@ def attention_masked_backward_op(
         grads = (dq, dk, dv)
         if name.startswith("sdpa"):
             visible = _visible(rectangles, q, k)
-            _sdpa.backward(name, *saved, scale, visible, deterministic, grads)
+            _sdpa.backward(name, *saved, scale, visible, True, grads)
         else:
             options = (list(rectangles), scale, deterministic, *grads, allow_tf32)
             _load(name).backward(*saved, *options)
@@ -168,7 +168,7 @@ def attention_masked_backward_op(
     wanted = direction(deterministic)
     return dispatch(
         *("attention_masked", wanted, backend, q, run),
-        lambda: plan(wanted, q, k, True, allow_tf32, deterministic),
+        lambda: plan(wanted, q, k, True, allow_tf32),
     )
 
 

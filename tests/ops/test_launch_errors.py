@@ -3,8 +3,10 @@
 The C++ kernels (for FP8 the reference's primitives) stand for Triton's: they take the same arguments.
 """
 
+import gc
 import importlib
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +68,7 @@ def call(op):
     }[op]
 
 
-OPS = tuple(backend.OPS) + ("attention_qkv", "linear_fp8", "mlp_fp8")
+OPS = (*backend.OPS, "attention_qkv", "linear_fp8", "mlp_fp8")
 BOTH = [
     (op, direction)
     for op in OPS
@@ -134,6 +136,7 @@ def machine(monkeypatch):
     def load(name):
         if name != "triton":
             return fp8
+
         # the layers share primitives: the one that both begin each direction with fails
         def facts(x):
             op = next((op for op, _ in made.errors if op.endswith("fp8")), "")
@@ -216,6 +219,9 @@ FATAL = {
     "launch": RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
     "assert": RuntimeError("CUDA error: device-side assert triggered"),
     "misaligned": RuntimeError("Triton Error [CUDA]: misaligned address"),
+    "memory, said otherwise": raised_in_triton(
+        torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory.")
+    ),
     "a fault of ours": ValueError("strides do not fit"),
     "a fault of torch's": RuntimeError("The size of tensor a (3) must match"),
 }
@@ -273,6 +279,21 @@ def test_errors_of_the_device_that_torch_raises_are_not_swallowed():
     if error is None:
         pytest.skip("this PyTorch raises RuntimeError")
     assert not _dispatch.cannot_launch("triton", error("CUDA error: invalid argument"))
+
+
+def test_a_failure_keeps_no_tensor_alive(machine):
+    """An error's traceback holds the frames, and those the activations of a step."""
+    machine.errors["layer_norm", "forward"] = OutOfResources(1, 0, "registers")
+    gc.disable()
+    try:
+        x = torch.ones(3, 32)
+        gone = weakref.ref(x)
+        ops.layer_norm(x, torch.ones(32), torch.ones(32))
+        machine.errors.clear()  # which this test itself keeps
+        del x
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_another_form_of_the_kernel_is_tried_by_itself(machine, warnings):
@@ -366,6 +387,25 @@ def test_callers_who_want_no_fixed_order_have_a_choice_of_their_own(machine):
     assert seen.ran[("attention", "backward_any_order")] == "sdpa-flash"
 
 
+def test_masked_attention_is_deterministic_wherever_it_runs(machine, monkeypatch):
+    """Its page says so, whatever `deterministic` is."""
+    from ast_fast.ops import _sdpa
+
+    seen = []
+    real = _sdpa.backward
+
+    def backward(*args):
+        seen.append(args[9])
+        real(*args)
+
+    monkeypatch.setattr(_sdpa, "backward", backward)
+    q = [rand(2, 20, 2, 64, seed=i) for i in range(3)]
+    mask = ops.AttentionMask.from_dense(torch.ones(20, 20, dtype=torch.bool).tril())
+    with _use.force({("attention_masked", "backward_any_order"): "sdpa-efficient"}):
+        ops.attention_masked(*q, mask, deterministic=False).sum().backward()
+    assert seen == [True]
+
+
 def test_a_measured_choice_that_cannot_take_a_call_leaves_it_to_triton(
     machine, warnings, monkeypatch
 ):
@@ -415,7 +455,7 @@ def test_the_reference_as_a_measured_choice(op, machine):
 
 
 def test_every_name_that_a_table_may_give_is_one_that_its_op_runs(machine):
-    for op in backend.OPS + ("linear_fp8", "mlp_fp8"):
+    for op in (*backend.OPS, "linear_fp8", "mlp_fp8"):
         for direction in ("forward", "backward"):
             for name in _use.NAMES[op]:
                 with _use.force({(op, direction): name}), backend.watch() as seen:

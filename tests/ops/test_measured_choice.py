@@ -149,3 +149,19 @@ def test_a_forced_choice_ends_with_its_block_and_goes_before_the_table(hopper):
     assert _use.implementation("attention", "backward", CPU, "f32", 64, 1, 1) == "triton"
     with pytest.raises(ValueError, match="cudnn"), _use.force({("attention", "forward"): "cudnn"}):
         pass
+
+
+def test_the_walk_over_configurations_passes_the_choice_by(monkeypatch):
+    from benchmarks import tuned
+
+    before = tuned.variants.__wrapped__(90)
+    table = copy.deepcopy(_tuned.table("layer_norm"))
+    _use.set_use(table, "memory_bound", "layer_norm", "forward", "torch")
+    real = _tuned.configs
+
+    def configs(op, capability):
+        found = real(op, capability)
+        return table["families"]["memory_bound"] if op == "layer_norm" else found
+
+    monkeypatch.setattr(_tuned, "configs", configs)
+    assert tuned.variants.__wrapped__(90) == before

@@ -189,10 +189,10 @@ def test_directions_mix(name, names, monkeypatch):
     assert set(ran) == {(op, d) for (op, d), chosen in forced.items() if chosen == "triton"}
 
 
-def refusal(name, direction="forward", dtype=torch.bfloat16, width=64, t=1214, **options):
+def refusal(name, direction="forward", dtype=torch.bfloat16, width=64, t=1214, clips=2, **options):
     """`why_not` for tensors on a pretend GPU."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        q = torch.empty(2, t, 3, width, device="cuda", dtype=dtype)
+        q = torch.empty(clips, t, 3, width, device="cuda", dtype=dtype)
     options = {"masked": False} | options
     return _sdpa.why_not(name, direction, q, options.pop("keys", t), **options)
 
@@ -236,6 +236,7 @@ def test_each_implementation_says_what_it_cannot_take(hopper):
     assert "256" in refusal("sdpa-flash", width=264)
     assert "128" in refusal("sdpa-cudnn", width=136)
     assert refusal("sdpa-efficient", width=520, masked=True) is None
+    assert "65535" in refusal("sdpa-efficient", clips=65536)
     hopper.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
     assert "AVOID_RECOMPILE" in refusal("sdpa-cudnn")
     hopper.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 0))
@@ -323,6 +324,25 @@ def test_calls_on_a_gpu_fit_the_signatures_of_pytorch(
     if name == "sdpa-efficient":
         # two programs that add to the same element add in any order
         assert set(splits) == {1 if deterministic else None}
+
+
+def test_a_bias_keeps_its_digits_on_a_gpu_too(monkeypatch):
+    """The memory-efficient kernel wants it in the dtype of q."""
+    monkeypatch.setattr(_sdpa, "operand", lambda x: x)  # reads addresses
+    seen = []
+
+    def forward(q, k, v, bias, *args, **options):
+        seen.append((q.dtype, bias.dtype, bias.shape, bias.stride()))
+        return torch.ops.aten._efficient_attention_forward(q, k, v, bias, *args, **options)
+
+    monkeypatch.setattr(_sdpa, "_aten", SimpleNamespace(_efficient_attention_forward=forward))
+    with FakeTensorMode():
+        q = torch.empty(2, 9, 3, 80, device="cuda", dtype=torch.bfloat16)
+        bias = torch.empty(2, 9, device="cuda")
+        o, _ = _sdpa.forward("sdpa-efficient", q, q, q, 0.1, key_bias=bias)
+    assert o.dtype == torch.bfloat16
+    # one row a clip, on 16 elements, for all heads and queries
+    assert seen == [(torch.float32, torch.float32, (2, 3, 9, 9), (16, 0, 0, 1))]
 
 
 def test_operands_start_where_a_gpu_wants_them(monkeypatch):
