@@ -28,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from ._aot_barriers import races
+
 # Compute capability (major * 10 + minor) of every architecture that kernels are compiled for.
 ARCHITECTURES: tuple[int, ...] = (75, 80, 86, 89, 90, 100, 120)
 
@@ -109,6 +111,7 @@ class AotReport(NamedTuple):
     shared: int
     tensor_memory: int
     instructions: frozenset[str]
+    races: tuple[str, ...] = ()  # copies that may overwrite what a product still reads
 
 
 def build(case: AotCase, arch: int) -> Any:
@@ -130,6 +133,11 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         shared=int(compiled.metadata.shared),
         tensor_memory=int(getattr(compiled.metadata, "tmem_size", None) or 0),
         instructions=found,
+        races=tuple(
+            f"line {race.copy_line} of the PTX, {race.copy}: no barrier of all warps since the wait of "
+            f"line {race.wait_line}"
+            for race in races(ptx, compiled.metadata.num_warps)
+        ),
     )
 
 
@@ -145,6 +153,7 @@ def problems(case: AotCase, report: AotReport) -> list[str]:
         found.append(f"tensor memory is {report.tensor_memory} columns of {TENSOR_MEMORY_LIMIT}")
     if report.registers > case.max_registers:
         found.append(f"{report.registers} registers a thread, at most {case.max_registers}")
+    found += (f"a copy may overwrite what a product reads: {race}" for race in report.races)
     missing = sorted(set(case.expect) - report.instructions)
     if missing:
         found.append(f"missing instructions {missing}, found {sorted(report.instructions)}")
