@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from . import _aot_ptxas
 from ._aot_barriers import races
 
 # Compute capability (major * 10 + minor) of every architecture that kernels are compiled for.
@@ -232,8 +233,7 @@ def describe(module: str, arch: int, index: int, only_build: bool = False) -> di
     # the compiler fails in as many ways as it has passes, and the report of a gate must name them all
     except Exception as error:
         return {**found, "problems": [f"{type(error).__name__}: {error}"[-2000:]]}
-    return {
-        **found,
+    found |= {
         "registers": report.registers,
         "stack": report.stack,
         "shared": report.shared,
@@ -241,6 +241,19 @@ def describe(module: str, arch: int, index: int, only_build: bool = False) -> di
         "instructions": sorted(report.instructions),
         "problems": problems(case, report),
     }
+    ptxas = _aot_ptxas.path()
+    if ptxas and arch == _aot_ptxas.ARCHITECTURE and not case.twin:
+        try:
+            name = f"ptxas {_aot_ptxas.version(ptxas)}"
+            usage = _aot_ptxas.assemble(build(case, arch).asm["ptx"], arch, ptxas)
+        except (RuntimeError, ValueError) as error:
+            found["problems"].append(str(error))
+        else:
+            found[name] = usage._asdict()
+            other = problems(case, report._replace(**usage._asdict()))
+            new = [problem for problem in other if problem not in found["problems"]]
+            found["problems"] += (f"{name}: {problem}" for problem in new)
+    return found
 
 
 def serve() -> None:
