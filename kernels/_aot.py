@@ -30,6 +30,7 @@ from triton.compiler import ASTSource, make_backend
 
 from . import _aot_ptxas
 from ._aot_barriers import races
+from ._aot_buffers import places_of_plain_copies
 
 # Compute capability (major * 10 + minor) of every architecture that kernels are compiled for.
 ARCHITECTURES: tuple[int, ...] = (75, 80, 86, 89, 90, 100, 120)
@@ -137,7 +138,9 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         races=tuple(
             f"line {race.copy_line} of the PTX, {race.copy}: no barrier of all warps since the wait of "
             f"line {race.wait_line}"
-            for race in races(ptx, compiled.metadata.num_warps)
+            for race in races(
+                ptx, compiled.metadata.num_warps, places_of_plain_copies(compiled.asm["ttgir"])
+            )
         ),
     )
 

@@ -20,9 +20,6 @@ from typing import NamedTuple
 
 WARPS_OF_A_GROUP = 4
 
-# What a path has met, from harmless to harmful; where paths meet the worst holds.
-_SYNCED, _ARRIVED, _WAITED = range(3)
-
 _COPY = re.compile(r"cp\.async\.(?:c[ag]|bulk(?:\.tensor\.\dd)?)\.shared")
 _BLOCK_BARRIER = re.compile(r"bar(?:rier)?(?:\.cta)?\.(?:sync|red)\b")
 _ENDS = re.compile(r"(?:ret|exit|trap)\b")
@@ -41,10 +38,19 @@ class _Statement(NamedTuple):
     text: str  # without its predicate
     predicated: bool
     scope: tuple[int, ...]  # the blocks in braces that it stands in
+    source: tuple[str, int, int]  # file, line and column of what it was compiled from
 
 
-def races(ptx: str, num_warps: int) -> list[Race]:
+def races(
+    ptx: str, num_warps: int, harmless: frozenset[tuple[str, int, int]] = frozenset()
+) -> list[Race]:
     """Copies into shared memory that a wait reaches without a barrier; one warpgroup has none.
+
+    Args:
+        ptx: of one kernel.
+        num_warps: of a block.
+        harmless: file, line and column of copies into buffers that no product reads. They are left out
+            where copy and wait share a loop: over a loop Triton keeps its buffers apart.
 
     Raises:
         ValueError: a branch leads to where no label is, or is one whose targets are computed.
@@ -52,39 +58,63 @@ def races(ptx: str, num_warps: int) -> list[Race]:
     if num_warps <= WARPS_OF_A_GROUP or "wgmma" not in ptx:
         return []
     statements, labels = _parse(ptx)
-    # state and the wait it comes from, on entry to each statement
-    before: list[tuple[int, int]] = [(-1, 0)] * len(statements)
-    found: dict[int, Race] = {}
-    waiting = [0] if statements else []
-    if waiting:
-        before[0] = (_SYNCED, 0)
-    while waiting:
-        place = waiting.pop()
-        statement = statements[place]
-        state, wait_line = before[place]
-        if state != _SYNCED and _COPY.match(statement.text):
-            found[place] = Race(wait_line, statement.line, statement.text[:80])
-        after = _after(statement, state, wait_line, num_warps * 32)
-        for follower in _followers(statements, labels, place):
-            if after[0] > before[follower][0]:
-                before[follower] = after
-                waiting.append(follower)
-    return [found[place] for place in sorted(found)]
+    following = [_followers(statements, labels, place) for place in range(len(statements))]
+    waits = _open_waits(statements, following, num_warps * 32)
+    found = []
+    for place, statement in enumerate(statements):
+        if not _COPY.match(statement.text):
+            continue
+        reaching = {wait for wait, _ in waits[place]}
+        if statement.source in harmless:
+            reaching -= _reachable(following, place)
+        if reaching:
+            lines = max(statements[wait].line for wait in reaching)
+            found.append(Race(lines, statement.line, statement.text[:80]))
+    return found
 
 
-def _after(statement: _Statement, state: int, wait_line: int, threads: int) -> tuple[int, int]:
+def _open_waits(
+    statements: list[_Statement], following: list[list[int]], threads: int
+) -> list[set[tuple[int, bool]]]:
+    """Waits on some path to each statement with no barrier since, and whether the cluster has arrived."""
+    before: list[set[tuple[int, bool]]] = [set() for _ in statements]
+    pending = list(range(len(statements)))
+    while pending:
+        place = pending.pop()
+        after = _after(statements[place], place, before[place], threads)
+        for follower in following[place]:
+            if not after <= before[follower]:
+                before[follower] |= after
+                pending.append(follower)
+    return before
+
+
+def _after(
+    statement: _Statement, place: int, waits: set[tuple[int, bool]], threads: int
+) -> set[tuple[int, bool]]:
     text = statement.text
     if text.startswith("wgmma.wait_group"):
-        return _WAITED, statement.line
+        return waits | {(place, False)}
     # not all warps need be at a barrier that a predicate guards
     if not statement.predicated:
         if _BLOCK_BARRIER.match(text) and _threads_of(text) in (None, threads):
-            return _SYNCED, 0
-        if text.startswith("barrier.cluster.arrive") and state == _WAITED:
-            return _ARRIVED, wait_line
-        if text.startswith("barrier.cluster.wait") and state == _ARRIVED:
-            return _SYNCED, 0
-    return state, wait_line
+            return set()
+        if text.startswith("barrier.cluster.arrive"):
+            return {(wait, True) for wait, _ in waits}
+        if text.startswith("barrier.cluster.wait"):
+            return {(wait, arrived) for wait, arrived in waits if not arrived}
+    return waits
+
+
+def _reachable(following: list[list[int]], place: int) -> set[int]:
+    """Statements that may come after the one at `place`."""
+    found: set[int] = set()
+    pending = list(following[place])
+    while pending:
+        if (follower := pending.pop()) not in found:
+            found.add(follower)
+            pending += following[follower]
+    return found
 
 
 def _threads_of(barrier: str) -> int | None:
@@ -131,8 +161,10 @@ def _target(
 
 def _parse(ptx: str) -> tuple[list[_Statement], dict[tuple[tuple[int, ...], str], int]]:
     """Statements of the kernel's body, and where each label stands."""
-    # positions of lines end without a semicolon, unlike everything else
-    ptx = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*$", "", ptx, flags=re.MULTILINE)
+    files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]*)"', ptx, re.MULTILINE))
+    # positions in the source end without a semicolon, unlike everything else
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    ptx = re.sub(r"^\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+).*$", r"\t.loc \1 \2 \3;", ptx, flags=re.M)
     # the parameters stand in parentheses before the body, so the first brace is the body's
     body = ptx.index("{", ptx.index(".entry"))
     line = ptx.count("\n", 0, body) + 1
@@ -140,6 +172,7 @@ def _parse(ptx: str) -> tuple[list[_Statement], dict[tuple[tuple[int, ...], str]
     labels: dict[tuple[tuple[int, ...], str], int] = {}
     scope: tuple[int, ...] = ()
     blocks, text = 0, ""
+    source = ("", 0, 0)
     for token in re.findall(r"\n|[{};]|[^{};\n]+", ptx[body + 1 :]):
         line += token == "\n"
         while label := re.match(r"\s*([$\w]+):(?!:)", text):
@@ -148,8 +181,11 @@ def _parse(ptx: str) -> tuple[list[_Statement], dict[tuple[tuple[int, ...], str]
         # operands may stand in braces, but always within a statement
         outside = not text.strip()
         if token == ";":
-            if not outside:
-                statements.append(_statement(text, line, scope))
+            if text.strip().startswith(".loc "):
+                file, row, column = text.split()[1:4]
+                source = (files.get(file, ""), int(row), int(column))
+            elif not outside:
+                statements.append(_statement(text, line, scope, source))
             text = ""
         elif token == "{" and outside:
             blocks += 1
@@ -163,9 +199,10 @@ def _parse(ptx: str) -> tuple[list[_Statement], dict[tuple[tuple[int, ...], str]
     return statements, labels
 
 
-def _statement(text: str, line: int, scope: tuple[int, ...]) -> _Statement:
+def _statement(
+    text: str, line: int, scope: tuple[int, ...], source: tuple[str, int, int]
+) -> _Statement:
     words = " ".join(text.split())
     predicate = re.match(r"@!?[%$\w]+ ", words)
-    return _Statement(
-        line, words[predicate.end() :] if predicate else words, bool(predicate), scope
-    )
+    bare = words[predicate.end() :] if predicate else words
+    return _Statement(line, bare, bool(predicate), scope, source)

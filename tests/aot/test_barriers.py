@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from ast_fast.kernels import _aot
 from ast_fast.kernels._aot_barriers import races
+from ast_fast.kernels._aot_buffers import places_of_plain_copies
 
 pytestmark = pytest.mark.aot
 
@@ -124,6 +125,51 @@ def test_copies_out_of_shared_memory_and_prefetches_are_none():
     prefetch = "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%rd1, {%r1, %r2}];"
     commit = "cp.async.commit_group;"
     assert copies(MMA, WAIT, store, reduce, prefetch, commit) == []
+
+
+HERE = ("kernel.py", 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("harmless", "looped", "races_found"),
+    [({HERE}, True, 0), ({HERE}, False, 1), ({("kernel.py", 6, 7)}, True, 1), (set(), True, 1)],
+)
+def test_a_copy_that_no_product_reads_is_left_out_within_the_loop_of_the_wait(
+    harmless, looped, races_found
+):
+    loop = "@%p2 bra $L__BB0_1;" if looped else "mov.b32 %r1, %r2;"
+    text = kernel("$L__BB0_1:", MMA, WAIT, ".loc\t1 5 7  // kernel.py:5:7", CP_ASYNC, loop)
+    # the kernel's own lines put a position of another file before every statement
+    text = text.replace("\t.loc\t1 10 7  // file.py:10:7\n\tcp", "\tcp")
+    text += '\t.file\t1 "kernel.py"\n'
+    assert len(races(text, 8, frozenset(harmless))) == races_found
+
+
+def test_buffers_of_threads_are_told_from_those_of_products():
+    copy = "ttg.async_copy_global_to_local"
+    text = f"""
+    %x = ttg.local_alloc : () -> !ttg.memdesc<2x64x32xi16> loc(#loc9)
+    %g = ttg.local_alloc : () -> !ttg.memdesc<2x32x64xf16> loc(#loc9)
+    %both = ttg.local_alloc : () -> !ttg.memdesc<2x32x64xf16> loc(#loc9)
+    %x_1 = ttg.memdesc_index %x[%c0] : !ttg.memdesc<2x64x32xi16> -> !ttg.memdesc<64x32xi16> loc(#loc9)
+    %c1 = {copy} %p, %x_1 mask %m : tensor<64x32> -> <64x32xi16> loc(#loc1)
+    %g_1 = ttg.memdesc_index %g[%c0] : !ttg.memdesc<2x32x64xf16> -> !ttg.memdesc<32x64xf16> loc(#loc9)
+    %c2 = {copy} %p, %g_1 mask %m : tensor<32x64> -> <32x64xf16> loc(#loc2)
+    %both_1 = ttg.memdesc_index %both[%c0] : !ttg.memdesc<2x3> -> !ttg.memdesc<32x64xf16> loc(#loc9)
+    %c3 = {copy} %p, %both_1 mask %m : tensor<32x64> -> <32x64xf16> loc(#loc5)
+    %c4 = {copy} %p, %x_1 mask %m : tensor<32x64> -> <32x64xf16> loc(#loc5)
+    %v = ttg.local_load %x_1 : !ttg.memdesc<64x32xi16> -> tensor<64x32xi16> loc(#loc9)
+    %g_2 = ttg.memdesc_trans %g_1 : !ttg.memdesc<32x64xf16> -> !ttg.memdesc<64x32xf16> loc(#loc9)
+    %s = ttng.warp_group_dot %a, %g_2, %acc : tensor<64x32xf16> * !ttg.memdesc<64x32xf16> loc(#loc9)
+    %t = ttng.warp_group_dot %a, %both_1, %acc : tensor<64x32> * !ttg.memdesc<64x32> loc(#loc9)
+#loc1 = loc("x"(#loc3))
+#loc2 = loc("kernel.py":6:7)
+#loc3 = loc(callsite(#loc4 at #loc2))
+#loc4 = loc("kernel.py":5:7)
+#loc5 = loc("kernel.py":8:7)
+"""
+    # line 8 copies into both kinds
+    assert places_of_plain_copies(text) == {HERE}
 
 
 def test_a_branch_that_cannot_be_followed_is_an_error():
