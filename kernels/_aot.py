@@ -28,6 +28,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from . import _aot_ptxas
+from ._aot_barriers import races
+from ._aot_buffers import places_of_plain_copies
+
 # Compute capability (major * 10 + minor) of every architecture that kernels are compiled for.
 ARCHITECTURES: tuple[int, ...] = (75, 80, 86, 89, 90, 100, 120)
 
@@ -109,6 +113,7 @@ class AotReport(NamedTuple):
     shared: int
     tensor_memory: int
     instructions: frozenset[str]
+    races: tuple[str, ...] = ()  # copies that may overwrite what a product still reads
 
 
 def build(case: AotCase, arch: int) -> Any:
@@ -130,6 +135,13 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         shared=int(compiled.metadata.shared),
         tensor_memory=int(getattr(compiled.metadata, "tmem_size", None) or 0),
         instructions=found,
+        races=tuple(
+            f"line {race.copy_line} of the PTX, {race.copy}: no barrier of all warps since the wait of "
+            f"line {race.wait_line}"
+            for race in races(
+                ptx, compiled.metadata.num_warps, places_of_plain_copies(compiled.asm["ttgir"])
+            )
+        ),
     )
 
 
@@ -145,6 +157,7 @@ def problems(case: AotCase, report: AotReport) -> list[str]:
         found.append(f"tensor memory is {report.tensor_memory} columns of {TENSOR_MEMORY_LIMIT}")
     if report.registers > case.max_registers:
         found.append(f"{report.registers} registers a thread, at most {case.max_registers}")
+    found += (f"a copy may overwrite what a product reads: {race}" for race in report.races)
     missing = sorted(set(case.expect) - report.instructions)
     if missing:
         found.append(f"missing instructions {missing}, found {sorted(report.instructions)}")
@@ -223,8 +236,7 @@ def describe(module: str, arch: int, index: int, only_build: bool = False) -> di
     # the compiler fails in as many ways as it has passes, and the report of a gate must name them all
     except Exception as error:
         return {**found, "problems": [f"{type(error).__name__}: {error}"[-2000:]]}
-    return {
-        **found,
+    found |= {
         "registers": report.registers,
         "stack": report.stack,
         "shared": report.shared,
@@ -232,6 +244,19 @@ def describe(module: str, arch: int, index: int, only_build: bool = False) -> di
         "instructions": sorted(report.instructions),
         "problems": problems(case, report),
     }
+    ptxas = _aot_ptxas.path()
+    if ptxas and arch == _aot_ptxas.ARCHITECTURE and not case.twin:
+        try:
+            name = f"ptxas {_aot_ptxas.version(ptxas)}"
+            usage = _aot_ptxas.assemble(build(case, arch).asm["ptx"], arch, ptxas)
+        except (RuntimeError, ValueError) as error:
+            found["problems"].append(str(error))
+        else:
+            found[name] = usage._asdict()
+            other = problems(case, report._replace(**usage._asdict()))
+            new = [problem for problem in other if problem not in found["problems"]]
+            found["problems"] += (f"{name}: {problem}" for problem in new)
+    return found
 
 
 def serve() -> None:

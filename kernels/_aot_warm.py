@@ -8,6 +8,7 @@ may be killed at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -105,8 +106,6 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             assert process.stdin is not None
-            try:
+            with contextlib.suppress(OSError):
                 process.stdin.close()
-            except OSError:
-                pass
             process.wait()

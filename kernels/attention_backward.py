@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .attention_tiles import (
     LOG2E,
     clip_base,
@@ -415,3 +416,6 @@ def attention_dkv_kernel(
     store_rows(dk_base, stride_dkt, start_n, n_rows, dk, BLOCK_N, D, BLOCK_D)
     dv_base = clip_base(dv_ptr, clip, k_first, head, stride_dvb, stride_dvt, stride_dvh)
     store_rows(dv_base, stride_dvt, start_n, n_rows, dv, BLOCK_N, D, BLOCK_D)
+
+
+settle(globals())

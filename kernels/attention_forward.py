@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -242,3 +243,6 @@ def attention_forward_kernel(
                 tl.full([_PAD], float("inf"), tl.float32),
                 mask=cols < limit,
             )
+
+
+settle(globals())

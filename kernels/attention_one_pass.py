@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from ._tuned import INTERPRETED
 from .attention_backward import add_queries
 from .attention_tiles import (
@@ -273,3 +274,6 @@ def attention_round_kernel(
     total = tl.load(places, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     dq_base = clip_base(dq_ptr, clip, q_first, head, stride_dqb, stride_dqt, stride_dqh)
     store_rows(dq_base, stride_dqt, start_m, n_q, total * scale, BLOCK_M, D, BLOCK_D)
+
+
+settle(globals())

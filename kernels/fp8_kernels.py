@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .fp8_tiles import highest, power_of_two, scale_exponent, store_transposed, to_fp8
 from .gelu_tiles import gelu, gelu_and_slope
 
@@ -218,3 +219,6 @@ def norm_quantise_kernel(
         tl.store(inverse_ptr, power_of_two(-exponent))
     tl.store(facts_ptr + pid, reach)
     tl.store(facts_ptr + tl.num_programs(0) + pid, tl.minimum(tl.max(longest, axis=0), _LONGEST))
+
+
+settle(globals())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .gelu_tiles import gelu, gelu_and_slope
 
 
@@ -153,3 +154,6 @@ def gemm_kernel(
                 acc, bias_ptr, extra_ptr, out_ptr, second_ptr, partial_ptr, tile_m, row, col,
                 num_rows, num_cols, stride_extra, EPILOGUE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+
+
+settle(globals())

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import ceil_div, guard, last_dim_contiguous, next_power_of_2, why_not
+from ._settle import settle
 
 MAX_WIDTH = 8192  # a row has to fit the registers of one block
 
@@ -355,3 +356,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             )
         )
     return cases + aot_backward_cases("layer_norm", arch, has_dtotal=False)
+
+
+settle(globals())

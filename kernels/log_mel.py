@@ -29,6 +29,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import ceil_div, guard, why_not
+from ._settle import settle
 from .log_mel_backward import backward_aot_cases, wave_gradient
 from .log_mel_tables import LogMelTables, frame_count, operator
 
@@ -395,3 +396,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             )
         )
     return cases + backward_aot_cases(arch)
+
+
+settle(globals())

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import ceil_div, guard, last_dim_contiguous
+from ._settle import settle
 from .log_mel_tables import LogMelTables, Operator, frame_count, operator
 
 # Scratch in bytes: clips are taken in chunks that stay under it.
@@ -385,3 +386,6 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
         BLOCK=tile["elements"],
     )
     return cases
+
+
+settle(globals())

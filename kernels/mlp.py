@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _tuned, gemm
 from ._aot import AotCase
 from ._launch import DTYPE_NAMES, ceil_div, guard, last_dim_contiguous, why_not
+from ._settle import settle
 from .gelu_tiles import gelu, gelu_and_slope
 
 
@@ -231,3 +232,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             )
         )
     return cases
+
+
+settle(globals())

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import DTYPE_NAMES, ceil_div, guard
+from ._settle import settle
 from .patch_embed_tiles import (
     dtype_modes,
     patch_grid,
@@ -408,3 +409,6 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
             tile,
         )
     return cases
+
+
+settle(globals())

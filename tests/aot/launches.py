@@ -1,6 +1,8 @@
 """Launches of a model's sizes on a GPU that is not there: which of them a warmed cache would not serve.
 
     python tests/aot/launches.py ARCH keys      one JSON line: kernels asked for, and those without a case
+    python tests/aot/launches.py ARCH names     one JSON line: name of each case's cache entry
+    python tests/aot/launches.py ARCH backwards the same, last case first
     python tests/aot/launches.py ARCH binaries  one JSON line: kernels that came from a warmed cache
 
 A process of its own, so that it runs under whichever Triton PYTHONPATH puts first.
@@ -8,6 +10,7 @@ A process of its own, so that it runs under whichever Triton PYTHONPATH puts fir
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -153,7 +156,7 @@ def compare_keys(arch: int) -> dict:
         asked[key] = f"{fn.fn.__module__}.{fn.fn.__name__} {types}, divisible {names}"
 
     pretend(arch, note)
-    for clips in (1, 3, 16):
+    for clips in (1, 3, 8):
         attention_launches(clips)
         row_launches(clips * TOKENS)
         product_launches(clips * TOKENS)
@@ -207,8 +210,25 @@ def warmed_cases(arch: int) -> dict:
     }
 
 
+def entry_names(arch: int, backwards: bool = False) -> dict:
+    """Names of the cases' cache entries, found out in one order or the other."""
+    target = GPUTarget("cuda", arch, 32)
+    cases = [case for module in _aot.WARM_ORDER for case in _aot.cases_of(module, arch)]
+    if backwards:
+        cases.reverse()
+    names = [f"{case.fn.fn.__module__} {case.name}" for case in cases]
+    keys = [cache_key(_aot.source(case), _aot.options(case), target) for case in cases]
+    return {"names": dict(zip(names, keys, strict=True))}
+
+
 def main() -> None:
-    answer = {"keys": compare_keys, "binaries": take_binaries}[sys.argv[2]](int(sys.argv[1]))
+    jobs = {
+        "keys": compare_keys,
+        "names": entry_names,
+        "backwards": functools.partial(entry_names, backwards=True),
+        "binaries": take_binaries,
+    }
+    answer = jobs[sys.argv[2]](int(sys.argv[1]))
     print(json.dumps({"triton": triton.__version__, **answer}))
 
 

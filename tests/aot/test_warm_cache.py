@@ -54,6 +54,13 @@ def test_launches_of_every_batch_ask_for_what_a_warm_up_compiles(tmp_path, arch)
     assert found["missing"] == [], f"Triton {found['triton']}"
 
 
+def test_the_name_of_a_cache_entry_does_not_depend_on_what_was_launched_before(tmp_path):
+    first = python(tmp_path, str(HERE / "launches.py"), "90", "names")["names"]
+    last = python(tmp_path, str(HERE / "launches.py"), "90", "backwards")["names"]
+    differ = [name for name in first if first[name] != last[name]]
+    assert len(first) > 100 and differ == []
+
+
 def test_a_launch_after_a_warm_up_compiles_nothing(tmp_path):
     found = python(tmp_path, str(HERE / "launches.py"), "90", "binaries")
     assert {"_forward_kernel", "gemm_kernel", "attention_forward_kernel", "_mel_kernel"} <= set(
