@@ -110,7 +110,7 @@ def gate(arch):
     """The kernels of the compile gate as requests, with the alignment of each argument."""
     found = set()
     for case in log_mel.aot_cases(arch):
-        source = _aot._source(case)
+        source = _aot.source(case)
         constants = {(case.fn.arg_names.index(k),): v for k, v in case.constexprs.items()}
         found.add(
             request(
@@ -178,6 +178,6 @@ def test_samples_are_loaded_16_bytes_at_a_time():
     (case,) = [case for case in log_mel.aot_cases(90) if case.name == "log_mel-power-i16"]
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(_aot._source(case), target=target, options=options).asm["ptx"]
+    ptx = triton.compile(_aot.source(case), target=target, options=options).asm["ptx"]
     assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
     assert not re.search(r"ld\.global\S*\.[bus]16\b", ptx), "one sample at a time"
