@@ -99,6 +99,7 @@ def _backward_kernel(
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -106,7 +107,8 @@ def _backward_kernel(
     w = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for block in range(pid, tl.cdiv(num_rows, BLOCK_R), num_programs):
+    # without products in the loop only a number of stages of its own makes the compiler load ahead
+    for block in tl.range(pid, tl.cdiv(num_rows, BLOCK_R), num_programs, num_stages=STAGES):
         rows = (block + tl.zeros([BLOCK_R], tl.int64)) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (rows[:, None] < num_rows) & (cols[None, :] < C)
         x_ptrs = x_ptr + rows[:, None] * stride_xr + cols[None, :]
@@ -134,7 +136,7 @@ def _backward_kernel(
 
 
 def config(op: str, direction: str, width: int, capability: int) -> dict[str, int]:
-    """Tuned configuration of `op` for rows of `width`: rows a tile, warps, programs a processor."""
+    """Tuned configuration of `op` for rows of `width`: rows a tile, warps, programs a processor, stages."""
     for entry in _tuned.configs(op, capability)[direction]:
         if width <= entry["max_width"]:
             return entry
@@ -248,6 +250,7 @@ def launch_backward(
             C=width,
             BLOCK_R=chosen["rows"],
             BLOCK_C=next_power_of_2(width),
+            STAGES=chosen["stages"],
             num_warps=chosen["warps"],
         )
     dweight, dbias = partial.sum(1).unbind(0)
@@ -305,6 +308,7 @@ def aot_backward_cases(op: str, arch: int, has_dtotal: bool) -> list[AotCase]:
             "C": width,
             "BLOCK_R": entry["rows"],
             "BLOCK_C": next_power_of_2(width),
+            "STAGES": entry["stages"],
         }
         if has_dtotal:
             signature["dtotal_ptr"] = f"*{x}"
