@@ -58,6 +58,7 @@ def stratify(
     order = _order(seed, names if names is not None else list(map(str, range(len(labels)))), units)
     dealt = _Deal(units, order, want, share)
     dealt.deal()
+    dealt.fill()
     for side in (1, 0):
         dealt.cover(side)
     return np.flatnonzero(dealt.side[units.of_clip] == 1).tolist()
@@ -167,7 +168,7 @@ class _Deal:
         costs = np.bincount(units.label, 1.0 / per_unit[units.unit], len(self.total)) / self.spread
         able = np.flatnonzero(self.spread >= least)
         able = able[np.argsort(-self.total[able], kind="stable")]
-        if costs[able].sum() > clips:
+        if len(able) and np.cumsum(costs[able])[-1] > clips + 1e-6:
             # not all find room: a frequent class keeps half of its share before a rare one gets a clip
             costs = np.maximum(costs, costs * self.spread * (clips / len(units.of_clip) / 2))
         found = np.zeros(len(self.total))
@@ -247,7 +248,8 @@ class _Deal:
         """Clips that a side needs for the classes that it must have and has not."""
         missing = (self.must[side] > 0) & (self.sides[side] == 0) & (self.open_units > 0)
         missing[label] = False
-        return float(math.floor(float(self.must[side, missing].sum())))
+        # added one after another: a sum in another order could fall on the other side of a whole number
+        return float(np.floor(np.cumsum(self.must[side, missing])[-1:]).sum())
 
     def _put(self, units: np.ndarray, side: int) -> None:
         entries = self.units.entries(units)
@@ -260,6 +262,13 @@ class _Deal:
             self.sides[1 - side] -= found
         self.sides[side] += found
         self.side[units] = side
+
+    def fill(self) -> None:
+        """The lightest unit to a side that has none, as happens with large groups."""
+        for side in (0, 1):
+            if not (self.side == side).any():
+                lightest = np.lexsort((self.rank, self.units.weight))[:1]
+                self._put(lightest, side)
 
     def cover(self, side: int) -> None:
         """Swap units so that classes that a side lacks come to it, and none is lost to either."""
@@ -283,7 +292,7 @@ class _Deal:
         units = self.units
         own = slice(units.begin[unit], units.begin[unit + 1])
         labels, counts = units.label[own], units.count[own]
-        least = np.maximum(self.must, 1.0)
+        least = np.maximum(self.must, np.stack([self.spread > 0, self.spread > 1]))
         if (self.sides[1 - side, labels] - counts < least[1 - side, labels]).any():
             return None
         here = self.sides[side].copy()
