@@ -10,12 +10,11 @@ from torch import Tensor
 
 from .config import AudioConfig, DataConfig
 from .data import Data, dataset_of, read_data, reading_notes
-from .data.split_file import SPLIT
 from .hub import CheckpointError
 from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
-from .run_data import evaluated_alike, held_clips, trained_on
+from .run_data import evaluated_alike, held_clips, split_of, trained_on
 from .run_folder import RunFolder
 from .training import Evaluation, evaluate
 from .training.ensembles import ensemble as mean_of_models
@@ -96,8 +95,9 @@ def _held_out(models: Sequence[str]) -> Data:
             "--data is missing, and the models are no runs that all held out the same clips "
             "(split.jsonl): expected clips that none of them was trained on"
         )
-    run = RunFolder.read(Path(models[0]))
-    clips = held_clips(run.plan, run.folder / SPLIT)
+    file = split_of(models[0])
+    assert file is not None
+    clips = held_clips(RunFolder.read(file.parent).plan, file)
     if clips is None:
         raise ValueError("--data is missing, and the runs held out nothing: expected some clips")
     return clips

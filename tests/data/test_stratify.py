@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ast_fast.data import Manifest, hold_out, missing_classes, read_parts
 from ast_fast.data.stratify import held_count, stratify
+from ast_fast.data.syllables import split_by_syllable
 
 several = st.lists(
     st.lists(st.integers(0, 7), max_size=4, unique=True).map(tuple), min_size=2, max_size=60
@@ -244,3 +245,10 @@ def test_runs_that_began_before_splits_were_kept_draw_as_they_did():
 
 
 OLD = ["1.wav", "2.wav", "4.wav", "7.wav"]
+
+
+def test_a_share_of_syllables_that_rounds_to_none_or_all_is_refused():
+    for unseen, count in ((0.1, 0), (0.9, 2)):
+        with pytest.raises(ValueError, match=f"of 2 syllables is {count} to test on"):
+            split_by_syllable(["a", "b", "a"], unseen=unseen)
+    assert split_by_syllable(["a", "b", "a"], unseen=0.5)[1] in ([1], [0, 2])

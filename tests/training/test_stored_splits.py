@@ -198,7 +198,7 @@ def test_seeds_share_split_and_statistics_and_can_be_averaged(place, tmp_path, c
     assert run("compare", one, two, "--out", tmp_path / "page.html") == 0
     said = capsys.readouterr().out
     assert "no setting differs but seed and fold" in said and "different sets" not in said
-    assert run("ensemble", one, two) == 0  # on what both held out
+    assert run("ensemble", one, two / "model") == 0  # on what both held out
     assert "mean of the predictions of 2 models" in capsys.readouterr().out
 
 
