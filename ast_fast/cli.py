@@ -66,6 +66,7 @@ def train(
     resume: bool = False,
     seeds: tuple[int, ...] = (),
     folds: tuple[int, ...] = (),
+    holdout_seed: int | None = None,
     how: _How = _AS_FOUND,
 ) -> int:
     """Train on a manifest, a folder per class, tar shards, or a data set as it is distributed.
@@ -86,12 +87,15 @@ def train(
         resume: go on with the run in the run folder; data and settings are those it began with.
         seeds: train once with each, and give the mean and its confidence interval.
         folds: train once with each held out, and the same.
+        holdout_seed: of the draw of what is held out, and of the clips that statistics are measured of;
+            default: train.seed, and one draw for all of seeds.
         how: what the data are, where that does not follow from what lies there.
     """
     from . import train_command
 
     return train_command.train(
-        data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume, how, seeds, folds
+        *(data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume, how),
+        *(seeds, folds, holdout_seed),
     )
 
 
@@ -133,7 +137,7 @@ def evaluate(
 
 def ensemble(
     models: Positional[tuple[str, ...]],
-    data: Path,
+    data: Path | None = None,
     root: Path | None = None,
     labels: Path | None = None,
     multi_label: bool = False,
@@ -146,7 +150,8 @@ def ensemble(
 
     Args:
         models: run folders, pretrained directories, files or hub ids, of the same classes.
-        data: a data set of any kind that train takes; all of its parts, or that of --split or --fold.
+        data: a data set of any kind that train takes; all of its parts, or that of --split or --fold;
+            default: what the models, runs, all held out.
         root: folder that the paths of a manifest start from.
         labels: class_labels_indices.csv or a list of names; default: the first model's own.
         multi_label: clips have several labels, also if the first model does not say so.

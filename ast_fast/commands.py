@@ -22,6 +22,7 @@ from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
 from .optimized import Precision
+from .run_data import trained_on
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
 from .training.logs import Progress, check_writable, say, say_figures
@@ -85,7 +86,7 @@ def evaluate(
     rate = network.frontend_config.sample_rate_hz
     how = how.one_part()
     clips = read_data(data, root, names, table, how)
-    for note in reading_notes(clips):
+    for note in (*reading_notes(clips), *trained_on(model, clips)):
         say(f"  {note}")
     dataset = dataset_of(clips, AudioConfig(sample_rate_hz=rate))
     row = _check(network, dataset) if check else None
