@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 from . import __version__
 from ._optional import MissingPackageError
+from ._text import printable
 from .config import DataConfig
 
 try:
@@ -538,7 +539,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not is_user_error(error):
             raise
-        print(f"ast-fast: error: {error}", file=sys.stderr)
+        # names from files may hold what a terminal would obey
+        print(printable(f"ast-fast: error: {error}"), file=sys.stderr)
         return 2
 
 

@@ -7,7 +7,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-_SHOWN = 200  # characters of a value in a message
+from .._text import named, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +37,10 @@ class Config:
             ValueError: a key is unknown, or a value is of another kind.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
+        unknown = sorted(set(values) - set(fields), key=str)
         if unknown:
             raise ValueError(
-                f"{cls.__name__} has no setting {', '.join(map(_name, unknown))}: expected some of "
+                f"{cls.__name__} has no setting {', '.join(map(named, unknown))}: expected some of "
                 f"{', '.join(fields)}"
             )
         arguments: dict[str, Any] = {}
@@ -61,20 +61,6 @@ class Config:
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""
         return dataclasses.replace(self, **changes)
-
-
-def shown(value: Any) -> str:
-    """A value in a message: one line of bounded length, whatever a file put there."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested beyond sense; an integer of thousands of digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _name(name: Any) -> str:
-    # a name that is one shows as it is, anything else with its control characters spelled out
-    return name if isinstance(name, str) and name.isidentifier() else shown(name)
 
 
 def _is_of(value: Any, kind: Any) -> bool:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._optional import optional_import
 from .errors import CheckpointError
 from .keys import State, dialect_of, to_ours
+from .safety import check_archive, check_header, check_tensors, check_weights
 from .settings import settings_of_transformers
 from .sizes import sizes_of
+from .training_files import weights_in
 
 _log = logging.getLogger("ast_fast.hub")
 
@@ -116,6 +117,7 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
         # imported here: a machine that only computes needs no safetensors
         from safetensors import SafetensorError, safe_open
 
+        check_header(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 # a copy: a memory map would change or vanish with the file
@@ -126,7 +128,10 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
             raise CheckpointError(
                 f"{str(file)!r} is no readable safetensors file ({error}): {_HINT}"
             ) from error
-    return _unwrap(_load_pickle(file), file), {}
+    check_archive(file)
+    state = weights_in(_load_pickle(file), file)
+    check_tensors(state, file)
+    return state, {}
 
 
 def _load_pickle(file: Path) -> Any:
@@ -151,41 +156,25 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def _unwrap(loaded: Any, file: Path) -> State:
-    # training scripts put the weights beside other things under one of these names
-    for name in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise CheckpointError(
-            f"{str(file)!r} holds a {type(loaded).__name__}: expected a state dict, names to tensors"
-        )
-    others = [
-        key
-        for key, value in loaded.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if others:
-        raise CheckpointError(
-            f"{str(file)!r} holds more than tensors ({', '.join(map(repr, others[:5]))}): expected a state dict"
-        )
-    return dict(loaded)
-
-
-def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dict[str, Any]]:
+def read_weights(
+    path: str | os.PathLike[str], wanted: Mapping[str, Any] | None = None, **sizes: Any
+) -> tuple[State, dict[str, Any]]:
     """Weights under our names, and what is known about them.
 
     Args:
         path: a file (.pth, .pt, .bin, .safetensors) or a directory (ours or transformers').
+        wanted: sizes that the model shall have: see `sizes_of`.
         sizes: settings of `ModelConfig` that the file does not tell (fstride, input_fdim, ...).
 
     Returns:
         The state dict, and a dict with `dialect` ("ast_fast", "original", "timm", "transformers"),
-        `files` read, `model` (settings for `ModelConfig`; empty for timm's image models) and
-        `frontend` (settings for `LogMelConfig`, or None).
+        `files` read, `model` (settings for `ModelConfig`; empty for timm's image models), `frontend`
+        (settings for `LogMelConfig`, or None), `guesses` (what nothing but habit speaks for, in words) and
+        `statistics` (whether the normalisation is known).
 
     Raises:
-        CheckpointError: it cannot be read or is no AST; names the file and the fix.
+        CheckpointError: it cannot be read, is no AST, or tells other sizes than were said; names the file
+            and the fix.
     """
     path = Path(path)
     settings: dict[str, Any] = {}
@@ -206,9 +195,11 @@ def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dic
         state = to_ours(state)
     except CheckpointError as error:
         raise CheckpointError(f"{str(path)!r}: {error}") from error
+    check_weights(state, path)
     if (path.is_dir() or dialect == "transformers") and (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
     info: dict[str, Any] = {"dialect": dialect, "files": files, "model": {}, "frontend": None}
+    info.update(guesses=(), statistics=False)
     own = _own_settings(path, config, metadata)
     if own is not None:
         settings = own
@@ -217,11 +208,28 @@ def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dic
         settings = settings_of_transformers(folder, config)
     if settings:
         info["model"], info["frontend"] = settings["model"], settings.get("frontend")
+        front = info["frontend"]
+        info["statistics"] = isinstance(front, dict) and {"mean", "std"} <= set(front)
+        _check_said(path, info["model"], sizes)
     elif dialect != "timm" or "mlp_head.1.weight" in state:
-        info["model"] = sizes_of(state, files[0], sizes)
+        found = sizes_of(state, files[0], sizes, wanted)
+        info["model"], info["guesses"] = found.model, found.guesses
+        if found.statistics is not None:
+            mean, std = found.statistics
+            info["frontend"], info["statistics"] = {"mean": mean, "std": std}, True
         if dialect == "transformers":
             info["model"].update(eps=1e-12, head_eps=1e-12)
     return state, info
+
+
+def _check_said(path: Path, model: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """What is said of a file must be what it says itself."""
+    for name, value in said.items():
+        if model.get(name, value) != value:
+            raise CheckpointError(
+                f"{str(path)!r} says {name}={model[name]!r:.60} itself, and {value!r} was said of it: leave that "
+                f"out; for a model of another size pass {name}={value!r} to from_pretrained"
+            )
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -25,6 +25,7 @@ GROUND = (
     "attention_mask",
     "_optional",
     "_files",
+    "_text",
     "_containers",
     "_C",
     "labels",

@@ -17,7 +17,13 @@ from ast_fast.training.recipe import read_config
 
 DATA = SimpleNamespace(classes=("a", "b"))
 FRONT = LogMelConfig(
-    num_mel_bins=64, num_frames=64, sample_rate_hz=8000, mean=-6.5, std=5.5, output="db", top_db=60.0
+    num_mel_bins=64,
+    num_frames=64,
+    sample_rate_hz=8000,
+    mean=-6.5,
+    std=5.5,
+    output="db",
+    top_db=60.0,
 )
 
 
@@ -51,9 +57,7 @@ def test_a_file_and_the_command_line_share_a_section(tmp_path):
     recipe = tmp_path / "own.toml"
     recipe.write_text("[frontend]\nnum_frames = 96\nmean = -5.0\n")
     model, _ = built(str(recipe), ["frontend.std=2.0"])
-    assert model.frontend_config == LogMelConfig(
-        num_mel_bins=64, num_frames=96, mean=-5.0, std=2.0
-    )
+    assert model.frontend_config == LogMelConfig(num_mel_bins=64, num_frames=96, mean=-5.0, std=2.0)
 
 
 def test_a_whole_front_end_names_everything():
