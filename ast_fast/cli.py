@@ -8,6 +8,7 @@ where it was found.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 from . import __version__
 from ._optional import MissingPackageError
 from ._text import printable
-from .config import DataConfig
+from .config import DataConfig, ModelFacts
 
 try:
     import tyro
@@ -32,6 +33,23 @@ except ImportError as error:
 _AS_FOUND = DataConfig()
 # --layout, --fold, --split, ... rather than --how.layout
 _How = Annotated[DataConfig, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _ModelFacts(ModelFacts):
+    # one spelling that every command has
+    frames: Annotated[int | None, tyro.conf.arg(aliases=("--input-frames",))] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _TagFacts(ModelFacts):
+    # --frames asks for scores over time there
+    frames: Annotated[int | None, tyro.conf.arg(name="input-frames")] = None
+
+
+_NO_FACTS, _NO_TAG_FACTS = _ModelFacts(), _TagFacts()
+# --strides, --frames, --mean, ... rather than --facts.strides
+_Facts = Annotated[_ModelFacts, tyro.conf.arg(name="")]
 
 
 def demo(
@@ -108,6 +126,7 @@ def evaluate(
     per_class: Path | None = None,
     precision: Literal["exact", "bf16", "int8"] = "exact",
     how: _How = _AS_FOUND,
+    facts: _Facts = _NO_FACTS,
 ) -> int:
     """Evaluate a model on a data set of any kind that train takes.
 
@@ -123,12 +142,14 @@ def evaluate(
         per_class: write one line a class here (CSV).
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         how: what the data are, where that does not follow from what lies there.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import commands
 
     return commands.evaluate(
         *(data, model, root, labels, multi_label, batch_size, check, json, per_class, precision),
         how,
+        facts,
     )
 
 
@@ -237,6 +258,7 @@ def tag(
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
     retry_failed: bool = False,
+    facts: Annotated[_TagFacts, tyro.conf.arg(name="")] = _NO_TAG_FACTS,
 ) -> int:
     """Label clips of any length: files, folders, manifests, lists of paths (.txt), tar shards.
 
@@ -265,12 +287,13 @@ def tag(
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         resume: go on with an unfinished --out.
         retry_failed: the same, and read again the files that could not be read, also of a finished --out.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import infer_command
 
     return infer_command.tag(
         *(paths, model, out, top_k, all_, windows, frames, hop, pooling, labels, activation, root),
-        *(keep_truncated, batch_size, num_workers, json, precision, resume, retry_failed),
+        *(keep_truncated, batch_size, num_workers, json, precision, resume, retry_failed, facts),
     )
 
 
@@ -287,6 +310,7 @@ def embed(
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
     retry_failed: bool = False,
+    facts: _Facts = _NO_FACTS,
 ) -> int:
     """Write clips of any length as vectors: the mean of the prefix tokens after the final norm.
 
@@ -305,12 +329,13 @@ def embed(
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         resume: go on with an unfinished --out.
         retry_failed: the same, and read again the files that could not be read, also of a finished --out.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import infer_command
 
     return infer_command.embed(
         *(paths, model, out, windows, hop, root, keep_truncated, batch_size, num_workers),
-        *(precision, resume, retry_failed),
+        *(precision, resume, retry_failed, facts),
     )
 
 
@@ -324,6 +349,7 @@ def listen(
     activation: Literal["auto", "softmax", "sigmoid"] = "auto",
     smoothing: float = 0.0,
     json: bool = False,
+    facts: _Facts = _NO_FACTS,
 ) -> int:
     """Print the most probable labels of a live stream, a line a hop.
 
@@ -341,11 +367,12 @@ def listen(
             trained for, else sigmoid for 527 classes.
         smoothing: weight of the scores before in each line, 0 to below 1.
         json: print one JSON object a line instead of text.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import listen_command
 
     return listen_command.listen(
-        model, rate, hop, window, top_k, labels, activation, smoothing, json
+        model, rate, hop, window, top_k, labels, activation, smoothing, json, facts
     )
 
 
@@ -425,6 +452,7 @@ def convert(
     out: Positional[Path],
     to: Literal["ast_fast", "transformers"] = "ast_fast",
     labels: Path | None = None,
+    facts: _Facts = _NO_FACTS,
 ) -> int:
     """Convert weights of the original, timm, transformers or ours.
 
@@ -435,10 +463,11 @@ def convert(
         out: directory to write.
         to: form to write.
         labels: class_labels_indices.csv or a list of names to keep with the model.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import commands
 
-    return commands.convert(source, out, to, labels)
+    return commands.convert(source, out, to, labels, facts)
 
 
 def export(
@@ -448,6 +477,7 @@ def export(
     input: Literal["features", "waveform"] = "features",
     device: str | None = None,
     check: bool = True,
+    facts: _Facts = _NO_FACTS,
 ) -> int:
     """Write a model as one file for serving, that needs nothing of ast_fast to run.
 
@@ -461,10 +491,11 @@ def export(
         input: features takes normalised log-mel; waveform takes samples and lengths, front end included.
         device: for aoti, what to compile for: cpu (default) or cuda.
         check: compare with the reference; --no-check writes at once.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import export_command
 
-    return export_command.export(model, out, format, input, device, check)
+    return export_command.export(model, out, format, input, device, check, facts)
 
 
 def doctor() -> int:

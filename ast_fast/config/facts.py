@@ -14,10 +14,10 @@ class ModelFacts(Config):
     """How a model was trained, for files that do not tell; what a file tells itself must agree.
 
     Attributes:
-        strides: mel bins and frames from one patch to the next.
-        frames: length of the input.
-        mel_bins: of the input.
-        heads: of attention.
+        strides: of a file of bare weights: mel bins and frames from one patch to the next.
+        frames: of a file of bare weights: length of the model's input.
+        mel_bins: of a file of bare weights.
+        heads: of a file of bare weights: attention heads.
         mean: of the log-mel energies; counts above what the file says.
         std: of the log-mel energies, likewise.
     """

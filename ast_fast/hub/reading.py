@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -134,9 +134,38 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
     return state, {}
 
 
+class _Inert(dict[Any, Any]):
+    """What stands for an object beside the weights (a path, a namespace): it takes all and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# whose objects trainers keep beside weights: hyperparameters, paths, figures
+_BYSTANDERS = {
+    *("argparse", "pathlib", "numpy", "omegaconf", "collections", "datetime", "enum"),
+    *("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"),
+}
+
+
 def _load_pickle(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            names = _bystanders(file)
+            if not names:
+                raise
+            # their names lead to nothing but the inert class: no code of theirs is looked up or run
+            inert: list[Any] = [(_Inert, name) for name in names]
+            with torch.serialization.safe_globals(inert):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{str(file)!r} holds more than tensors, or is damaged; it was not run "
@@ -150,6 +179,16 @@ def _load_pickle(file: Path) -> Any:
         raise CheckpointError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {_first_line(error)}): {_HINT}"
         ) from error
+
+
+def _bystanders(file: Path) -> list[str]:
+    """Classes that a pickle names and that are known to be harmless to leave out; none if others are there."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # an older format, or damaged: the first error tells
+        return []
+    known = all(name.partition(".")[0] in _BYSTANDERS for name in names)
+    return list(names) if known else []
 
 
 def _first_line(error: BaseException) -> str:

@@ -90,12 +90,7 @@ def _candidates(
     if rows is not None and columns is not None:
         return [(rows, columns)]
     if rows is not None or columns is not None:
-        return [
-            pair
-            for pair in itertools.product(
-                *(_STRIDES if s is None else (s,) for s in (rows, columns))
-            )
-        ]
+        return list(itertools.product(*(_STRIDES if s is None else (s,) for s in (rows, columns))))
     if named is not None:
         return [named]
     return [patch] if patch != (16, 16) else list(itertools.product(_STRIDES, _STRIDES))
