@@ -8,7 +8,6 @@ where it was found.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -20,7 +19,6 @@ from typing import Annotated, Literal
 from . import __version__
 from ._optional import MissingPackageError
 from ._text import printable
-from .config import DataConfig, ModelFacts
 
 try:
     import tyro
@@ -29,27 +27,7 @@ except ImportError as error:
     raise MissingPackageError(
         f"the command ast-fast needs tyro ({error}): pip install 'ast-fast[cli]'"
     ) from error
-
-_AS_FOUND = DataConfig()
-# --layout, --fold, --split, ... rather than --how.layout
-_How = Annotated[DataConfig, tyro.conf.arg(name="")]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _ModelFacts(ModelFacts):
-    # one spelling that every command has
-    frames: Annotated[int | None, tyro.conf.arg(aliases=("--input-frames",))] = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _TagFacts(ModelFacts):
-    # --frames asks for scores over time there
-    frames: Annotated[int | None, tyro.conf.arg(name="input-frames")] = None
-
-
-_NO_FACTS, _NO_TAG_FACTS = _ModelFacts(), _TagFacts()
-# --strides, --frames, --mean, ... rather than --facts.strides
-_Facts = Annotated[_ModelFacts, tyro.conf.arg(name="")]
+from .cli_options import AS_FOUND, NO_FACTS, NO_TAG_FACTS, Facts, How, TagFacts
 
 
 def demo(
@@ -85,7 +63,7 @@ def train(
     resume: bool = False,
     seeds: tuple[int, ...] = (),
     folds: tuple[int, ...] = (),
-    how: _How = _AS_FOUND,
+    how: How = AS_FOUND,
 ) -> int:
     """Train on a manifest, a folder per class, tar shards, or a data set as it is distributed.
 
@@ -125,8 +103,8 @@ def evaluate(
     json: Path | None = None,
     per_class: Path | None = None,
     precision: Literal["exact", "bf16", "int8"] = "exact",
-    how: _How = _AS_FOUND,
-    facts: _Facts = _NO_FACTS,
+    how: How = AS_FOUND,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Evaluate a model on a data set of any kind that train takes.
 
@@ -162,7 +140,7 @@ def ensemble(
     batch_size: int = 32,
     num_workers: int = 0,
     json: Path | None = None,
-    how: _How = _AS_FOUND,
+    how: How = AS_FOUND,
 ) -> int:
     """Evaluate several models, and the mean of what they predict (the paper's Ensemble-S and -M).
 
@@ -258,7 +236,7 @@ def tag(
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
     retry_failed: bool = False,
-    facts: Annotated[_TagFacts, tyro.conf.arg(name="")] = _NO_TAG_FACTS,
+    facts: TagFacts = NO_TAG_FACTS,
 ) -> int:
     """Label clips of any length: files, folders, manifests, lists of paths (.txt), tar shards.
 
@@ -310,7 +288,7 @@ def embed(
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
     retry_failed: bool = False,
-    facts: _Facts = _NO_FACTS,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Write clips of any length as vectors: the mean of the prefix tokens after the final norm.
 
@@ -349,7 +327,7 @@ def listen(
     activation: Literal["auto", "softmax", "sigmoid"] = "auto",
     smoothing: float = 0.0,
     json: bool = False,
-    facts: _Facts = _NO_FACTS,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Print the most probable labels of a live stream, a line a hop.
 
@@ -391,7 +369,7 @@ def prepare(
     zero_non_finite: bool = False,
     frames: int = 1024,
     resume: bool = False,
-    how: _How = _AS_FOUND,
+    how: How = AS_FOUND,
 ) -> int:
     """Check every clip of a data set, store what is good, and report the rest and the statistics.
 
@@ -452,7 +430,7 @@ def convert(
     out: Positional[Path],
     to: Literal["ast_fast", "transformers"] = "ast_fast",
     labels: Path | None = None,
-    facts: _Facts = _NO_FACTS,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Convert weights of the original, timm, transformers or ours.
 
@@ -477,7 +455,7 @@ def export(
     input: Literal["features", "waveform"] = "features",
     device: str | None = None,
     check: bool = True,
-    facts: _Facts = _NO_FACTS,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Write a model as one file for serving, that needs nothing of ast_fast to run.
 

@@ -55,7 +55,7 @@ FLOORS = (
         *("run_folder", "run_plots", "run_numbers", "run_report", "run_compare"),
     ),
     (
-        *("cli", "commands", "train_command", "ensemble_command", "infer_command"),
+        *("cli", "cli_options", "commands", "train_command", "ensemble_command", "infer_command"),
         *("export_command", "listen_command", "prepare_command", "report_command"),
         "compare_command",
         "__main__",
