@@ -79,7 +79,7 @@ NORMALISATION = {
 MIN_RATE_HZ, MAX_RATE_HZ = 2000, 1_000_000
 
 # Sizes beyond these are a mistake or an attack, and would be allocated before anybody could tell.
-_MAX_WINDOW_SAMPLES = 1 << 20  # of a window, a hop or an FFT: a second at the highest rate
+_MAX_WINDOW_SAMPLES = 1 << 20  # of a window, a hop or an FFT, as in reference.mel
 _MAX_MEL_BINS = 1 << 14
 _MAX_FRAMES = 1 << 24  # 46 hours at 10 ms
 _MAX_DEPTH = 1024  # the deepest transformers that were trained

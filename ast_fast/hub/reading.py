@@ -25,6 +25,7 @@ from .training_files import weights_in
 _log = logging.getLogger("ast_fast.hub")
 
 FORMAT = "ast_fast"  # key of our settings in config.json and in the safetensors metadata
+VERSION = 1  # of those settings
 _MAX_JSON_BYTES = 16 * 2**20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -228,6 +229,11 @@ def read_weights(
     metadata: dict[str, str] = {}
     for file in files:
         tensors, metadata = read_tensors(file)
+        twice = next((key for key in tensors if key in state), None)
+        if twice is not None:
+            raise CheckpointError(
+                f"{str(file)!r} holds {twice!r}, as another part of {str(path)!r} does: {_HINT}"
+            )
         state.update(tensors)
     try:
         dialect = dialect_of(state)
@@ -312,6 +318,12 @@ def _own_settings(
         return None
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
         raise CheckpointError(f"{str(path)!r} carries settings without a model: {_HINT}")
+    version = settings.get("version", VERSION)
+    if version != VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} is of version {version!r:.60}, and this ast_fast reads version {VERSION}: "
+            "pip install -U ast-fast"
+        )
     if FORMAT in config and config[FORMAT] != settings:
         _log.warning(
             "%s/config.json differs from the settings inside the weights, which count; to change "

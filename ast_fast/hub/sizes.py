@@ -26,7 +26,8 @@ _NAME = re.compile(r"[A-Za-z]+(?:_[A-Za-z]+)*_(\d+)_(\d+)_\d\.\d+")  # audioset_
 _LAYOUT = ("input_fdim", "input_tdim", "fstride", "tstride")
 _ASK = (
     "say how it was trained: strides=(10, 10), frames=1024 and, unless they are 128, mel_bins= "
-    "(--strides 10 10 --input-frames 1024 --mel-bins 128 on the command line)"
+    "(--strides 10 10 --input-frames 1024 --mel-bins 128 on the command line; ast-fast convert writes a "
+    "directory that tells it to every command)"
 )
 
 

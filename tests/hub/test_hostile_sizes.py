@@ -108,6 +108,16 @@ def test_impossible_front_ends(folder, changes):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [{"n_fft": 2**40}, {"window_ms": 1e12}, {"hop_ms": float("inf")}, {"num_mel_bins": 2**40}],
+    ids=str,
+)
+def test_the_op_itself_refuses_impossible_sizes(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        ast_fast.ops.log_mel(torch.zeros(1, 16000), **arguments)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"depth": 1000},
