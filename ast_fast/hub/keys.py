@@ -106,11 +106,11 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> State:
             f"it holds several models ({', '.join(map(repr, prefixes[:5]))}): save the state dict of the one "
             "that is meant alone"
         )
+    plain = {k: v for k, v in plain.items() if k.rpartition(".")[2] not in _COUNTERS}
     if not prefixes or not prefixes[0]:
         return plain
     prefix = prefixes[0]
     beside = [key for key in plain if not key.startswith(prefix)]
-    beside = [key for key in beside if key.rpartition(".")[2] not in _COUNTERS]
     if beside:
         _log.warning(
             "tensors beside the model (%s) are left out: %s",

@@ -91,6 +91,8 @@ def test_averaged_models(tmp_path, caplog):
     assert "n_averaged" in averaged.state_dict()
     assert_loads(averaged.state_dict(), tmp_path / "x.pth", model)
     assert_loads({"model": Holder(averaged).state_dict()}, tmp_path / "y.pth", model)
+    plain = {key.removeprefix("module."): value for key, value in averaged.state_dict().items()}
+    assert_loads(plain, tmp_path / "z.pth", model)
     assert "left out" not in caplog.text
 
 
