@@ -204,15 +204,16 @@ def _train_one(
 
 def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, AudioConfig]:
     """The model of a run, and how its files are read; what is measured is put into the plan."""
-    classes, given = data.classes, settings.frontend
-    sizes: dict[str, Any] = {}
-    if given is not None:
-        sizes = {"input_fdim": given.num_mel_bins, "input_tdim": given.num_frames}
+    classes, said = data.classes, settings.front_changes
+    # what the recipe does not say of the front end is as the model has it
+    sizes: dict[str, Any] = {
+        size: said[name]
+        for name, size in (("num_mel_bins", "input_fdim"), ("num_frames", "input_tdim"))
+        if name in said
+    }
     model: Any
     if settings.model in list_models():
-        model = create_model(
-            settings.model, len(classes), labels=classes, frontend_config=given, **sizes
-        )
+        model = create_model(settings.model, len(classes), labels=classes, **sizes)
         start_from_weights(model, settings.weights)
     else:
         if settings.weights != "random":
@@ -220,10 +221,11 @@ def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, 
                 f"weights={settings.weights!r}: model={settings.model!r} has weights of its own; "
                 "leave weights out"
             )
+        known = {name: said[name] for name in ("mean", "std") if name in said}
         model = ASTModel.from_pretrained(
-            settings.model, label_dim=len(classes), labels=classes, **sizes
+            settings.model, label_dim=len(classes), labels=classes, **sizes, **known
         )
-    front: LogMelConfig = given or model.frontend_config
+    front: LogMelConfig = model.frontend_config.replace(**said)
     audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
     if settings.statistics == "measure":
         if "measured" not in plan:

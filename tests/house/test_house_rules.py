@@ -25,6 +25,7 @@ GROUND = (
     "attention_mask",
     "_optional",
     "_files",
+    "_text",
     "_containers",
     "_C",
     "labels",
@@ -57,7 +58,7 @@ FLOORS = (
         "run_data",
     ),
     (
-        *("cli", "commands", "train_command", "ensemble_command", "infer_command"),
+        *("cli", "cli_options", "commands", "train_command", "ensemble_command", "infer_command"),
         *("export_command", "listen_command", "prepare_command", "report_command"),
         "compare_command",
         "__main__",
