@@ -31,7 +31,7 @@ def built(recipe, overrides):
     torch.manual_seed(0)
     # as a run does: through the JSON that it is resumed from
     settings = read_config(recipe, overrides).to_dict()
-    model, audio = _build(RunConfig.from_dict(json.loads(json.dumps(settings))), DATA)
+    model, audio = _build(RunConfig.from_dict(json.loads(json.dumps(settings))), DATA, {})
     return model, audio
 
 
@@ -62,7 +62,7 @@ def test_a_file_and_the_command_line_share_a_section(tmp_path):
 
 def test_a_whole_front_end_names_everything():
     front = FRONT.replace(num_frames=32, num_mel_bins=32)
-    model, _ = _build(RunConfig(frontend=front), DATA)
+    model, _ = _build(RunConfig(frontend=front), DATA, {})
     assert model.frontend_config == front and model.config.input_fdim == 32
 
 
