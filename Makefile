@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS ?= 2
 TRITON_OLD := 3.6.0
+# the assembler of an installed CUDA toolkit, which a GPU machine may use in place of Triton's
+PTXAS ?= $(firstword $(shell command -v ptxas 2>/dev/null) $(wildcard /usr/local/cuda/bin/ptxas))
 # two workers of one thread each: OpenMP threads that outnumber the cores spin and starve each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 QUICK := not slow and not gpu and not interpret and not aot
@@ -20,7 +22,8 @@ help:
 	@echo "make test            lint and every test that needs no GPU, except those marked slow"
 	@echo "make test-quick      the Python and C++ tests alone"
 	@echo "make test-interpret  the Triton kernels in Triton's interpreter"
-	@echo "make test-aot        every Triton kernel compiled for seven GPU generations, by two Tritons"
+	@echo "make test-aot        every Triton kernel compiled for seven GPU generations, by two Tritons, and for"
+	@echo "                     Hopper by the ptxas of an installed CUDA toolkit"
 	@echo "make test-slow       the tests marked slow"
 	@echo "make lint            ruff and mypy"
 	@echo "make verify          the table of errors and budgets on this machine"
@@ -62,7 +65,10 @@ test-interpret: setup
 	@echo "==> Triton kernels in the interpreter"
 	@TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m "interpret and not slow" tests/kernels
 
+test-aot: export AST_FAST_PTXAS := $(PTXAS)
 test-aot: setup $(VENV)/triton-$(TRITON_OLD)
+	@if [ -n "$(PTXAS)" ]; then echo "==> kernels for sm_90 are also assembled by $(PTXAS)"; \
+	else echo "==> no ptxas of a CUDA toolkit here: kernels are assembled by Triton's alone (PTXAS=PATH names one)"; fi
 	@echo "==> Triton kernels compiled ahead of time, installed Triton"
 	@$(PYTEST) -n $(JOBS) -m "aot and not slow" tests/aot
 	@echo "==> the same, Triton $(TRITON_OLD)"

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from . import __version__
 from ._optional import MissingPackageError
-from .config import DataConfig
+from ._text import printable
 
 try:
     import tyro
@@ -27,10 +27,7 @@ except ImportError as error:
     raise MissingPackageError(
         f"the command ast-fast needs tyro ({error}): pip install 'ast-fast[cli]'"
     ) from error
-
-_AS_FOUND = DataConfig()
-# --layout, --fold, --split, ... rather than --how.layout
-_How = Annotated[DataConfig, tyro.conf.arg(name="")]
+from .cli_options import AS_FOUND, NO_FACTS, NO_TAG_FACTS, Facts, How, TagFacts
 
 
 def demo(
@@ -66,7 +63,8 @@ def train(
     resume: bool = False,
     seeds: tuple[int, ...] = (),
     folds: tuple[int, ...] = (),
-    how: _How = _AS_FOUND,
+    holdout_seed: int | None = None,
+    how: How = AS_FOUND,
 ) -> int:
     """Train on a manifest, a folder per class, tar shards, or a data set as it is distributed.
 
@@ -86,12 +84,15 @@ def train(
         resume: go on with the run in the run folder; data and settings are those it began with.
         seeds: train once with each, and give the mean and its confidence interval.
         folds: train once with each held out, and the same.
+        holdout_seed: of the draw of what is held out, and of the clips that statistics are measured of;
+            default: train.seed, and one draw for all of seeds.
         how: what the data are, where that does not follow from what lies there.
     """
     from . import train_command
 
     return train_command.train(
-        data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume, how, seeds, folds
+        *(data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume, how),
+        *(seeds, folds, holdout_seed),
     )
 
 
@@ -106,7 +107,8 @@ def evaluate(
     json: Path | None = None,
     per_class: Path | None = None,
     precision: Literal["exact", "bf16", "int8"] = "exact",
-    how: _How = _AS_FOUND,
+    how: How = AS_FOUND,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Evaluate a model on a data set of any kind that train takes.
 
@@ -122,31 +124,34 @@ def evaluate(
         per_class: write one line a class here (CSV).
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         how: what the data are, where that does not follow from what lies there.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import commands
 
     return commands.evaluate(
         *(data, model, root, labels, multi_label, batch_size, check, json, per_class, precision),
         how,
+        facts,
     )
 
 
 def ensemble(
     models: Positional[tuple[str, ...]],
-    data: Path,
+    data: Path | None = None,
     root: Path | None = None,
     labels: Path | None = None,
     multi_label: bool = False,
     batch_size: int = 32,
     num_workers: int = 0,
     json: Path | None = None,
-    how: _How = _AS_FOUND,
+    how: How = AS_FOUND,
 ) -> int:
     """Evaluate several models, and the mean of what they predict (the paper's Ensemble-S and -M).
 
     Args:
         models: run folders, pretrained directories, files or hub ids, of the same classes.
-        data: a data set of any kind that train takes; all of its parts, or that of --split or --fold.
+        data: a data set of any kind that train takes; all of its parts, or that of --split or --fold;
+            default: what the models, runs, all held out.
         root: folder that the paths of a manifest start from.
         labels: class_labels_indices.csv or a list of names; default: the first model's own.
         multi_label: clips have several labels, also if the first model does not say so.
@@ -236,6 +241,7 @@ def tag(
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
     retry_failed: bool = False,
+    facts: TagFacts = NO_TAG_FACTS,
 ) -> int:
     """Label clips of any length: files, folders, manifests, lists of paths (.txt), tar shards.
 
@@ -264,12 +270,13 @@ def tag(
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         resume: go on with an unfinished --out.
         retry_failed: the same, and read again the files that could not be read, also of a finished --out.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import infer_command
 
     return infer_command.tag(
         *(paths, model, out, top_k, all_, windows, frames, hop, pooling, labels, activation, root),
-        *(keep_truncated, batch_size, num_workers, json, precision, resume, retry_failed),
+        *(keep_truncated, batch_size, num_workers, json, precision, resume, retry_failed, facts),
     )
 
 
@@ -286,6 +293,7 @@ def embed(
     precision: Literal["exact", "bf16", "int8"] = "exact",
     resume: bool = False,
     retry_failed: bool = False,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Write clips of any length as vectors: the mean of the prefix tokens after the final norm.
 
@@ -304,12 +312,13 @@ def embed(
         precision: on a CPU, of the blocks' matrix products: exact keeps the model's.
         resume: go on with an unfinished --out.
         retry_failed: the same, and read again the files that could not be read, also of a finished --out.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import infer_command
 
     return infer_command.embed(
         *(paths, model, out, windows, hop, root, keep_truncated, batch_size, num_workers),
-        *(precision, resume, retry_failed),
+        *(precision, resume, retry_failed, facts),
     )
 
 
@@ -323,6 +332,7 @@ def listen(
     activation: Literal["auto", "softmax", "sigmoid"] = "auto",
     smoothing: float = 0.0,
     json: bool = False,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Print the most probable labels of a live stream, a line a hop.
 
@@ -340,11 +350,12 @@ def listen(
             trained for, else sigmoid for 527 classes.
         smoothing: weight of the scores before in each line, 0 to below 1.
         json: print one JSON object a line instead of text.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import listen_command
 
     return listen_command.listen(
-        model, rate, hop, window, top_k, labels, activation, smoothing, json
+        model, rate, hop, window, top_k, labels, activation, smoothing, json, facts
     )
 
 
@@ -363,7 +374,7 @@ def prepare(
     zero_non_finite: bool = False,
     frames: int = 1024,
     resume: bool = False,
-    how: _How = _AS_FOUND,
+    how: How = AS_FOUND,
 ) -> int:
     """Check every clip of a data set, store what is good, and report the rest and the statistics.
 
@@ -424,6 +435,7 @@ def convert(
     out: Positional[Path],
     to: Literal["ast_fast", "transformers"] = "ast_fast",
     labels: Path | None = None,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Convert weights of the original, timm, transformers or ours.
 
@@ -434,10 +446,11 @@ def convert(
         out: directory to write.
         to: form to write.
         labels: class_labels_indices.csv or a list of names to keep with the model.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import commands
 
-    return commands.convert(source, out, to, labels)
+    return commands.convert(source, out, to, labels, facts)
 
 
 def export(
@@ -447,6 +460,7 @@ def export(
     input: Literal["features", "waveform"] = "features",
     device: str | None = None,
     check: bool = True,
+    facts: Facts = NO_FACTS,
 ) -> int:
     """Write a model as one file for serving, that needs nothing of ast_fast to run.
 
@@ -460,10 +474,11 @@ def export(
         input: features takes normalised log-mel; waveform takes samples and lengths, front end included.
         device: for aoti, what to compile for: cpu (default) or cuda.
         check: compare with the reference; --no-check writes at once.
+        facts: what a file of bare weights does not tell of its model.
     """
     from . import export_command
 
-    return export_command.export(model, out, format, input, device, check)
+    return export_command.export(model, out, format, input, device, check, facts)
 
 
 def doctor() -> int:
@@ -538,7 +553,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not is_user_error(error):
             raise
-        print(f"ast-fast: error: {error}", file=sys.stderr)
+        # names from files may hold what a terminal would obey
+        print(printable(f"ast-fast: error: {error}"), file=sys.stderr)
         return 2
 
 

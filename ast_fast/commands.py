@@ -14,14 +14,15 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, backend, hub
-from .config import AudioConfig, DataConfig, ModelConfig, MonitorConfig
+from .config import AudioConfig, DataConfig, ModelConfig, ModelFacts, MonitorConfig
 from .data import ClipSet, Collate, class_counts, dataset_of, read_data, reading_notes
 from .frontend import log_mel_features
-from .inference import class_names, load_for_inference
+from .inference import class_names, load_for_inference, load_model
 from .labels import read_labels
 from .models.ast import ASTModel
 from .names import safe_cell
 from .optimized import Precision
+from .run_data import trained_on
 from .training import TrainingInterrupted
 from .training import evaluate as run_evaluation
 from .training.logs import Progress, check_writable, say, say_figures
@@ -73,11 +74,12 @@ def evaluate(
     per_class: Path | None,
     precision: Precision,
     how: DataConfig,
+    facts: ModelFacts,
 ) -> int:
     """See `cli.evaluate`."""
     check_writable("--json", json_path)
     check_writable("--per-class", per_class)
-    network = load_for_inference(model, precision)
+    network = load_for_inference(model, precision, facts=facts)
     table = read_labels(labels, network.config.label_dim) if labels else None
     names = class_names(network, table.names if table else None)
     if table is None and network.labels is None:
@@ -85,7 +87,7 @@ def evaluate(
     rate = network.frontend_config.sample_rate_hz
     how = how.one_part()
     clips = read_data(data, root, names, table, how)
-    for note in reading_notes(clips):
+    for note in (*reading_notes(clips), *trained_on(model, clips)):
         say(f"  {note}")
     dataset = dataset_of(clips, AudioConfig(sample_rate_hz=rate))
     row = _check(network, dataset) if check else None
@@ -175,16 +177,19 @@ def verify(
 
 
 def convert(
-    source: str, out: Path, to: Literal["ast_fast", "transformers"], labels: Path | None
+    source: str,
+    out: Path,
+    to: Literal["ast_fast", "transformers"],
+    labels: Path | None,
+    facts: ModelFacts,
 ) -> int:
     """See `cli.convert`."""
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} holds something already: choose another folder")
-    overrides: dict[str, Any] = {}
-    model = ASTModel.from_pretrained(source)
+    model = load_model(source, facts)
     if labels is not None:
-        overrides["labels"] = read_labels(labels, model.config.label_dim).names
-        model = ASTModel.from_pretrained(source, **overrides)
+        names = read_labels(labels, model.config.label_dim).names
+        model.config = model.config.replace(labels=names)
     config: ModelConfig = model.config
     if to == "ast_fast":
         model.save_pretrained(out)
@@ -196,7 +201,8 @@ def convert(
     say(
         f"{out}: {parameters / 1e6:.1f} M parameters, {config.label_dim} classes, input "
         f"{config.input_tdim} frames of {config.input_fdim} mel bins, patches every "
-        f"{config.fstride} x {config.tstride}, written for {to}"
+        f"{config.fstride} x {config.tstride}, {config.num_heads} heads, log-mel of mean "
+        f"{model.frontend_config.mean:g} and std {model.frontend_config.std:g}, written for {to}"
     )
     return 0
 

@@ -20,6 +20,8 @@ def compare(folders: Sequence[Path], out: Path) -> int:
     """See `cli.compare`."""
     comparison = compare_runs(folders)
     say(table_text(figure_table(comparison)))
+    if comparison.other_clips:
+        say(f"  {comparison.other_clips}")
     seeds = seed_table(comparison)
     if seeds is not None:
         say("\nover seeds: mean +- half of the 95 % confidence interval")

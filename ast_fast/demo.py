@@ -173,7 +173,12 @@ def run_demo(
 
 def _backends() -> str:
     used = sorted({row["backend"] for row in backend.status()})
-    names = {"cpp": "C++ kernels", "triton": "Triton kernels", "reference": "plain PyTorch"}
+    names = {
+        "cpp": "C++ kernels",
+        "triton": "Triton kernels",
+        "sdpa": "PyTorch's fused attention",
+        "reference": "plain PyTorch",
+    }
     return (
         f"{' and '.join(names[name] for name in used)}, {torch.get_num_threads()} CPU threads; "
         f"the float64 reference checks it every {TRAIN.monitor.check_every} steps"

@@ -9,11 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .config import AudioConfig, DataConfig
-from .data import dataset_of, read_data, reading_notes
+from .data import Data, dataset_of, read_data, reading_notes
 from .hub import CheckpointError
 from .inference import class_names, load_for_inference
 from .labels import read_labels
 from .models.ast import ASTModel
+from .run_data import evaluated_alike, held_clips, split_of, trained_on
+from .run_folder import RunFolder
 from .training import Evaluation, evaluate
 from .training.ensembles import ensemble as mean_of_models
 from .training.ensembles import mean_of_weights
@@ -23,7 +25,7 @@ from .training.tasks import task_of
 
 def ensemble(
     models: Sequence[str],
-    data: Path,
+    data: Path | None,
     root: Path | None,
     labels: Path | None,
     multi_label: bool,
@@ -42,9 +44,13 @@ def ensemble(
     table = read_labels(labels, first.config.label_dim) if labels else None
     names = class_names(first, table.names if table else None)
     task = task_of(first, multi_label)
-    clips = read_data(data, root, names, table, how)
-    for note in reading_notes(clips):
-        say(f"  {note}")
+    if data is None:
+        clips = _held_out(models)
+    else:
+        clips = read_data(data, root, names, table, how)
+        told = (note for place in places for note in trained_on(place, clips))
+        for note in (*reading_notes(clips), *told):
+            say(f"  {note}")
 
     def evaluations() -> Iterator[Evaluation]:
         for number, place in enumerate(places, start=1):
@@ -76,10 +82,25 @@ def ensemble(
                 for model, figures in zip(models, made.each, strict=True)
             ],
             "ensemble": made.figures,
-            "data": str(data),
+            "data": "held out by the runs" if data is None else str(data),
         }
         json.write_text(json_module.dumps(content, indent=1), encoding="utf-8")
     return 0
+
+
+def _held_out(models: Sequence[str]) -> Data:
+    """What all of the runs held out alike."""
+    if not evaluated_alike(models):
+        raise ValueError(
+            "--data is missing, and the models are no runs that all held out the same clips "
+            "(split.jsonl): expected clips that none of them was trained on"
+        )
+    file = split_of(models[0])
+    assert file is not None
+    clips = held_clips(RunFolder.read(file.parent).plan, file)
+    if clips is None:
+        raise ValueError("--data is missing, and the runs held out nothing: expected some clips")
+    return clips
 
 
 def average(models: Sequence[str], out: Path) -> int:
@@ -106,6 +127,11 @@ def average(models: Sequence[str], out: Path) -> int:
     state = mean_of_weights(read, places)
     kept["first"].save_pretrained(out, state_dict=state)
     say(f"mean of the weights of {len(models)} models: {out}")
+    if evaluated_alike(places) is False:
+        say(
+            "  the runs held out different clips, so what one held out others were trained on: evaluate the "
+            "mean on clips that none of them had"
+        )
     return 0
 
 

@@ -6,13 +6,20 @@ from pathlib import Path
 
 import torch
 
+from .config import ModelFacts
+from .inference import load_model
 from .integrations.export import CHECKED, SUFFIX, Format, Input, description_path, export_model
-from .models.ast import ASTModel
 from .training.logs import say
 
 
 def export(
-    model: str, out: Path, format: Format, input: Input, device: str | None, check: bool
+    model: str,
+    out: Path,
+    format: Format,
+    input: Input,
+    device: str | None,
+    check: bool,
+    facts: ModelFacts,
 ) -> int:
     """See `cli.export`."""
     if not out.suffix:
@@ -21,7 +28,7 @@ def export(
         raise ValueError(
             f"--device {device} with --format {format}: only aoti compiles for a device; leave it out"
         )
-    network = ASTModel.from_pretrained(model)
+    network = load_model(model, facts)
     try:
         network = network.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:

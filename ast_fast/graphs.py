@@ -1,11 +1,8 @@
-"""CUDA graphs: a recorded sequence of kernels that one launch repeats.
+"""Inference from CUDA graphs: a model's own results, for shapes that come back, until something changes.
 
 A launch costs the CPU microseconds and a small kernel less than that: recorded, a forward pass at batch 1
-or a whole training step runs back to back. What is recorded has fixed addresses, so inputs are copied into
-buffers that stay, and whatever moves the weights makes a recording invalid.
-
-`CudaGraphs` is the only code here that needs a GPU; everything around it takes any object with its two
-methods.
+or a whole training step runs back to back. `cuda_graphs.py` records and repeats; here is when a recording
+may stand for the model.
 """
 
 from __future__ import annotations
@@ -13,135 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backend
+from .cuda_graphs import CudaGraphs, GraphMaker, Recording, signature
 from .layers import all_are_hooked, hooks_of
 from .ops._common import traced
 
-Function = Callable[[], Any]
+__all__ = ["CudaGraphs", "GraphMaker", "GraphedForward", "watched_module"]
 _log = logging.getLogger("ast_fast")
-
-
-class GraphMaker(Protocol):
-    """Records what a function launches."""
-
-    def warm_up(self, function: Function) -> Any:
-        """Run a function the way it will be recorded: on a side stream. Gives its result."""
-
-    def capture(self, function: Function) -> tuple[Any, Function]:
-        """Record a function without running it: its result, filled by each call of the second item."""
-
-
-class CudaGraphs:
-    """CUDA graphs that share one private memory pool.
-
-    Args:
-        device: where everything recorded lives; by default where the first thing recorded does.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device
-        self._pool: Any = None
-        self._stream: Any = None
-
-    def bind(self, device: torch.device) -> None:
-        """Record on this device, the one of the weights: a stream of another would record nothing.
-
-        Raises:
-            ValueError: it is not a CUDA device, or another one was given before.
-        """
-        own = self._device
-        if device.type != "cuda" or (own is not None and own.index not in (None, device.index)):
-            raise ValueError(
-                f"weights are on {device} and CUDA graphs on {own or 'CUDA devices'}: expected one "
-                "CUDA device; make CudaGraphs(device of the weights), or leave them out on a CPU"
-            )
-        self._device = device
-
-    def warm_up(self, function: Function) -> Any:
-        """Run on the stream that records: libraries make their workspaces and kernels are compiled."""
-        with torch.cuda.device(self._device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                result = function()
-            current.wait_stream(self._stream)
-        return result
-
-    def capture(self, function: Function) -> tuple[Any, Function]:
-        """Record; memory of the result belongs to the pool and is overwritten by each replay."""
-        with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            current = torch.cuda.current_stream()
-            own: BaseException | None = None
-            try:
-                # other threads (loading, copying) may call CUDA meanwhile
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    try:
-                        result = function()
-                    except BaseException as error:
-                        own = error
-                        raise
-            except BaseException as error:
-                # ending a broken capture raises before torch goes back to the stream it came from
-                torch.cuda.set_stream(current)
-                self._pool = self._stream = None
-                cause = own or error  # that of the end says nothing of why
-                _log.info("a CUDA graph was not recorded: %s: %s", type(cause).__name__, cause)
-                raise cause from None
-        return result, graph.replay
-
-
-class Recording:
-    """One recorded function of tensors: copies its inputs into place and repeats it.
-
-    Args:
-        graphs: who records.
-        function: of as many tensors as `inputs`; must not wait for the device.
-        inputs: of the shapes, dtypes and device to record for.
-        warm_ups: runs before recording.
-    """
-
-    def __init__(
-        self,
-        graphs: GraphMaker,
-        function: Callable[..., Any],
-        inputs: Sequence[Tensor],
-        warm_ups: int = 0,
-    ) -> None:
-        self._static = [tensor.detach().clone() for tensor in inputs]
-        for _ in range(warm_ups):
-            graphs.warm_up(lambda: function(*self._static))
-        self.result, self._replay = graphs.capture(lambda: function(*self._static))
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        """The function's result for these inputs, in memory that the next call overwrites."""
-        for static, tensor in zip(self._static, inputs, strict=True):
-            if static.data_ptr() != tensor.data_ptr():
-                static.copy_(tensor, non_blocking=True)
-        self._replay()
-        return self.result
-
-
-def signature(*tensors: Tensor) -> tuple[Any, ...]:
-    """What a recording is good for: shapes, dtypes and devices."""
-    return tuple((tuple(each.shape), each.dtype, each.device) for each in tensors)
-
-
-def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Where tensors lie: what a recording has written into it."""
-    return tuple(each.data_ptr() for each in tensors)
 
 
 def watched_module(model: nn.Module) -> str | None:
@@ -222,6 +103,7 @@ class GraphedForward:
         self.model: Any = model
         self._max_graphs, self._graphs, self._warm_ups = max_graphs, graphs, warm_ups
         self._recordings: OrderedDict[Any, Recording | None] = OrderedDict()
+        self._warming: OrderedDict[Any, Recording] = OrderedDict()  # of shapes seen too rarely yet
         self._seen: dict[Any, int] = {}
         self._said: set[str] = set()
         self._lock = threading.Lock()
@@ -250,6 +132,7 @@ class GraphedForward:
 
     def _clear(self) -> None:
         self._recordings.clear()
+        self._warming.clear()
         self._seen.clear()
         self._watch = _Watch(self.model)
         self._state = self._watch.state()
@@ -274,17 +157,11 @@ class GraphedForward:
         if self._state != self._watch.state():
             self._clear()
         key = name, signature(*tensors), _surroundings(device), self.model.training
-        function = _uncached(function, device)
         if key not in self._recordings:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._graphs is None:
-                self._graphs = CudaGraphs(device)
-            if self._seen[key] <= self._warm_ups:
-                if len(self._seen) > 64 * self._max_graphs:  # shapes that never come back
-                    self._seen.clear()
-                warmed: Tensor = self._graphs.warm_up(lambda: function(*tensors))
+            warmed = self._warmed(key, _uncached(function, device), tensors)
+            if warmed is not None:
                 return warmed
-            self._recordings[key] = self._record(function, tensors)
+            self._recordings[key] = self._recorded(self._warming.pop(key))
             self._seen.pop(key, None)
             if len(self._recordings) > self._max_graphs:
                 self._recordings.popitem(last=False)
@@ -293,16 +170,40 @@ class GraphedForward:
         # a copy: the recording's own result is overwritten by the next call
         return None if recording is None else recording(*tensors).clone()
 
-    def _record(
-        self, function: Callable[..., Any], tensors: tuple[Tensor, ...]
-    ) -> Recording | None:
-        assert self._graphs is not None
+    def _warmed(
+        self, key: Any, function: Callable[..., Any], tensors: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        """The result of a call before it is recorded; None when it is time to record."""
+        self._seen[key] = self._seen.get(key, 0) + 1
+        due = self._seen[key] > self._warm_ups and (key in self._warming or not self._warm_ups)
+        if key not in self._warming:
+            if self._graphs is None:
+                self._graphs = CudaGraphs(tensors[0].device)
+            self._warming[key] = Recording(self._graphs, function, tensors)
+        self._warming.move_to_end(key)
+        if due:
+            return None
+        if len(self._seen) > 64 * self._max_graphs:  # shapes that never come back
+            self._seen.clear()
+        if len(self._warming) > self._max_graphs:
+            # the buffers of what came least often go; its count stays
+            others = (other for other in self._warming if other != key)
+            del self._warming[min(others, key=lambda other: self._seen.get(other, 0))]
+        # a copy: the result may be a view of an input
+        warmed: Tensor = self._warming[key].warm_up(*tensors).clone()
+        return warmed
+
+    def _recorded(self, recording: Recording) -> Recording | None:
         try:
-            return Recording(self._graphs, function, tensors)
-        except torch.OutOfMemoryError:
-            self._say("memory ran out while a call was recorded")
-        except RuntimeError as error:
-            self._say(f"a call could not be recorded ({error})")
+            recording.record()
+            return recording
+        except Exception as error:
+            # whatever it was: the model itself is called, and raises what it has to
+            if isinstance(error, torch.OutOfMemoryError):
+                self._say("memory ran out while a call was recorded")
+            else:
+                self._say(f"a call could not be recorded ({type(error).__name__}: {error})")
+            error.__traceback__ = None  # holds every activation
         return None
 
     def _why_not(self, device: torch.device, tensors: tuple[Tensor, ...]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .audio import AudioReport
-from .config import AudioConfig
+from .config import AudioConfig, ModelFacts
 from .inference import (
     Activation,
     Engine,
@@ -55,6 +55,7 @@ def tag(
     precision: Precision,
     resume: bool,
     retry_failed: bool,
+    facts: ModelFacts,
 ) -> int:
     """See `cli.tag`."""
     ranks = _start(paths, out, resume or retry_failed)
@@ -62,7 +63,7 @@ def tag(
         raise ValueError(f"--top-k {top_k}: expected at least 1")
     if frames and out is None and not as_json:
         raise ValueError("--frames gives many numbers: add --json, or --out FILE")
-    network = load_for_inference(model, precision, ranks.device)
+    network = load_for_inference(model, precision, ranks.device, facts)
     names = class_names(
         network, read_labels(labels, network.config.label_dim).names if labels else None
     )
@@ -103,10 +104,11 @@ def embed(
     precision: Precision,
     resume: bool,
     retry_failed: bool,
+    facts: ModelFacts,
 ) -> int:
     """See `cli.embed`."""
     ranks = _start(paths, out, resume or retry_failed)
-    network = load_for_inference(model, precision, ranks.device)
+    network = load_for_inference(model, precision, ranks.device, facts)
     engine = Engine(
         network,
         "sigmoid",
@@ -147,8 +149,13 @@ def _audio(keep_truncated: bool) -> AudioConfig:
 
 
 def _weights(model: torch.nn.Module) -> str:
-    """What a model's weights are known by, wherever it lies."""
-    found = 0
+    """What a model's weights and settings are known by, wherever it lies.
+
+    The same weights under another grid or normalisation give other results: a job does not go on with them.
+    """
+    settings: Any = model
+    known = (settings.config.replace(labels=None), settings.frontend_config)
+    found = zlib.crc32(repr(known).encode())
     for name, tensor in model.state_dict().items():
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         found = zlib.crc32(content.numpy().data, zlib.crc32(name.encode(), found))

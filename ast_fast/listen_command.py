@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .config import ModelFacts
 from .inference import Activation, load_for_inference
 from .labels import read_labels
 from .names import printable
@@ -30,10 +31,11 @@ def listen(
     activation: Activation,
     smoothing: float,
     as_json: bool,
+    facts: ModelFacts,
 ) -> int:
     """See `cli.listen`."""
     source = _standard_input(rate_hz)
-    network = load_for_inference(model)
+    network = load_for_inference(model, facts=facts)
     tagger = StreamingTagger(
         network,
         window_s=window_s,

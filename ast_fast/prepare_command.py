@@ -18,13 +18,14 @@ from .data import Manifest, dataset_of, read_data, reading_notes
 from .data.file_store import FileStore, ManifestStore
 from .data.prepare import Drop, Store, prepare_clips, read_lines, replace
 from .data.prepare_report import as_text, audio_report, summarise
+from .data.prepared_figures import REPORT, prepared_front
 from .data.shard_writer import Encoding, ShardStore
 from .frontend import log_mel_features
 from .labels import read_labels
 from .training.logs import Progress, say
 
 Form = Literal["shards", "files", "manifest"]
-REPORT, REPORT_TEXT = "report.json", "report.txt"
+REPORT_TEXT = "report.txt"
 
 
 def prepare(
@@ -59,8 +60,7 @@ def prepare(
         store = ShardStore(dataset, encoding, shard_mb * 10**6)
     else:
         store = FileStore(dataset) if to == "files" else ManifestStore(dataset)
-    # the energies of recipes, by themselves: no padding, no normalisation
-    front = LogMelConfig(sample_rate_hz=sample_rate_hz, num_frames=None, mean=0.0, std=0.5)
+    front = prepared_front(sample_rate_hz)
     bar = Progress(len(dataset), title=to)
     try:
         lines = prepare_clips(
@@ -88,6 +88,7 @@ def prepare(
         dataset,
         frames=frames,
         num_mel_bins=front.num_mel_bins,
+        frontend=front.to_dict(),
         missing=getattr(clips, "missing", ()),
         notes=getattr(clips, "notes", ()),
     )

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from .config import DataConfig
 from .data import ClipSet, dataset_of, read_data
+from .data.split_file import SPLIT
 from .inference import load_for_inference
+from .run_data import held_clips, trained_on
 from .run_folder import RunFolder
 from .run_report import measure, write_run_report
-from .train_command import read_plan
 from .training import RunConfig
 from .training.logs import say, say_figures
 from .training.tasks import task_of
@@ -63,8 +64,10 @@ def _evaluation_set(
         named = task_of(model) == "regression" and eval_data.suffix.lower() == ".csv"
         how = DataConfig(values=tuple(model.labels or ())) if named else DataConfig()
         held = read_data(eval_data, root, None if named else model.labels, None, how)
+        for note in trained_on(run.folder, held):
+            say(f"  {note}")
     else:
-        _, kept = read_plan(run.plan)
+        kept = held_clips(run.plan, run.folder / SPLIT)
         if kept is None:
             return None
         held = kept

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import run_plots
+from .data.split_file import SPLIT, read_head
 from .report import HtmlReport
 from .run_folder import NAMES, RunFolder
 
@@ -21,7 +22,7 @@ _T = (
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 # runs that differ in these alone repeat one setting
-_REPEATS = frozenset({"seed", "fold"})
+_REPEATS = frozenset({"seed", "fold", "holdout_seed"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +70,28 @@ class Comparison:
     different: dict[str, list[Any]]
 
     @property
+    def other_clips(self) -> str:
+        """What is to be said where the runs were not all evaluated on the same clips; empty if they were."""
+        sets: dict[str, list[str]] = {}
+        silent = []
+        for run in self.runs:
+            file = run.folder / SPLIT
+            if file.is_file():
+                sets.setdefault(str(read_head(file).get("evaluated")), []).append(run.name)
+            else:
+                silent.append(run.name)
+        told = []
+        if len(sets) > 1:
+            alike = "; ".join(", ".join(names) for names in sets.values())
+            told.append(
+                f"the runs were evaluated on {len(sets)} different sets of clips ({alike}): their figures "
+                "differ by the clips, too"
+            )
+        if silent and (sets or len(silent) < len(self.runs)):
+            told.append(f"which clips were evaluated on is not known of {', '.join(silent)}")
+        return "; ".join(told)
+
+    @property
     def figures(self) -> list[str]:
         """Names of the figures that any run was evaluated by."""
         return list(dict.fromkeys(name for run in self.runs for name in run.final))
@@ -112,7 +135,12 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
             for run, place in zip(runs, places, strict=True)
         ]
     found = {name for run in runs for name in run.settings}
-    names = sorted(name for name in found if name.rpartition(".")[2] not in _REPEATS)
+    # what was measured of the clips follows from what was set
+    names = sorted(
+        name
+        for name in found
+        if name.rpartition(".")[2] not in _REPEATS and not name.startswith("measured.")
+    )
     columns = {name: [run.settings.get(name) for run in runs] for name in names}
     different = {
         name: values
@@ -184,7 +212,11 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     """Write a page: figures, intervals over seeds, curves in the same axes, settings that differ."""
     names = [run.name for run in comparison.runs]
     report = HtmlReport(f"{len(names)} training runs", ", ".join(names))
-    report.section("Figures", "After the last step, and at the best evaluation.")
+    report.section(
+        "Figures",
+        "After the last step, and at the best evaluation."
+        + (f" Note: {comparison.other_clips}." if comparison.other_clips else ""),
+    )
     report.table(*figure_table(comparison))
     seeds = seed_table(comparison)
     if seeds is not None:

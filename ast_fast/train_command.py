@@ -13,13 +13,18 @@ import torch
 
 from .audio import AudioReport
 from .config import AudioConfig, DataConfig, LogMelConfig
-from .data import ClipSet, Collate, Data, dataset_of, read_data, read_parts, reading_notes
+from .data import Collate, Data, dataset_of
 from .data.dataset import max_samples
+from .data.examine import Moments
+from .data.layouts import DRAW
+from .data.prepare import CLIPS
+from .data.prepared_figures import prepared_moments
+from .data.split_file import SPLIT
 from .frontend import log_mel_features
-from .labels import read_labels
 from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
+from .run_data import run_clips
 from .training import RunConfig, Trainer, TrainingInterrupted
 from .training.logs import figures_text, say
 from .training.processes import by_torchrun, is_first
@@ -42,12 +47,13 @@ def train(
     how: DataConfig,
     seeds: tuple[int, ...],
     folds: tuple[int, ...],
+    holdout_seed: int | None = None,
 ) -> int:
     """See `cli.train`."""
     file = run / "run.json"
     if resume:
         given = (data, eval_data, root, labels, recipe, overrides, seeds, folds)
-        if any(given) or how != DataConfig():
+        if any(given) or how != DataConfig() or holdout_seed is not None:
             raise ValueError(
                 "--resume goes on with the data and settings the run began with: leave out the recipe, "
                 "--data and all that says how to read it, --seeds, --folds and --set"
@@ -60,6 +66,7 @@ def train(
     else:
         if data is None:
             raise ValueError("--data is missing: expected a manifest, a folder per class or shards")
+        settings = read_config(recipe, overrides)
         plan = {
             "data": str(data.resolve()),
             "eval_data": eval_data and str(eval_data.resolve()),
@@ -67,9 +74,11 @@ def train(
             "root": root and str(root.resolve()),
             "labels": labels and str(labels.resolve()),
             "how": how.to_dict(),
-            "settings": read_config(recipe, overrides).to_dict(),
+            "settings": settings.to_dict(),
             "seeds": list(seeds),
             "folds": list(folds),
+            "holdout_seed": settings.train.seed if holdout_seed is None else holdout_seed,
+            "draw": DRAW,
         }
     if plan.get("seeds") or plan.get("folds"):
         return _train_several(plan, run, resume)
@@ -94,12 +103,17 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", plan)
     figures = {}
+    earlier: dict[int | None, Path] = {}  # split files of runs before, by fold
     for number, (name, one) in enumerate(several.items(), start=1):
         folder = run / name
+        fold = one["how"].get("fold")
         if first:
             say(f"run {number} of {len(several)}: {folder}")
         if read_result(folder) is None:
-            _train_one(one, folder, (folder / "run.json").is_file(), f"--run {run}")
+            like = earlier.get(fold), next(iter(earlier.values()), None)
+            _train_one(one, folder, (folder / "run.json").is_file(), f"--run {run}", like)
+        if (folder / SPLIT).is_file():
+            earlier.setdefault(fold, folder / SPLIT)
         if first:
             found = read_result(folder)
             assert found is not None
@@ -113,9 +127,25 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
     return 0
 
 
-def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -> None:
+def _train_one(
+    plan: dict[str, Any],
+    run: Path,
+    resume: bool,
+    whole: str = "",
+    like: tuple[Path | None, Path | None] = (None, None),
+) -> None:
+    """Train a run, or go on with it.
+
+    Args:
+        plan: what it is.
+        run: its folder.
+        resume: go on.
+        whole: how the command names the runs that it is one of.
+        like: split files of earlier ones of these runs: one to use as it is, and one whose clips it must
+            have.
+    """
     settings = RunConfig.from_dict(plan["settings"])
-    train_data, held_data = read_plan(plan)
+    train_data, held_data, split = run_clips(plan, run / SPLIT if resume else None, *like)
     numbers = train_data.values is not None
     if (
         not numbers
@@ -127,7 +157,7 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
             "more; of folders, give the one that holds a folder for each class"
         )
     torch.manual_seed(settings.train.seed)
-    model, audio = _build(settings, train_data)
+    model, audio = _build(settings, train_data, plan)
     trainer = Trainer(
         model,
         dataset_of(train_data, audio),
@@ -138,6 +168,8 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
     )
     first = trainer.fabric.is_global_zero
     if not resume and first:
+        assert split is not None
+        split.write(run / SPLIT)
         write_json(run / "run.json", plan)
     if first:
         counts = f"{len(train_data)} clips of {len(train_data.classes)} classes"
@@ -170,46 +202,18 @@ def _train_one(plan: dict[str, Any], run: Path, resume: bool, whole: str = "") -
     say(f"model: {run / 'model'}; a page on the run: ast-fast report {shlex.quote(str(run))}")
 
 
-def read_plan(plan: dict[str, Any]) -> tuple[Data, Data | None]:
-    """The clips that a run (its run.json) trains on, and those it is evaluated on."""
-    # runs of several seeds are measured on the same clips
-    seed = plan.get("holdout_seed", plan["settings"]["train"]["seed"])
-    root = plan["root"] and Path(plan["root"])
-    table = read_labels(plan["labels"]) if plan["labels"] else None
-    how = DataConfig.from_dict(plan.get("how", {}))
-    path = Path(plan["data"])
-    if plan["eval_data"] and how.fold is not None:
-        raise ValueError(
-            f"fold={how.fold} and --eval-data both say what to evaluate on: leave one out"
-        )
-    if not plan["eval_data"]:
-        data, held = read_parts(path, root, table, how, holdout=plan["holdout"], seed=seed)
-        parts = (data,) if held is None else (data, held)
-    else:
-        data = read_data(path, root, None, table, how)
-        # the part that is trained on is no part of another set
-        how = how.replace(layout="auto", split=None)
-        held = read_data(Path(plan["eval_data"]), root, data.classes, table, how)
-        parts = (data, held)
-    for note in dict.fromkeys(note for part in parts for note in reading_notes(part)):
-        say(f"  {note}")
-    for purpose, part in zip(("train", "evaluate"), parts, strict=False):
-        if part.splits is not None:
-            say(f"  parts to {purpose} on: {', '.join(sorted(set(part.splits)))}")
-    return data, held
-
-
-def _build(settings: RunConfig, data: Data) -> tuple[Any, AudioConfig]:
-    """The model of a run, and how its files are read."""
-    classes, given = data.classes, settings.frontend
-    sizes: dict[str, Any] = {}
-    if given is not None:
-        sizes = {"input_fdim": given.num_mel_bins, "input_tdim": given.num_frames}
+def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, AudioConfig]:
+    """The model of a run, and how its files are read; what is measured is put into the plan."""
+    classes, said = data.classes, settings.front_changes
+    # what the recipe does not say of the front end is as the model has it
+    sizes: dict[str, Any] = {
+        size: said[name]
+        for name, size in (("num_mel_bins", "input_fdim"), ("num_frames", "input_tdim"))
+        if name in said
+    }
     model: Any
     if settings.model in list_models():
-        model = create_model(
-            settings.model, len(classes), labels=classes, frontend_config=given, **sizes
-        )
+        model = create_model(settings.model, len(classes), labels=classes, **sizes)
         start_from_weights(model, settings.weights)
     else:
         if settings.weights != "random":
@@ -217,19 +221,33 @@ def _build(settings: RunConfig, data: Data) -> tuple[Any, AudioConfig]:
                 f"weights={settings.weights!r}: model={settings.model!r} has weights of its own; "
                 "leave weights out"
             )
+        known = {name: said[name] for name in ("mean", "std") if name in said}
         model = ASTModel.from_pretrained(
-            settings.model, label_dim=len(classes), labels=classes, **sizes
+            settings.model, label_dim=len(classes), labels=classes, **sizes, **known
         )
-    front: LogMelConfig = given or model.frontend_config
+    front: LogMelConfig = model.frontend_config.replace(**said)
     audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
     if settings.statistics == "measure":
-        front = _measured(front, dataset_of(data, audio), settings.train.seed)
+        if "measured" not in plan:
+            # runs of several seeds have the same clips, and the same front end; older ones had not
+            seed = settings.train.seed if plan.get("draw", 1) == 1 else plan["holdout_seed"]
+            plan["measured"] = _measured(front, data, audio, seed, Path(plan["data"]))
+        found = plan["measured"]
+        say(f"statistics of {found['of']}: mean {found['mean']:.4f}, std {found['std']:.4f}")
+        front = front.replace(mean=found["mean"], std=found["std"])
     model.frontend_config = front
     return model, audio
 
 
-def _measured(front: LogMelConfig, dataset: ClipSet, seed: int) -> LogMelConfig:
-    """The front end with mean and std of the energies of some clips, padding left out."""
+def _measured(
+    front: LogMelConfig, data: Data, audio: AudioConfig, seed: int, path: Path
+) -> dict[str, Any]:
+    """Mean and std of the energies of training clips, padding left out, and of which clips they are."""
+    exact = prepared_moments(path, data, front)
+    if isinstance(exact, Moments):
+        of = f"all {len(data)} training clips, from {path / CLIPS}"
+        return {"mean": exact.mean, "std": exact.std(), "of": of}
+    dataset = dataset_of(data, audio)
     chosen = random.Random(seed).sample(range(len(dataset)), min(_MEASURED_CLIPS, len(dataset)))
     raw = front.replace(num_frames=None, mean=0.0, std=0.5)
     report, count, total, squares = AudioReport(), 0, 0.0, 0.0
@@ -244,6 +262,5 @@ def _measured(front: LogMelConfig, dataset: ClipSet, seed: int) -> LogMelConfig:
     if not count:
         raise ValueError(f"no clip could be read to measure statistics: {report.summary()}")
     mean = total / count
-    std = max(squares / count - mean * mean, 1e-8) ** 0.5
-    say(f"statistics of {report.clips} clips: mean {mean:.4f}, std {std:.4f}")
-    return front.replace(mean=mean, std=std)
+    of = f"{report.clips} of {len(dataset)} training clips" + (f" ({exact})" if exact else "")
+    return {"mean": mean, "std": max(squares / count - mean * mean, 1e-8) ** 0.5, "of": of}

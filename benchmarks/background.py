@@ -72,7 +72,9 @@ class Watchdog:
 
     Args:
         seconds: from now.
-        last: called before the end, in a thread of its own; it may take a few seconds.
+        last: called before the end, in a thread of its own.
+        end: of the process, with its exit status.
+        last_s: seconds that `last` may take.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class Watchdog:
         seconds: float,
         last: Callable[[], None],
         end: Callable[[int], object] = os._exit,
+        last_s: float = 2.0,
     ) -> None:
-        self._last, self._end = last, end
+        self._last, self._end, self._last_s = last, end, last_s
         self._timer = threading.Timer(max(0.0, seconds), self._bite)
         self._timer.daemon = True
 
@@ -93,7 +96,10 @@ class Watchdog:
         self._timer.cancel()
 
     def _bite(self) -> None:
-        # whatever the last words run into, the end comes
+        # whatever the last words run into or wait for, the end comes
+        final = threading.Timer(self._last_s, self._end, (1,))
+        final.daemon = True
+        final.start()
         try:
             self._last()
         finally:

@@ -66,6 +66,7 @@ class Candidate:
     # what is checked, where that is not what is timed: a smaller model, or gradients before a step
     prepare_gate: Callable[[Inputs], Run] | None = None
     timed: bool = True  # False: takes part in the check alone
+    own: bool = False  # ours in another form: held to our budget, not to a peer's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,12 +30,12 @@ HELD_TO = ", ours held to "
 
 def collect(device: str) -> dict[str, Any]:
     """Facts about this process and machine, without names of hosts, users or folders."""
-    commit, changed = _commit()
+    revision, changed = commit()
     facts: dict[str, Any] = {
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_in_use(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit,
+        "commit": revision,
         "uncommitted_changes": changed,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -112,13 +112,14 @@ def _run(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _commit() -> tuple[str, bool]:
+def commit() -> tuple[str, bool]:
+    """The checkout's commit, `unknown` outside of one, and whether watched files differ from it."""
     # a copy of the checkout without its .git may be told its commit
     told = os.environ.get("AST_FAST_COMMIT", "")[:12]
-    commit = _run("git", "rev-parse", "--short=12", "HEAD") or told or "unknown"
+    revision = _run("git", "rev-parse", "--short=12", "HEAD") or told or "unknown"
     watched = ("ast_fast", "kernels", "csrc", "benchmarks/*.py", "benchmarks/suites")
     changed = bool(_run("git", "status", "--porcelain", "--untracked-files=no", "--", *watched))
-    return commit, changed
+    return revision, changed
 
 
 def _driver() -> str:

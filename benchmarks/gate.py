@@ -31,6 +31,7 @@ _PRECISIONS: dict[str, budgets.Precision] = {
     "bf16-master": "bfloat16",
     "int16": "float32",
     "int8": "int8",
+    "fp8": "fp8",
 }
 
 

@@ -34,8 +34,9 @@ _CHECK_SHARE = 0.4
 # how long a job may outlast its step
 _GRACE_S = 2.0
 _DEVICE_GRACE_S = 60.0
-# kept at the end of a run for its summary
-_LAST_S = 3.0
+# kept at the end of a run for its summary; less is left when the watchdog bites
+_LAST_S = 6.0
+_WATCHDOG_S = 3.0
 # importing or compiling the others would take longer than everything else of a dry run
 _DRY_RUN_PEERS = ("torch", "sdpa", "sdpa-padded", "loop")
 _DRY_RUN_CASES = 2  # a suite
@@ -289,23 +290,25 @@ def execute(
                 book.say(book.summary())
                 book.say(f"{run.elapsed():.0f} s of {options.minutes * 60:.0f} s; {packed.path}")
 
+                packed.pack()
+
             def cut_off() -> None:
                 book.say("the run did not end by itself and is cut off")
                 last_words()
-                packed.pack()
 
             with (
-                Watchdog(options.minutes * 60 - 1.0, cut_off),
+                Watchdog(options.minutes * 60 - _WATCHDOG_S, cut_off),
                 Background(warming(run.known), folder) as background,
+                make_pool() as workers,
             ):
                 try:
-                    with make_pool() as workers:
-                        if chosen is None:
-                            steps = plan.steps(options.dry_run)
-                            run.follow(steps, workers, make_pool, background.stop)
-                        else:
-                            run.take(chosen, workers)
+                    if chosen is None:
+                        steps = plan.steps(options.dry_run)
+                        run.follow(steps, workers, make_pool, background.stop)
+                    else:
+                        run.take(chosen, workers)
                 finally:
+                    # before the workers are ended, which may take seconds
                     last_words()
     return 0 if book.good else 1
 

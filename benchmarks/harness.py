@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import math
 import sys
@@ -91,10 +93,11 @@ def check(
     yardsticks = [verdicts[c.name] for c in case.candidates if c.yardstick and c.name in verdicts]
     limits = allowed(case, yardsticks)
     looser = allowed_to_peers(limits, yardsticks)
+    held = {ours, *(candidate.name for candidate in case.candidates if candidate.own)}
     for name, verdict in verdicts.items():
         if name not in runs:
             continue
-        decide(case, verdict, limits if name == ours else looser)
+        decide(case, verdict, limits if name in held else looser)
         row = rows[name] = blank(case, name, verdict.status, verdict.reason)
         row.error = verdict.error if math.isfinite(verdict.error) else None
         row.budget, row.worst = verdict.budget or None, verdict.worst
@@ -116,20 +119,20 @@ def measure(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     try:
-        rows, runs, _inputs = check(case, settings)
+        rows, runs, inputs = check(case, settings)
     except Exception as error:  # inputs or oracle: out of memory, say
         return [blank(case, case.candidates[0].name, "failed", timing.describe(error))]
     for row in rows.values():
         if row.status in ("wrong", "failed"):
             say(f"  {row.provider}: {row.status}, {row.reason}")
     clock = timing.clock_for(settings.device)
-    result = _timed(case, rows, runs, clock, limits, settings, ceilings)
+    result = timed(case, rows, runs, clock, limits, settings, ceilings)
     if case.graph and settings.cuda:
-        result += _graphed(case, rows, runs, limits, settings, ceilings)
+        result += _graphed(case, rows, runs, inputs[:1], limits, settings, ceilings)
     return result
 
 
-def _timed(
+def timed(
     case: Case,
     rows: dict[str, Row],
     runs: Mapping[str, timing.Call],
@@ -163,12 +166,14 @@ def _graphed(
     case: Case,
     rows: dict[str, Row],
     runs: dict[str, Run],
+    inputs: list[Inputs],
     limits: timing.Limits,
     settings: Settings,
     ceilings: Ceilings,
 ) -> list[Row]:
-    """The same as CUDA graphs."""
+    """The same as CUDA graphs, which replay the first call."""
     graphs, again = {}, {}
+    prepares = {candidate.name: candidate.prepare for candidate in case.candidates}
     for name, run in runs.items():
         if rows[name].status != "ok":
             continue
@@ -176,14 +181,20 @@ def _graphed(
         again[name].error, again[name].budget = rows[name].error, rows[name].budget
         again[name].worst, again[name].clock = rows[name].worst, "graph"
         try:
-            graphs[name] = timing.capture(run)
+            if case.mode == "backward":
+                # the forward of what was timed ran on another stream
+                graphs[name] = timing.capture_prepared(functools.partial(prepares[name], inputs))
+            else:
+                graphs[name] = timing.capture(run)
         except Exception as error:
             again[name].status, again[name].reason = (
                 "failed",
                 f"as a graph: {timing.describe(error)}",
             )
-            torch.cuda.synchronize()
-    done = _timed(case, again, graphs, timing.EventClock(), limits, settings, ceilings)
+            # where the device is lost the others say so themselves
+            with contextlib.suppress(Exception):
+                torch.cuda.synchronize()
+    done = timed(case, again, graphs, timing.EventClock(), limits, settings, ceilings)
     for row in done:
         row.clock = "graph"
     return done

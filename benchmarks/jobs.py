@@ -1,18 +1,20 @@
 """The jobs of a GPU run: small, named, serialisable, and each able to fail alone.
 
-A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s` and what its
-kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
+A job is a dict with `kind`, `title`, `group` (the suite its rows belong to), `limit_s`, perhaps `fresh` (it
+needs a process that has run nothing) and what its kind needs. Cases are named by their place in a suite, so a job is text and any process can run it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import ceilings, environment, harness, proofs, smoke, suites, tune_case, tune_space, tuned
+from . import ceilings, environment, harness, proofs, smoke, suites, tune_work, tuned
 from .case import DTYPES, Settings, Skipped
 from .record import Row
 from .timing import Limits, describe
@@ -96,6 +98,7 @@ def proof_jobs(settings: Settings) -> Iterator[Job]:
             "limit_s": _CASE_LIMIT_S,
             "name": name,
             "dtype": settings.dtypes[0],
+            "fresh": name in proofs.FRESH,
         }
 
 
@@ -232,29 +235,28 @@ class Runner:
         return {"rows": [vars(row)]}
 
     def _compile(self, job: Job) -> dict[str, Any]:
-        place, dtype = tune_space.Place(*job["place"]), job["dtype"]
-        row = failed_row(job, "", "failed")
-        tune_case.compile_row(row, place, job["entries"][0], dtype, job["capability"])
-        return {"rows": [vars(row)]}
+        return tune_work.compile_answer(job)
 
     def _tune(self, job: Job) -> dict[str, Any]:
-        place = tune_space.Place(*job["place"])
-        case = tune_case.tune_case(self.settings, place, job["entries"], job["shape"], job["dtype"])
-        settings = dataclasses.replace(self.settings, peers=None)
-        # the lead is measured as ours: it is what the others are compared with
-        rows = harness.measure(case, settings, self.ceilings, self.limits, say=lambda _: None)
-        for row in rows:
-            row.suite = "tune"
-        return {"rows": [vars(row) for row in rows if row.provider != "plain"]}
+        return tune_work.tune_answer(job, self.settings, self.ceilings)
 
     def _case(self, job: Job) -> dict[str, Any]:
-        case = self._find(job)
+        from ast_fast import backend
+
         limits = Limits(**job["limits"]) if "limits" in job else self.limits
-        rows = harness.measure(case, self.settings, self.ceilings, limits, say=lambda _: None)
+        name = job.get("backend", self.settings.backend)
+        settings = dataclasses.replace(self.settings, backend=name)
+        with backend.use_backend(name):
+            case = self._find(job, settings)
+            rows = harness.measure(case, settings, self.ceilings, limits, say=lambda _: None)
+            failed = [f"{row['op']}: {row['failed']}" for row in backend.status() if row["failed"]]
+        for row in rows:
+            if failed and row.provider == settings.ours and row.status == "ok":
+                row.reason = f"finding: not by our kernels alone: {'; '.join(failed)}"[:300]
         return {"rows": [vars(row) for row in rows]}
 
-    def _find(self, job: Job) -> harness.Case:
-        narrowed = _narrow(self.settings, (job["dtype"],))
+    def _find(self, job: Job, settings: Settings | None = None) -> harness.Case:
+        narrowed = _narrow(settings or self.settings, (job["dtype"],))
         return list(suites.load(job["suite"], narrowed))[job["index"]]
 
     def _probe(self, job: Job) -> dict[str, Any]:
@@ -265,7 +267,8 @@ class Runner:
         if job["action"] == "lose":
             # what a worker says after an illegal address: no call works from here on
             raise RuntimeError(f"CUDA error: {LOST}")
-        time.sleep(3600)
+        # in a child, as a sanitizer would
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(3600)"], check=True)
         return {"rows": []}
 
 

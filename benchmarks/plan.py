@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import jobs
+from . import jobs, tune_jobs
 from .case import Settings, listed
 
 MINUTES = 9.5  # of the times below
@@ -41,6 +41,8 @@ _SLOW_PEERS = (
 # "median of ten" of one kernel, and a few rounds of a whole model
 _KERNEL_LIMITS = {"seconds": 0.2, "min_rounds": 10, "max_rounds": 10, "sample_ms": 3.0}
 _MODEL_LIMITS = {"seconds": 1.5, "min_rounds": 5, "max_rounds": 10, "sample_ms": 5.0}
+# a little more than the step has: those before it may be done early
+_TUNE_S = 105
 _KERNEL_S, _MODEL_S, _CHECK_S, _SMOKE_S = 30, 55, 60, 40
 
 # what one process times, most important first; `{d}` is the leading dtype
@@ -69,6 +71,7 @@ MODELS = (
 )
 PROOFS = (
     *("deterministic", "graph", "step graph", "forward graph", "races", "recompiled"),
+    "failed graph",
     *("poisoned", "streams", "out of memory", "step memory", "large"),
 )
 
@@ -158,11 +161,13 @@ def _kernels(known: Known) -> list[jobs.Job]:
 
 
 def _tune(known: Known) -> list[jobs.Job]:
-    return []
+    return tune_jobs.plan_jobs(known.settings, known.capability, _TUNE_S)
 
 
 def _models(known: Known) -> list[jobs.Job]:
-    return _timed(known, MODELS, _MODEL_LIMITS, _MODEL_S)
+    found = _timed(known, MODELS, _MODEL_LIMITS, _MODEL_S)
+    # as a user's program runs: by what the tables measured as fastest, not by Triton's name
+    return [job | {"backend": "auto"} for job in found] if known.settings.cuda else found
 
 
 def _proofs(known: Known) -> list[jobs.Job]:

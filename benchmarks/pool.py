@@ -1,4 +1,7 @@
-"""Workers that survive what jobs do to them: each runs in a process that is replaced when it dies."""
+"""Workers that survive what jobs do to them: each runs in a process that is replaced when it dies.
+
+A worker leads a session of its own, and is ended with all that its jobs started.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +25,7 @@ from .jobs import Job, failed_row
 
 ROOT = Path(__file__).resolve().parent.parent
 _START_LIMIT_S = 240
+_END_LIMIT_S = 5.0
 
 
 class Died(RuntimeError):
@@ -49,12 +54,12 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            start_new_session=True,
         )
         try:
             self._send(setup)
             self._receive(limit_s)
         except BaseException:
-            self._process.kill()
             self.close()
             raise
 
@@ -81,15 +86,18 @@ class Worker:
 
         def end() -> None:
             overdue.set()
-            self._process.kill()
+            self.kill()
 
         timer = threading.Timer(limit_s, end)
+        timer.daemon = True  # it must not hold up a run that is broken off
         timer.start()
         line = self._process.stdout.readline()
         timer.cancel()
-        if line:
-            return json.loads(line)
-        status = self._process.wait()
+        timer.join()
+        if line.endswith("\n"):
+            answer: dict[str, Any] = json.loads(line)
+            return answer | {"lost": True} if overdue.is_set() else answer
+        status = self._end()
         if overdue.is_set():
             raise Died(f"took longer than {limit_s:.0f} s and was ended")
         raise Died(f"the process ended with status {status}: {self._tail()}")
@@ -100,18 +108,39 @@ class Worker:
         text = self._errors.read()[-4000:].decode(errors="replace")
         return " | ".join(line.strip() for line in text.splitlines()[-3:] if line.strip())[-300:]
 
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def kill(self) -> None:
+        """End the process and all that it started, at once."""
+        if (
+            self._process.returncode is None
+        ):  # its number is its own until somebody has waited for it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def dismiss(self) -> None:
+        """Let the process end by itself; many do so side by side."""
+        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        assert self._process.stdout is not None
+        self.dismiss()
+        self._end()
         self._process.stdout.close()
         self._errors.close()
+
+    def _end(self) -> int:
+        """Wait a little for it to end by itself, end what is left of its session; its exit status."""
+        end = time.monotonic() + _END_LIMIT_S
+        options = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        with contextlib.suppress(ChildProcessError):  # waited for already
+            while os.waitid(os.P_PID, self._process.pid, options) is None:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.02)
+        self.kill()
+        return self._process.wait()
 
 
 Finished = Callable[[Job, dict[str, Any]], None]
@@ -136,6 +165,8 @@ class Pool:
     ) -> None:
         self._setup, self._extra, self._logs, self._now = setup, extra, logs, now
         self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._ended = False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
 
@@ -143,9 +174,15 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._idle:
+        with self._lock:
+            self._ended = True
+            for worker in self._busy:  # the run was broken off, by Ctrl-C perhaps
+                worker.kill()
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.dismiss()
+        for worker in idle:
             worker.close()
-        self._idle.clear()
 
     def run(
         self,
@@ -173,7 +210,8 @@ class Pool:
 
         def take() -> Job | None:
             with self._lock:
-                if not waiting or self._now() >= deadline or not faults.empty():
+                late = self._now() >= deadline
+                if not waiting or late or self._ended or not faults.empty():
                     return None
                 return waiting.popleft()
 
@@ -182,7 +220,8 @@ class Pool:
                 while (job := take()) is not None:
                     answer = self._answer(job, deadline, grace_s)
                     with self._lock:
-                        finished(job, answer)
+                        if not self._ended:
+                            finished(job, answer)
             except BaseException as error:
                 faults.put(error)
 
@@ -206,17 +245,25 @@ class Pool:
         """The answer to a job; a worker that dies over it is replaced by the next job's."""
         with self._lock:
             worker = self._idle.pop() if self._idle else None
+        if worker is not None and job.get("fresh"):
+            worker.close()
+            worker = None
         try:
             if worker is None:
                 worker = self._started(deadline + grace_s)
+            with self._lock:
+                self._busy.add(worker)
+                if self._ended:
+                    worker.kill()
             left = max(1.0, deadline + grace_s - self._now())
             answer = worker.ask(job, min(job["limit_s"], left))
         except Died as error:
             answer = {"rows": [vars(failed_row(job, str(error)))], "lost": True}
         if worker is not None:
+            with self._lock:
+                self._busy.discard(worker)
+                if not answer.get("lost"):
+                    self._idle.append(worker)
             if answer.get("lost"):
                 worker.close()
-            else:
-                with self._lock:
-                    self._idle.append(worker)
         return answer

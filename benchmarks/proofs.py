@@ -22,7 +22,8 @@ from .case import DTYPES, Skipped
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-_SANITIZER_LIMIT_S = 540
+# what a process has compiled, it does not ask for again: counting needs one that has run nothing
+FRESH = ("recompiled",)
 _RUNS = 50
 _RACE_RUNS = 250
 _RACE_CLIPS = 60
@@ -126,7 +127,10 @@ def poisoned(device: str, dtype: torch.dtype) -> None:
 
 
 def recompiled(device: str, dtype: torch.dtype) -> None:
-    """Eight batch sizes take no more compiled forms of a kernel than its table has tiles."""
+    """Eight batch sizes take no more compiled forms of a kernel than its table has tiles.
+
+    A form that comes from the cache on disk counts too: it is asked for in the same way.
+    """
     _need_cuda(device)
     from triton.runtime.jit import JITFunction
 
@@ -146,7 +150,9 @@ def recompiled(device: str, dtype: torch.dtype) -> None:
         JITFunction._do_compile = original
     over = {name: forms for name, forms in compiled.items() if forms > _most_forms(name)}
     if not compiled:
-        raise Broken("no kernel was compiled at all: the count does not count")
+        raise Broken(
+            "no kernel was compiled at all: the count needs a process that has run nothing"
+        )
     if over:
         raise Broken(f"compiled forms: {over}, more than a table has tiles for")
 
@@ -177,22 +183,50 @@ def streams(device: str, dtype: torch.dtype) -> None:
 def graph(device: str, dtype: torch.dtype) -> None:
     """A captured forward and backward replays to the same bits."""
     _need_cuda(device)
+    from ast_fast.cuda_graphs import CudaGraphs
+
     for name, step in _steps(device, dtype, 2, 1214):
         eager = step()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            results = step()
+        graphs = CudaGraphs()
+        graphs.warm_up(step)
+        results, replay = graphs.capture(step)
         for _ in range(3):
             for result in results:
                 result.fill_(float("nan"))
-            captured.replay()
+            replay()
             torch.cuda.synchronize()
             _same(name, eager, results)
+
+
+def failed_graph(device: str, dtype: torch.dtype) -> None:
+    """A capture that fails says why, and leaves memory and the next capture as they were."""
+    _need_cuda(device)
+    from ast_fast.cuda_graphs import CudaGraphs
+
+    name, step = next(_steps(device, dtype, 2, 1214))
+    eager, graphs = step(), CudaGraphs()
+
+    def waits() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    for _ in range(2):
+        graphs.warm_up(step)
+        stream = torch.cuda.current_stream()
+        try:
+            graphs.capture(waits)
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise Broken(f"the error of a failed capture is {error}") from error
+        else:
+            raise Broken("a function that waits for the device was recorded")
+        if torch.cuda.current_stream() != stream:
+            raise Broken("a failed capture leaves its stream behind")
+        torch.cuda.empty_cache()
+    results, replay = graphs.capture(step)
+    replay()
+    torch.cuda.synchronize()
+    _same(name, eager, results)
 
 
 def large(device: str, dtype: torch.dtype) -> None:
@@ -295,6 +329,7 @@ PROOFS: dict[str, Callable[[str, torch.dtype], None]] = {
     "recompiled": recompiled,
     "streams": streams,
     "graph": graph,
+    "failed graph": failed_graph,
     "step graph": step_graph,
     "forward graph": forward_graph,
     "large": large,
@@ -328,13 +363,14 @@ def _sanitize(tool: str, device: str, dtype: str) -> None:
         raise Skipped("compute-sanitizer is not installed")
     watched = [sys.executable, "-m", "benchmarks.proofs", "small", "--dtype", dtype]
     # compiling under the sanitizer would take minutes: the first run fills the cache
-    subprocess.run(watched, cwd=ROOT, check=True, capture_output=True, timeout=_SANITIZER_LIMIT_S)
+    # no limit here: the job's ends the whole session, a limit of ours the sanitizer but not what it runs
+    subprocess.run(watched, cwd=ROOT, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "9", *watched],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=_SANITIZER_LIMIT_S,
+        stdin=subprocess.DEVNULL,
     )
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "=====" in line]

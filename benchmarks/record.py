@@ -46,6 +46,8 @@ class Row:
     ceiling: str = ""  # gemm | copy
     share: float | None = None  # of the measured ceiling
     peak_mib: float | None = None
+    # of a tuning run: which choice it is evidence for (tune_case.facts); other files have no such key
+    tune: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,7 +63,11 @@ class ResultFile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        for row in values["rows"]:
+            if row["tune"] is None:
+                del row["tune"]
+        return values
 
     def write(self, path: Path) -> None:
         """Write aside and move into place. Figures are rounded to five digits."""
@@ -124,8 +130,8 @@ def problems(content: dict[str, Any]) -> list[str]:
 
 def _row_problems(row: dict[str, Any]) -> list[str]:
     names = {field.name for field in dataclasses.fields(Row)}
-    if set(row) != names:
-        return [f"keys differ by {sorted(set(row) ^ names)}"]
+    if set(row) | {"tune"} != names:
+        return [f"keys differ by {sorted((set(row) | {'tune'}) ^ names)}"]
     found = []
     if row["status"] not in STATUSES:
         found.append(f"status {row['status']!r} is none of {', '.join(STATUSES)}")

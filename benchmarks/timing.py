@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ast_fast.cuda_graphs import CudaGraphs, GraphMaker
+
 Call = Callable[[int], object]
 
 # calls that last this long are warm after the first, and may be stopped after fewer rounds
@@ -63,21 +65,29 @@ class EventClock(Clock):
 
 def capture(call: Call) -> Call:
     """The call as a CUDA graph: replays without the cost of launching."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call(0)
+    return capture_prepared(lambda: call)
 
-    def replay(_: int, kept: object = kept) -> None:
-        graph.replay()
 
-    return replay
+def capture_prepared(prepare: Callable[[], Call], graphs: GraphMaker | None = None) -> Call:
+    """What `prepare` gives as a CUDA graph, prepared on the stream that records.
+
+    Autograd runs the backward of an op on the stream of its forward: only where that one records can the
+    backward alone be recorded.
+
+    Args:
+        prepare: makes the call; runs what the call's backward is of.
+        graphs: who records; CUDA graphs by default.
+    """
+    graphs = graphs or CudaGraphs()
+    call = graphs.warm_up(prepare)
+    for _ in range(3):
+        graphs.warm_up(lambda: call(0))
+    kept, replay = graphs.capture(lambda: call(0))
+
+    def again(_: int, kept: object = kept) -> None:
+        replay()
+
+    return again
 
 
 def clock_for(device: str) -> Clock:

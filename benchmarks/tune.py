@@ -1,38 +1,36 @@
-"""Find the fastest configurations of the attention kernels on this GPU: `python -m benchmarks.tune attention`.
+"""Find the fastest configurations of our kernels on this GPU, and whether a library is faster still.
 
-Compiles every candidate ahead of time on the CPU's cores and drops what spills or does not fit; checks and times the
-rest, a few at a time interleaved with the committed configuration, on a grid that fills the GPU and on one clip; writes
-the result file, and with --write the picks into kernels/tuned/attention.json, in a family of this GPU's own. Nothing is
-ever tuned while a user's program runs.
+    python -m benchmarks.tune [OP[,OP...]] --seconds 300 [--out DIR] [--write]
+    python -m benchmarks.tune --from FILE [FILE...] [--write]      picks from result files; needs no GPU
+
+Candidates compete with the committed configuration and with what a library offers, interleaved on the same
+inputs, on a batch that fills the GPU and on one clip; a wrong one never wins. Best guesses of every op come
+before anything generated, compiled ahead on the CPU's cores while others are measured, so whatever the
+budget the most valuable part of it was used. --write puts the picks into kernels/tuned: the order of
+configurations, and under `use` which implementation is to run. Nothing is tuned while a user's program runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import jobs, pool, record
+from . import pool, record, tune_jobs, tune_report
 from .case import Settings
-from .tune_space import Entry, Place, Timing, candidates, pick, table_text, with_picks
+from .tune_ahead import Ahead
+from .tune_slots import OPS
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "kernels" / "tuned" / "attention.json"
-KERNELS = ("forward", "dq", "dkv", "one_pass")
-OWNED = {"forward": "block_m", "dq": "block_m", "dkv": "block_n", "one_pass": "block_n"}
-_ARITHMETIC = {"bf16": "16bit", "f16": "16bit", "f32": "f32"}
-_SHAPES = {"large": (32, 1214), "small": (1, 1214)}
-_TINY = {"large": (1, 20), "small": (1, 7)}
-_AT_ONCE = 6  # candidates timed beside the committed one
-_COMPILE_SLOTS = max(1, (os.cpu_count() or 2) - 2)
-# of the time limit, for compiling
-_COMPILE_SHARE = 0.4
+_COMPILE_SLOTS = max(1, (os.cpu_count() or 2) - 3)
+# a measurement whose candidates are still being compiled waits this long for them
+_PATIENCE_S = 12.0
+_STEP_S = 0.1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,225 +40,186 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("op", choices=("attention",))
-    made.add_argument("--minutes", type=float, default=9.0, help="time limit (default 9)")
-    made.add_argument("--dtype", default="bf16", choices=tuple(_ARITHMETIC))
-    made.add_argument("--width", default="64", help="head widths, such as 64,128")
-    made.add_argument("--kernels", default=",".join(KERNELS), help="some of " + ", ".join(KERNELS))
+    made.add_argument("op", nargs="?", default="all", help=f"all, or some of {', '.join(OPS)}")
+    made.add_argument("--seconds", type=float, default=300.0, help="time limit (default 300)")
+    made.add_argument("--dtype", default="bf16", choices=("bf16", "f16", "f32"))
+    made.add_argument("--width", default="64", help="head widths of attention, such as 64,128")
     made.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the result file")
-    made.add_argument("--write", action="store_true", help=f"put the picks into {TABLE.name}")
     made.add_argument(
-        "--dry-run", action="store_true", help="two candidates each in Triton's interpreter"
+        "--from",
+        dest="files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="pick from these result files instead of measuring",
+    )
+    made.add_argument("--write", action="store_true", help="put the picks into kernels/tuned")
+    made.add_argument(
+        "--dry-run", action="store_true", help="one candidate each in Triton's interpreter"
     )
     return made
 
 
-def places(options: argparse.Namespace) -> list[Place]:
-    """What the command line asks for.
+def wanted_ops(text: str) -> tuple[str, ...]:
+    """Ops of a comma-separated list.
 
     Raises:
-        ValueError: a kernel or a width is unknown.
+        ValueError: a name is unknown.
     """
-    kernels = [name for name in options.kernels.split(",") if name]
-    unknown = sorted(set(kernels) - set(KERNELS))
-    if unknown or not kernels:
-        raise ValueError(f"--kernels: unknown {', '.join(unknown)}; expected {', '.join(KERNELS)}")
-    widths = [int(text) if text.isdigit() else 0 for text in options.width.split(",")]
-    if not set(widths) <= {32, 64, 96, 128}:
-        raise ValueError(f"--width {options.width!r}: expected some of 32, 64, 96, 128")
-    arithmetic = _ARITHMETIC[options.dtype]
-    return [Place(kernel, arithmetic, width) for kernel in kernels for width in widths]
-
-
-def committed(place: Place, capability: int) -> list[Entry]:
-    """The table's list for one place; empty where the GPU's family has none."""
-    from ast_fast.kernels import _tuned
-
-    family = _tuned.configs("attention", capability)
-    return list(family.get(place.kernel, {}).get(place.arithmetic, {}).get(str(place.width), []))
-
-
-def entries(place: Place, capability: int) -> list[Entry]:
-    """The committed configurations, then the candidates that are not among them."""
-    known = committed(place, capability)
-    return known + [entry for entry in candidates(place, capability) if entry not in known]
-
-
-def compile_job(place: Place, entry: Entry, dtype: str, capability: int) -> jobs.Job:
-    """Compile one candidate; no GPU is touched."""
-    return _job("compile", place, [entry], dtype, f"compile {place} {_config_name(entry)}") | {
-        "capability": capability
-    }
-
-
-def measure_jobs(
-    place: Place, rivals: Sequence[Entry], lead: Entry, dtype: str, tiny: bool
-) -> Iterator[jobs.Job]:
-    """Time candidates in groups, each with the committed configuration in its rounds."""
-    others = [entry for entry in rivals if entry != lead]
-    groups = [others[at : at + _AT_ONCE] for at in range(0, len(others), _AT_ONCE)] or [[]]
-    for size, shape in (_TINY if tiny else _SHAPES).items():
-        for number, group in enumerate(groups):
-            title = f"tune {place} {size} {number + 1} of {len(groups)}"
-            job = _job("tune", place, [lead, *group], dtype, title)
-            yield job | {"size": size, "shape": list(shape)}
-
-
-def _job(kind: str, place: Place, group: list[Entry], dtype: str, title: str) -> jobs.Job:
-    return {
-        "kind": kind,
-        "title": title,
-        "group": "tune",
-        "limit_s": 180,
-        "place": list(place),
-        "entries": group,
-        "dtype": dtype,
-    }
-
-
-def _config_name(entry: Entry) -> str:
-    from ast_fast.kernels.attention_problem import Config
-
-    return Config(**entry).name
-
-
-class Findings:
-    """What has been measured: which candidates compile, and times over the committed one's."""
-
-    def __init__(self) -> None:
-        self.compiled: dict[Place, list[Entry]] = {}
-        self.ratios: dict[tuple[Place, str, str], float] = {}
-        self.rows: list[record.Row] = []
-
-    def add(self, job: jobs.Job, answer: dict[str, Any]) -> None:
-        """Keep the answer of one job."""
-        rows = [record.Row(**row) for row in answer["rows"]]
-        place = Place(*job["place"])
-        if job["kind"] == "compile":
-            if rows[0].status == "ok":
-                self.compiled.setdefault(place, []).append(job["entries"][0])
-            else:
-                self.rows += rows
-            return
-        self.rows += rows
-        timed = {row.provider: row for row in rows}
-        lead = timed.get(_config_name(job["entries"][0]))
-        for entry in job["entries"]:
-            row = timed.get(_config_name(entry))
-            if lead is None or row is None or row.status != "ok":
-                continue
-            # a peer may be ten times as far off as we may; these are all ours
-            if row.error is not None and lead.budget is not None and row.error > lead.budget:
-                row.status, row.reason = "wrong", f"over our budget of {lead.budget:.3g}"
-                continue
-            # its time over the lead's; the lead has none
-            ratio = 1.0 if row.ratio is None else row.ratio["p50"]
-            self.ratios[place, job["size"], json.dumps(entry)] = ratio
-        done = ", ".join(f"{row.provider} {row.status}" for row in rows if row.status != "ok")
-        print(f"{job['title']}: {done or 'all right'}", flush=True)
-
-    def timings(self, place: Place) -> list[Timing]:
-        """Candidates of one place that were right at both sizes."""
-        found = []
-        for (where, size, text), large in self.ratios.items():
-            if where == place and size == "large":
-                small = self.ratios.get((place, "small", text))
-                if small is not None:
-                    found.append(Timing(json.loads(text), large, small))
-        return found
-
-
-def search(options: argparse.Namespace, settings: Settings, capability: int) -> Findings:
-    """Compile, then measure, within the time limit."""
-    started = time.monotonic()
-    end = started + options.minutes * 60
-    wanted = [place for place in places(options) if committed(place, capability)]
-    limits = {"seconds": 0.5, "min_rounds": 5, "max_rounds": 25, "sample_ms": 3.0}
-    if options.dry_run:
-        limits |= {"seconds": 0.0, "min_rounds": 2, "max_rounds": 2, "sample_ms": 0.1}
-        limits["warmup_ms"] = 0.1
-    setup = {"settings": dataclasses.asdict(settings), "limits": limits, "threads": 0}
-    found = Findings()
-    with pool.Pool(setup) as workers:
-        if options.dry_run:
-            # an interpreted kernel cannot be compiled
-            found.compiled = {place: entries(place, capability)[:2] for place in wanted}
-        else:
-            asked = [
-                compile_job(place, entry, options.dtype, capability)
-                for place in wanted
-                for entry in entries(place, capability)
-            ]
-            deadline = started + _COMPILE_SHARE * (end - started)
-            late = workers.run(asked, found.add, slots=_COMPILE_SLOTS, deadline=deadline)
-            print(f"{len(asked) - len(late)} of {len(asked)} candidates compiled or refused")
-        asked = []
-        for place in wanted:
-            lead = committed(place, capability)[0]
-            rivals = found.compiled.get(place, [])
-            asked += measure_jobs(place, rivals, lead, options.dtype, settings.tiny)
-        late = workers.run(asked, found.add, slots=1, deadline=end)
-        if late:
-            print(f"{len(late)} of {len(asked)} measurements did not fit in the time")
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, search, write, return the exit status."""
-    made = parser()
-    options = made.parse_args(arguments)
-    try:
-        wanted = places(options)
-    except ValueError as error:
-        made.error(str(error))
-    if options.dry_run and (options.dtype != "f32" or options.write):
-        made.error(
-            "--dry-run goes with --dtype f32 and without --write: the interpreter has no bfloat16"
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = sorted(set(names) - {*OPS, "all"})
+    if unknown or not names:
+        raise ValueError(
+            f"op {text!r}: unknown {', '.join(unknown) or '(none given)'}; "
+            f"expected all, or some of {', '.join(OPS)}"
         )
-    if options.dry_run:
-        # before Triton is imported, here and in the workers
-        os.environ["TRITON_INTERPRET"] = "1"
+    return OPS if "all" in names else tuple(op for op in OPS if op in names)
+
+
+def wanted_widths(text: str) -> tuple[int, ...]:
+    """Head widths of a comma-separated list.
+
+    Raises:
+        ValueError: one is none of those that the kernels take.
+    """
+    widths = [int(name) if name.isdigit() else 0 for name in text.split(",")]
+    if not set(widths) <= {32, 64, 96, 128}:
+        raise ValueError(f"--width {text!r}: expected some of 32, 64, 96, 128")
+    return tuple(widths)
+
+
+Finished = Callable[[tune_jobs.Job, dict[str, Any]], None]
+
+
+def search(
+    measured: Sequence[tune_jobs.Job],
+    workers: pool.Pool,
+    compilers: pool.Pool | None,
+    add: Finished,
+    seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[tune_jobs.Job]:
+    """Measure in order of value within the time, and compile what comes next on the other cores.
+
+    Args:
+        measured: jobs of `tune_jobs.tune_jobs`.
+        workers: processes that measure.
+        compilers: processes that compile; None: an interpreted kernel cannot be.
+        add: called with each job and its answer.
+        seconds: time limit; no job starts later.
+        clock: seconds, rising.
+        sleep: waits that many seconds.
+
+    Returns:
+        The measurements that did not fit in the time.
+    """
+    end = clock() + seconds
+    waiting = list(measured)
+    asked = tune_jobs.compile_jobs(waiting) if compilers is not None else []
+    with Ahead(compilers, asked, add, slots=_COMPILE_SLOTS, deadline=end) as ahead:
+        idle_since = clock()
+        while waiting and clock() < end:
+            job = next((job for job in waiting if ahead.known(job)), None)
+            if job is None:
+                if clock() - idle_since < _PATIENCE_S:
+                    sleep(_STEP_S)
+                    continue
+                job = waiting[0]  # its worker compiles what is missing
+            waiting.remove(job)
+            left = ahead.without_refused(job)
+            if left is not None:
+                workers.run([left], add, slots=1, deadline=end)
+            idle_since = clock()
+    return waiting
+
+
+def measure(options: argparse.Namespace, ops: tuple[str, ...], widths: tuple[int, ...]) -> Path:
+    """Run the search on this machine; the result file."""
     import torch
 
     from . import environment
 
-    if not options.dry_run and not torch.cuda.is_available():
-        made.error("this PyTorch sees no CUDA device; --dry-run shows the control flow on a CPU")
-    device = "cpu" if options.dry_run else "cuda"
-    settings = Settings(
-        device=device, dtypes=(options.dtype,), backend="triton", tiny=options.dry_run
-    )
-    capability = 80
-    if not options.dry_run:
+    dry = options.dry_run
+    device = "cpu" if dry else "cuda"
+    settings = Settings(device=device, dtypes=(options.dtype,), backend="triton", tiny=dry)
+    capability = 80  # what the interpreter stands for
+    if not dry:
         major, minor = torch.cuda.get_device_capability()
         capability = major * 10 + minor
-    found = search(options, settings, capability)
+    wanted = tune_jobs.Wanted(capability, options.dtype, widths, ops)
+    measured = tune_jobs.tune_jobs(settings, wanted)
     facts = environment.collect(device)
-    file = record.ResultFile(
-        suite="tune",
-        environment=facts,
-        settings={"minutes": options.minutes, "dtype": options.dtype, "dry_run": options.dry_run},
-        rows=found.rows,
-    )
+    asked = {"seconds": options.seconds, "dtype": options.dtype, "dry_run": dry}
+    file = record.ResultFile(suite="tune", environment=facts, settings=asked)
     path = options.out / record.file_name(facts, "tune")
+
+    lock = threading.Lock()  # two pools report
+
+    def add(job: tune_jobs.Job, answer: dict[str, Any]) -> None:
+        with lock:
+            keep(job, answer)
+
+    def keep(job: tune_jobs.Job, answer: dict[str, Any]) -> None:
+        rows = [record.Row(**row) for row in answer["rows"]]
+        bad = [f"{row.provider} {row.status}: {row.reason}" for row in rows if row.status != "ok"]
+        if job["kind"] == "tune" or bad:
+            print(f"{job['title']}: {'; '.join(bad) or 'all right'}", flush=True)
+            file.rows += rows
+            file.write(path)
+
+    setup = {
+        "settings": dataclasses.asdict(settings),
+        "limits": tune_jobs.LIMITS,
+        "threads": 1 if dry else 0,
+    }
+    # those that compile leave the GPU alone: to ask whether it still answers would take memory on it
+    apart = setup | {"settings": dataclasses.asdict(settings) | {"device": "cpu"}, "threads": 1}
+    with pool.Pool(setup) as workers, pool.Pool(apart) as compilers:
+        late = search(measured, workers, None if dry else compilers, add, options.seconds)
+    print(f"{len(measured) - len(late)} of {len(measured)} measurements in {options.seconds:.0f} s")
     file.write(path)
     print(f"measured: {path}")
-    picks: dict[Place, list[Entry]] = {}
-    for place in wanted:
-        timings = found.timings(place)
-        if timings:
-            picks[place] = pick(timings, OWNED[place.kernel])
-            best = min(timing.large for timing in timings)
-            print(
-                f"{place}: {', '.join(map(_config_name, picks[place]))}; {1 / best:.2f}x the committed"
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, search or read, report, write; return the exit status."""
+    made = parser()
+    options = made.parse_args(arguments)
+    try:
+        ops, widths = wanted_ops(options.op), wanted_widths(options.width)
+    except ValueError as error:
+        made.error(str(error))
+    if options.files and options.dry_run:
+        made.error("--from reads result files: --dry-run makes one")
+    if options.dry_run and (options.dtype != "f32" or options.write):
+        made.error(
+            "--dry-run goes with --dtype f32 and without --write: the interpreter has no bfloat16"
+        )
+    files = options.files
+    if not files:
+        if options.dry_run:
+            # before Triton is imported, here and in the workers
+            os.environ["TRITON_INTERPRET"] = "1"
+        import torch
+
+        if not options.dry_run and not torch.cuda.is_available():
+            made.error(
+                "this PyTorch sees no CUDA device; --dry-run shows the control flow on a CPU, and "
+                "--from picks from result files"
             )
-    if options.write and picks:
-        origin = f"measured on {facts['device_name']} on {facts['date'][:10]}: {path.name}"
-        table = json.loads(TABLE.read_text(encoding="utf-8"))
-        changed = with_picks(table, capability, picks, origin)
-        TABLE.write_text(table_text(changed), encoding="utf-8")
-        print(f"written: {TABLE.relative_to(ROOT)}; run the tests of tests/aot on it")
-    return 0 if picks else 1
+        files = [measure(options, ops, widths)]
+    try:
+        report = tune_report.Report(files, ops, dry_run=options.dry_run)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(report.text())
+    if options.write:
+        print(report.write())
+    return 0 if report.found.places() else 1
 
 
 if __name__ == "__main__":

@@ -1,48 +1,89 @@
-"""Candidates for a kernel's configuration, the pick among the measured, and the table with the pick in it.
+"""Candidates for a slot's configuration: the best guesses of kernels/tuned/candidates.json, and a grid of the rest.
 
 Plain values only: nothing here needs a GPU, so all of it is tested without one.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
 
-Entry = dict[str, Any]
+from .tune_slots import Entry, Slot, committed, slot
 
-# an entry for small grids must beat the one for large grids by this factor to earn its place
-_WORTH = 1.03
-
-
-class Place(NamedTuple):
-    """Where in the table of one GPU family a list of configurations is."""
-
-    kernel: str  # forward | dq | dkv | one_pass
-    arithmetic: str  # 16bit | tf32 | f32
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.kernel} {self.arithmetic} d{self.width}"
+# figures of which half and double are worth a try, and those that go up and down by one
+_DOUBLED = (
+    *("rows", "rows_of_float32", "cols", "elements", "tokens", "frames", "samples", "bins"),
+    *("mels", "inner", "block_m", "block_n", "block_k", "group_m"),
+    *("warps", "num_warps", "programs_per_sm"),
+)
+_STEPPED = ("stages", "num_stages")
+_SMALLEST = {"warps": 2, "num_warps": 4, "block_m": 16, "block_n": 16, "block_k": 16, "inner": 16}
+_SMALLEST |= {"samples": 16, "bins": 16, "cols": 16}
+_LARGEST = {"warps": 16, "num_warps": 8, "stages": 5, "num_stages": 4, "programs_per_sm": 8}
 
 
-class Timing(NamedTuple):
-    """One configuration's times over the committed one's, on a grid that fills the GPU and on one clip."""
+def guesses(place: Slot, capability: int) -> list[Entry]:
+    """What compile figures and reading suggest, best first, without what is committed."""
+    from ast_fast.kernels import _candidates
 
-    entry: Entry
-    large: float
-    small: float
+    known = committed(place, capability)
+    named = _candidates.candidates(place.op, capability)
+    found = [each.entry for each in named if slot(place.op, each.path) == place]
+    return _distinct([_complete(entry, known) for entry in found], known)
 
 
-def candidates(place: Place, capability: int) -> list[Entry]:
-    """What is worth compiling for one kernel on a GPU of this capability (90 for 9.0).
+def generated(place: Slot, capability: int, dtype: str) -> list[Entry]:
+    """What is left to try once all guesses are measured, without guesses and what is committed."""
+    known = committed(place, capability)
+    if place.op == "attention":
+        found = _attention(place, capability)
+    else:
+        found = _neighbours(known[0], dtype) if known else []
+    return _distinct(found, [*known, *guesses(place, capability)])
 
-    Tiles below 64 queries or 32 keys leave tensor cores idle; above 128 x 128 every head width spills.
-    """
-    if place.arithmetic == "f32":
+
+def _complete(entry: Entry, known: list[Entry]) -> Entry:
+    """A candidate may name only what differs; attention's are whole, and what they leave out has a default."""
+    if not known or "block_m" in entry:
+        return entry
+    return {**known[0], **entry}
+
+
+def _distinct(found: list[Entry], known: list[Entry]) -> list[Entry]:
+    kept: list[Entry] = []
+    for entry in found:
+        if entry not in kept and entry not in known:
+            kept.append(entry)
+    return kept
+
+
+def _neighbours(entry: Entry, dtype: str) -> list[Entry]:
+    """The entry with one figure changed: stages and warps first, doubled tiles, which often spill, last."""
+    changed: list[tuple[int, Entry]] = []
+    for name, value in entry.items():
+        if name == ("rows" if dtype == "f32" else "rows_of_float32") and "rows_of_float32" in entry:
+            continue  # no launch in this dtype reads it
+        least, most = _SMALLEST.get(name, 1), _LARGEST.get(name, 4096)
+        if isinstance(value, bool):
+            values = [(0, not value)] if name == "split" else []
+        elif name in _STEPPED:
+            values = [(0, value + 1), (0, value - 1)]
+        elif name in _DOUBLED:
+            first = 0 if name in ("warps", "num_warps", "programs_per_sm") else 1
+            values = [(first, value // 2), (2 * first, value * 2)]
+        else:
+            values = []
+        changed += [
+            (order, entry | {name: each})
+            for order, each in values
+            if isinstance(each, bool) or least <= each <= most
+        ]
+    return [each for _, each in sorted(changed, key=lambda pair: pair[0])]
+
+
+def _attention(place: Slot, capability: int) -> list[Entry]:
+    """Tiles below 64 queries or 32 keys leave tensor cores idle; above 128 x 128 every head width spills."""
+    kernel, arithmetic, width = place.path[0], place.path[1], int(place.path[2])
+    if arithmetic == "f32":
         # without tensor cores every thread holds whole rows: small tiles, and scores by chunks of columns
         figures = itertools.product((16, 32, 64), (16, 32, 64), (4, 8), (1, 2), (0, 16, 32))
         names = ("block_m", "block_n", "num_warps", "num_stages", "chunk")
@@ -53,16 +94,16 @@ def candidates(place: Place, capability: int) -> list[Entry]:
                 if value or name != "chunk"
             }
             for row in figures
-            if row[4] <= place.width
+            if row[4] <= width
         ]
-    descriptors = (True, False) if capability >= 90 and place.arithmetic == "16bit" else (False,)
+    descriptors = (True, False) if capability >= 90 and arithmetic == "16bit" else (False,)
     stages = (1, 2, 3, 4) if capability >= 80 else (1, 2)
     # one pass holds dk, dv and a share of dq at once: its tiles of queries are smaller
-    rows = (16, 32, 64) if place.kernel == "one_pass" else (64, 128)
+    rows = (16, 32, 64) if kernel == "one_pass" else (64, 128)
     tiles = itertools.product(rows, (32, 64, 128), (4, 8), stages, descriptors)
     found = []
     for block_m, block_n, num_warps, num_stages, tma in tiles:
-        if block_m * block_n * place.width > 128 * 128 * 128:
+        if block_m * block_n * width > 128 * 128 * 128:
             continue
         if num_warps == 8 and block_m * block_n < 32 * 64:
             continue
@@ -70,87 +111,7 @@ def candidates(place: Place, capability: int) -> list[Entry]:
         entry |= {"num_warps": num_warps, "num_stages": num_stages}
         if tma:
             entry["tma"] = True
-        if place.kernel == "one_pass" and capability >= 90:
+        if kernel == "one_pass" and capability >= 90:
             entry["reduce"] = True
         found.append(entry)
     return found
-
-
-def pick(timings: Iterable[Timing], owned: str) -> list[Entry]:
-    """The list for the table: by descriptor first, then by pointer, each for large grids and for small.
-
-    Args:
-        timings: of everything that compiled and was right; the committed entries among them.
-        owned: name of the tile side that the grid is over, `block_m` or `block_n`.
-
-    Raises:
-        ValueError: no configuration without descriptors is among them; operands that no tensor map can
-            describe need one.
-    """
-    chosen: list[Entry] = []
-    measured = list(timings)
-    for tma in (True, False):
-        rivals = [each for each in measured if bool(each.entry.get("tma")) == tma]
-        if not rivals:
-            continue
-        best = min(rivals, key=lambda each: each.large)
-        chosen.append(best.entry)
-        # the launcher takes the first whose grid fills the GPU: what follows must have a smaller tile
-        smaller = [each for each in rivals if each.entry[owned] < best.entry[owned]]
-        if smaller:
-            quick = min(smaller, key=lambda each: each.small)
-            if quick.small * _WORTH < best.small:
-                chosen.append(quick.entry)
-    if all(entry.get("tma") for entry in chosen):
-        raise ValueError("no configuration that works without descriptors was measured")
-    return chosen
-
-
-def with_picks(
-    table: Mapping[str, Any], capability: int, picks: Mapping[Place, list[Entry]], origin: str
-) -> dict[str, Any]:
-    """The table with the picks for one architecture, in a family of its own if it shared one.
-
-    Args:
-        table: content of kernels/tuned/attention.json.
-        capability: of the GPU that was measured.
-        picks: lists by place.
-        origin: what measured them: device, result file, date.
-    """
-    changed = copy.deepcopy(dict(table))
-    architectures, families = changed["architectures"], changed["families"]
-    name = architectures.get(str(capability)) or _older(architectures, capability)
-    others = [arch for arch, family in architectures.items() if family == name]
-    if others != [str(capability)]:
-        own = f"sm_{capability}"
-        # its members keep what they had: they were not measured
-        if own == name:
-            moved = f"{name}_untimed"
-            families[moved] = copy.deepcopy(families[name])
-            architectures |= {arch: moved for arch in others if arch != str(capability)}
-        else:
-            families[own] = copy.deepcopy(families[name])
-        architectures[str(capability)] = name = own
-    for place, entries in picks.items():
-        node = families[name].setdefault(place.kernel, {}).setdefault(place.arithmetic, {})
-        node[str(place.width)] = entries
-    changed["architectures"] = dict(sorted(architectures.items(), key=lambda item: int(item[0])))
-    changed.setdefault("measured", {})[name] = origin
-    return changed
-
-
-def _older(architectures: Mapping[str, str], capability: int) -> str:
-    known = [int(arch) for arch in architectures if int(arch) <= capability]
-    if not known:
-        raise ValueError(f"compute capability {capability / 10:.1f} is older than every family")
-    return architectures[str(max(known))]
-
-
-def table_text(table: Mapping[str, Any]) -> str:
-    """The table as JSON, a configuration a line."""
-    text = json.dumps(table, indent=1)
-    return re.sub(r"\{\s+(\"block_m\"[^{}]*?)\s+\}", _on_one_line, text) + "\n"
-
-
-def _on_one_line(match: re.Match[str]) -> str:
-    return "{" + re.sub(r"\s+", " ", match.group(1)) + "}"

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from . import harness
+from . import harness, tune_place
 from .case import Case, Settings, candidate
 from .record import Row
 from .timing import Limits
@@ -90,6 +90,8 @@ def _walk(op: str, node: Any, path: tuple[str, ...], capability: int) -> Iterato
             yield Variant(op, path, node, dtype, kind == "tf32")
     else:
         for key, item in node.items():
+            if key == "use" and not path:
+                continue  # which implementation runs, no configuration
             yield from _walk(op, item, (*path, key), capability)
 
 
@@ -118,19 +120,12 @@ def in_place(variant: Variant) -> Iterator[None]:
         return _family_with(variant, family) if op == variant.op else family
 
     _tuned.configs = configs
-    _forget_choices()
+    tune_place.forget()
     try:
         yield
     finally:
         _tuned.configs = original
-        _forget_choices()
-
-
-def _forget_choices() -> None:
-    """Drop what launchers keep of the table."""
-    import importlib
-
-    importlib.import_module("ast_fast.kernels.attention_problem").table_configs.cache_clear()
+        tune_place.forget()
 
 
 def case_for(variant: Variant, settings: Settings) -> Case:

@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from typing import Any
 
 STICKY = 3  # exit status: the device's context is lost
 
 
+def end_with_parent() -> None:
+    """End this session once nobody is left to read the answers, be it in the middle of a job."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        if os.getsid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # what jobs started goes with it
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def serve() -> int:
     """Answer jobs until standard input ends."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     sys.stdout = sys.stderr

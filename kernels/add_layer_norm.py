@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import ceil_div, guard, last_dim_contiguous, next_power_of_2, why_not
+from ._settle import settle
 from .layer_norm import (
     aot_backward_cases,
     aot_combinations,
@@ -27,7 +28,7 @@ from .layer_norm import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr,  # [R, C]
     residual_ptr,  # [R, C]
@@ -179,3 +180,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             )
         )
     return cases + aot_backward_cases("add_layer_norm", arch, has_dtotal=True)
+
+
+settle(globals())

@@ -94,6 +94,7 @@ def config_case(
         expect=_expected(arithmetic, config, arch),
         # of the form with a bias, the models' width stands for the others
         twin=(biased and width != 64) or _is_twin(dtype, width, arch),
+        maxnreg=config.maxnreg,
     )
 
 

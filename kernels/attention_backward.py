@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .attention_tiles import (
     LOG2E,
     clip_base,
@@ -94,6 +95,8 @@ def _add_keys(
             BLOCK_D,
             MASKED,
             TMA,
+            # what it makes of absent keys is masked below; k would reach dq as 0 times NaN
+            ZEROED=False,
         )
     s = product(
         q, k, q_base, stride_qt, start_m, n_q, k_base, stride_kt, start, n_k,
@@ -144,8 +147,12 @@ def add_queries(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
+    KEYS_MASKED: tl.constexpr = False,
 ):
-    """Add the queries start .. start + BLOCK_M to dk / scale and dv; scores are transposed, as is ds."""
+    """Add the queries start .. start + BLOCK_M to dk / scale and dv; scores are transposed, as is ds.
+
+    A key that does not count has arbitrary rows of dk, dv and ds, or with KEYS_MASKED a ds of 0.
+    """
     q = stream_rows(
         q_source,
         q_base,
@@ -193,6 +200,9 @@ def add_queries(
     if MASKED:
         # the padding of lse makes p 0, but that of delta holds anything
         ds = tl.where((queries < n_q)[None, :], ds, 0.0)
+    if KEYS_MASKED:
+        # exp of an absent key may overflow: what dq adds up must not hold infinity times its zeros
+        ds = tl.where((start_n + tl.arange(0, BLOCK_N) < n_k)[:, None], ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, ds
@@ -415,3 +425,6 @@ def attention_dkv_kernel(
     store_rows(dk_base, stride_dkt, start_n, n_rows, dk, BLOCK_N, D, BLOCK_D)
     dv_base = clip_base(dv_ptr, clip, k_first, head, stride_dvb, stride_dvt, stride_dvh)
     store_rows(dv_base, stride_dvt, start_n, n_rows, dv, BLOCK_N, D, BLOCK_D)
+
+
+settle(globals())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -25,6 +26,7 @@ from .attention_tiles import (
     scratch_column,
     store_rows,
     stream_rows,
+    zero_rows,
 )
 
 _PAD = tl.constexpr(LSE_PAD)
@@ -48,6 +50,7 @@ def _fold_keys(
     head,
     start,
     n_k,
+    foreign,
     acc,  # [BLOCK_M, BLOCK_D] fp32
     peak,  # [BLOCK_M] fp32, running maximum in log2 units
     total,  # [BLOCK_M] fp32, running sum
@@ -62,7 +65,11 @@ def _fold_keys(
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Fold the keys start .. start + BLOCK_N into the running softmax."""
+    """Fold the keys start .. start + BLOCK_N into the running softmax.
+
+    A masked tile is the clip's last. By descriptor its rows past the last key are zeros of the tensor map,
+    or, where `foreign`, whatever the next clip or a key beyond the length holds: NaN perhaps.
+    """
     if CHUNK:
         k = k_base
     else:
@@ -80,6 +87,8 @@ def _fold_keys(
             BLOCK_D,
             MASKED,
             TMA,
+            # their scores are masked, whatever they are
+            ZEROED=False,
         )
     v = stream_rows(
         v_source,
@@ -95,6 +104,7 @@ def _fold_keys(
         BLOCK_D,
         MASKED,
         TMA,
+        ZEROED=False,
     )
     s = product(
         q, k, q_base, stride_qt, start_m, n_q, k_base, stride_kt, start, n_k,
@@ -114,7 +124,16 @@ def _fold_keys(
     p = tl.math.exp2(s * qk_scale - shift[:, None])
     shrink = tl.math.exp2(peak - shift)
     total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    p = p.to(v.dtype)
+    acc = acc * shrink[:, None]
+    if MASKED and TMA:
+        # 0 times NaN is NaN; the branch spares dense clips a round trip of v through registers
+        if foreign:
+            acc = tl.dot(p, zero_rows(v, start, n_k, BLOCK_N), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
     return acc, highest, total
 
 
@@ -201,19 +220,20 @@ def attention_forward_kernel(
     bias = key_bias
     if key_bias is not None:
         bias = key_bias + clip.to(tl.int64) * k_length
+    foreign = packed | has_lengths
     whole = (n_k // BLOCK_N) * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         acc, peak, total = _fold_keys(
             q, q_base, stride_qt, start_m, n_q,
             k_source, k_base, stride_kt, v_source, v_base, stride_vt, box, k_first, head, start, n_k,
-            acc, peak, total, qk_scale, bias,
+            foreign, acc, peak, total, qk_scale, bias,
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, False,
         )  # fmt: skip
     if whole < n_k:
         acc, peak, total = _fold_keys(
             q, q_base, stride_qt, start_m, n_q,
             k_source, k_base, stride_kt, v_source, v_base, stride_vt, box, k_first, head, whole, n_k,
-            acc, peak, total, qk_scale, bias,
+            foreign, acc, peak, total, qk_scale, bias,
             D, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, TMA, True,
         )  # fmt: skip
 
@@ -242,3 +262,6 @@ def attention_forward_kernel(
                 tl.full([_PAD], float("inf"), tl.float32),
                 mask=cols < limit,
             )
+
+
+settle(globals())

@@ -20,7 +20,16 @@ from ._aot import AotCase
 from .attention_masked_backward import attention_masked_dkv_kernel, attention_masked_dq_kernel
 from .attention_masked_forward import attention_masked_forward_kernel
 from .attention_masked_plan import Launch, Plan, Shape, plan
-from .attention_problem import Config, aligned, constexprs, kind, rising, strides, writable
+from .attention_problem import (
+    Config,
+    aligned,
+    compiler_options,
+    constexprs,
+    kind,
+    rising,
+    strides,
+    writable,
+)
 from .attention_tiles import LSE_PAD
 
 OP = "attention_masked"
@@ -193,11 +202,7 @@ def _launches(tiles: Plan, clips: int, capability: int) -> Iterator[tuple[Launch
 
 
 def _options(config: Config, width: int, arithmetic: str) -> dict[str, Any]:
-    return {
-        **_constexprs(config, width, arithmetic),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return {**_constexprs(config, width, arithmetic), **compiler_options(config)}
 
 
 def _constexprs(config: Config, width: int, arithmetic: str) -> dict[str, Any]:
@@ -252,6 +257,7 @@ def _case(
         expect=_expected(kernel, arithmetic, config, arch),
         # the models have heads of 64, and one 16-bit type and one GPU a family stand for all
         twin=width != 64 or (dtype == "fp16" and arch >= 80) or arch in (89, 120),
+        maxnreg=config.maxnreg,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .attention_masked_tiles import (
     gather_rows,
     gathered_product,
@@ -323,3 +324,6 @@ def attention_masked_dkv_kernel(
     scatter_rows(dk_base, stride_dkt, keys, before.to(tl.float32) + dk * scale, D, BLOCK_D)
     before = gather_rows(dv_base, stride_dvt, keys, written, D, BLOCK_D, True)
     scatter_rows(dv_base, stride_dvt, keys, before.to(tl.float32) + dv, D, BLOCK_D)
+
+
+settle(globals())

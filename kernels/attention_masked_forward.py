@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .attention_masked_tiles import (
     gather_rows,
     gathered_product,
@@ -154,3 +155,6 @@ def attention_masked_forward_kernel(
     scatter_rows(o_base, stride_ot, queries, acc / total[:, None], D, BLOCK_D)
     lse = tl.where(nothing, float("inf"), (peak + tl.math.log2(total)) * LN2)
     tl.store(lse_ptrs, lse, mask=queries >= 0)
+
+
+settle(globals())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from ._tuned import INTERPRETED
 from .attention_backward import add_queries
 from .attention_tiles import (
@@ -47,7 +48,6 @@ def _add_to_sum(
     row,
     ds,  # [BLOCK_N, BLOCK_M] fp32
     k,  # [BLOCK_N, BLOCK_D], zero where a key does not count
-    counts,  # [BLOCK_N, 1], whether the key counts
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,8 +55,6 @@ def _add_to_sum(
     REDUCE: tl.constexpr,
 ):
     """Add ds^T k to rows row .. row + BLOCK_M of the sum, which are those of one clip and its padding."""
-    # exp of an absent key may overflow, and infinity times its zeros would be NaN
-    ds = tl.where(counts, ds, 0.0)
     ds = ds.to(k.dtype)
     if REDUCE:
         dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
@@ -71,6 +69,63 @@ def _add_to_sum(
             tl.atomic_add(places, dq, sem="relaxed")
         else:
             tl.atomic_add(places, dq, mask=(tl.arange(0, BLOCK_D) < D)[None, :], sem="relaxed")
+
+
+@triton.jit
+def _walk_queries(
+    k,  # [BLOCK_N, BLOCK_D], zero where a key does not count
+    v,
+    k_base,
+    stride_kt,
+    v_base,
+    stride_vt,
+    start_n,
+    n_k,
+    q_source,
+    q_base,
+    stride_qt,
+    do_source,
+    do_base,
+    stride_gt,
+    box,
+    q_first,
+    head,
+    n_q,
+    dk,  # [BLOCK_N, BLOCK_D] fp32
+    dv,  # [BLOCK_N, BLOCK_D] fp32
+    lse_base,
+    delta_base,
+    dq_sum,
+    scratch,
+    qk_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    REDUCE: tl.constexpr,
+    KEYS_MASKED: tl.constexpr,
+):
+    """Add all queries of the clip to dk / scale and dv, and the tile's share to the sum of dq."""
+    whole = (n_q // BLOCK_M) * BLOCK_M
+    for start in range(0, whole, BLOCK_M):
+        dk, dv, ds = add_queries(
+            k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
+            q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, start, n_q,
+            dk, dv, lse_base, delta_base, qk_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION, TMA, False, KEYS_MASKED,
+        )  # fmt: skip
+        _add_to_sum(dq_sum, scratch + start, ds, k, D, BLOCK_D, BLOCK_M, PRECISION, REDUCE)
+    if whole < n_q:
+        dk, dv, ds = add_queries(
+            k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
+            q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, whole, n_q,
+            dk, dv, lse_base, delta_base, qk_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION, TMA, True, KEYS_MASKED,
+        )  # fmt: skip
+        _add_to_sum(dq_sum, scratch + whole, ds, k, D, BLOCK_D, BLOCK_M, PRECISION, REDUCE)
+    return dk, dv
 
 
 @triton.jit(
@@ -161,23 +216,21 @@ def attention_one_pass_kernel(
     qk_scale = scale * LOG2E
     # a tile of keys that all do not count has nothing to add up
     n_q = tl.where(start_n < n_k, n_q, 0)
-    whole = (n_q // BLOCK_M) * BLOCK_M
-    for start in range(0, whole, BLOCK_M):
-        dk, dv, ds = add_queries(
+    # only a clip's last tile pays for the mask over keys, which costs a sixth of a step
+    if start_n + BLOCK_N > n_k:
+        dk, dv = _walk_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
-            q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, start, n_q,
-            dk, dv, lse_base, delta_base, qk_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION, TMA, False,
+            q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, n_q,
+            dk, dv, lse_base, delta_base, dq_sum, scratch, qk_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, TMA, REDUCE, True,
         )  # fmt: skip
-        _add_to_sum(dq_sum, scratch + start, ds, k, counts, D, BLOCK_D, BLOCK_M, PRECISION, REDUCE)
-    if whole < n_q:
-        dk, dv, ds = add_queries(
+    else:
+        dk, dv = _walk_queries(
             k, v, k_base, stride_kt, v_base, stride_vt, start_n, n_k,
-            q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, whole, n_q,
-            dk, dv, lse_base, delta_base, qk_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, 0, PRECISION, TMA, True,
+            q_source, q_base, stride_qt, do_source, do_base, stride_gt, box, q_first, head, n_q,
+            dk, dv, lse_base, delta_base, dq_sum, scratch, qk_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, TMA, REDUCE, False,
         )  # fmt: skip
-        _add_to_sum(dq_sum, scratch + whole, ds, k, counts, D, BLOCK_D, BLOCK_M, PRECISION, REDUCE)
 
     # queries with NaN reach every key that counts, and no other
     dk = tl.where(counts, dk * scale, 0.0)
@@ -273,3 +326,6 @@ def attention_round_kernel(
     total = tl.load(places, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     dq_base = clip_base(dq_ptr, clip, q_first, head, stride_dqb, stride_dqt, stride_dqh)
     store_rows(dq_base, stride_dqt, start_m, n_q, total * scale, BLOCK_M, D, BLOCK_D)
+
+
+settle(globals())

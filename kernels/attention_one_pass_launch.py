@@ -20,6 +20,7 @@ from .attention_problem import (
     Problem,
     choose,
     clip_arguments,
+    compiler_options,
     constexprs,
     describable,
     descriptor,
@@ -127,8 +128,7 @@ def one_pass(
         problem.heads,
         keys.tiles,
         **one_pass_constexprs(config, width, arithmetic),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **compiler_options(config),
     )
     attention_round_kernel[(rows.programs,)](
         dq_sum,

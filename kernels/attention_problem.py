@@ -40,12 +40,14 @@ class Config(NamedTuple):
     chunk: int = 0  # columns of a score product done at a time; 0 is all
     tma: bool = False  # operands of the loop come through tensor-map descriptors
     reduce: bool = False  # one-pass backward: dq is summed through a descriptor
+    maxnreg: int | None = None  # most registers a thread; None leaves it to the compiler
 
     @property
     def name(self) -> str:
         """Short name for test ids: 128x64w8s3-tma-reduce."""
         chunk = f"c{self.chunk}" if self.chunk else ""
         ways = ("-tma" if self.tma else "") + ("-reduce" if self.reduce else "")
+        ways += f"-r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}{chunk}{ways}"
 
 
@@ -211,11 +213,13 @@ def scratch_strides(lse: Tensor) -> tuple[int, int]:
 
 def options(config: Config, width: int, arithmetic: str) -> dict[str, Any]:
     """Keyword arguments of a launch."""
-    return {
-        **constexprs(config, width, arithmetic),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return {**constexprs(config, width, arithmetic), **compiler_options(config)}
+
+
+def compiler_options(config: Config) -> dict[str, int]:
+    """Keyword arguments of a launch that the compiler reads."""
+    found = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return found if config.maxnreg is None else found | {"maxnreg": config.maxnreg}
 
 
 def constexprs(config: Config, width: int, arithmetic: str) -> dict[str, Any]:

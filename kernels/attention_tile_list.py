@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._settle import settle
 from .attention_problem import Problem
 
 # Clips compared at a time, one specialisation for any number of clips.
@@ -137,3 +138,6 @@ def tile_list(starts: Tensor, walked: Tensor, rows: int, block: int) -> Tensor:
 def _identity(x: Tensor) -> tuple[object, ...]:
     """Tensors of one call with the same identity hold the same numbers."""
     return (x.data_ptr(), tuple(x.shape), x.stride())
+
+
+settle(globals())

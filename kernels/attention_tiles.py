@@ -141,20 +141,26 @@ def stream_rows(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
+    ZEROED: tl.constexpr = True,
 ):
     """One tile of an operand that a loop walks over, by descriptor or by pointer.  # [BLOCK, BLOCK_D]
 
     Past the last row that counts a descriptor delivers padding or the next packed clip, which may hold
-    NaN: a masked tile is zeroed after the load.
+    NaN: a masked tile is zeroed after the load, unless the caller does without (ZEROED is False).
     """
     if TMA:
         tile = source.load([clip, first + start, head, 0]).reshape(BLOCK, BLOCK_D)
-        if MASKED:
-            rows = tl.arange(0, BLOCK)
-            tile = tl.where((start + rows < count)[:, None], tile, 0.0)
+        if MASKED and ZEROED:
+            tile = zero_rows(tile, start, count, BLOCK)
     else:
         tile = load_rows(base, stride_row, start, count, BLOCK, D, BLOCK_D, MASKED)
     return tile
+
+
+@triton.jit
+def zero_rows(tile, start, count, BLOCK: tl.constexpr):
+    """A tile of rows start .. start + BLOCK with zeros from row `count` on."""
+    return tl.where((start + tl.arange(0, BLOCK) < count)[:, None], tile, 0.0)
 
 
 @triton.jit

@@ -9,13 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .fp8_tiles import highest, power_of_two, scale_exponent, store_transposed, to_fp8
 from .gelu_tiles import gelu, gelu_and_slope
 
 _LONGEST = tl.constexpr(1e18)  # the product of two row lengths stays finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def facts_kernel(
     x_ptr,  # [R, C]
     facts_ptr,  # [2, num_programs] float32: largest magnitude, longest row
@@ -49,7 +50,7 @@ def facts_kernel(
     tl.store(facts_ptr + tl.num_programs(0) + pid, tl.minimum(longest_row, _LONGEST))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_a", "num_b", "num_bias"])
 def bound_kernel(
     a_ptr,  # [num_a] float32
     b_ptr,  # [num_b] float32
@@ -73,7 +74,7 @@ def bound_kernel(
     tl.store(bound_ptr, product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_partials"])
 def quantise_kernel(
     x_ptr,  # [R, C]
     rows_ptr,  # [R, C] FP8
@@ -112,7 +113,7 @@ def quantise_kernel(
         store_transposed(tile, columns_ptr, rows, cols, padded_rows, num_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gelu_backward_kernel(
     dg_ptr,  # [R, K]
     h_ptr,  # [R, K]
@@ -156,7 +157,7 @@ def gelu_backward_kernel(
     store_transposed(tile, g_columns_ptr, rows, cols, padded_rows, num_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_quantise_kernel(
     x_ptr,  # [R, C]
     residual_ptr,  # [R, C]
@@ -218,3 +219,6 @@ def norm_quantise_kernel(
         tl.store(inverse_ptr, power_of_two(-exponent))
     tl.store(facts_ptr + pid, reach)
     tl.store(facts_ptr + tl.num_programs(0) + pid, tl.minimum(tl.max(longest, axis=0), _LONGEST))
+
+
+settle(globals())

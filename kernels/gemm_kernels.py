@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._settle import settle
 from .gelu_tiles import gelu, gelu_and_slope
 
 
@@ -95,7 +96,7 @@ def _finish(
     tl.store(out_ptr + base + offsets, acc.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gemm_kernel(
     a_source,  # [M, K]: pointer, or descriptor when TMA
     b_source,  # [N, K], or [K, N] when B_SUMS_ROWS
@@ -153,3 +154,6 @@ def gemm_kernel(
                 acc, bias_ptr, extra_ptr, out_ptr, second_ptr, partial_ptr, tile_m, row, col,
                 num_rows, num_cols, stride_extra, EPILOGUE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+
+
+settle(globals())

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import ceil_div, guard, last_dim_contiguous, next_power_of_2, why_not
+from ._settle import settle
 
 MAX_WIDTH = 8192  # a row has to fit the registers of one block
 
@@ -54,7 +55,7 @@ def normalise_rows(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x_ptr,  # [R, C]
     weight_ptr,  # [C]
@@ -80,7 +81,7 @@ def _forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     dy_ptr,  # [R, C]
     dtotal_ptr,  # [R, C] gradient that joins dx, or None
@@ -98,6 +99,7 @@ def _backward_kernel(
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -105,7 +107,8 @@ def _backward_kernel(
     w = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for block in range(pid, tl.cdiv(num_rows, BLOCK_R), num_programs):
+    # without products in the loop only a number of stages of its own makes the compiler load ahead
+    for block in tl.range(pid, tl.cdiv(num_rows, BLOCK_R), num_programs, num_stages=STAGES):
         rows = (block + tl.zeros([BLOCK_R], tl.int64)) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (rows[:, None] < num_rows) & (cols[None, :] < C)
         x_ptrs = x_ptr + rows[:, None] * stride_xr + cols[None, :]
@@ -133,7 +136,7 @@ def _backward_kernel(
 
 
 def config(op: str, direction: str, width: int, capability: int) -> dict[str, int]:
-    """Tuned configuration of `op` for rows of `width`: rows a tile, warps, programs a processor."""
+    """Tuned configuration of `op` for rows of `width`: rows a tile, warps, programs a processor, stages."""
     for entry in _tuned.configs(op, capability)[direction]:
         if width <= entry["max_width"]:
             return entry
@@ -247,6 +250,7 @@ def launch_backward(
             C=width,
             BLOCK_R=chosen["rows"],
             BLOCK_C=next_power_of_2(width),
+            STAGES=chosen["stages"],
             num_warps=chosen["warps"],
         )
     dweight, dbias = partial.sum(1).unbind(0)
@@ -304,6 +308,7 @@ def aot_backward_cases(op: str, arch: int, has_dtotal: bool) -> list[AotCase]:
             "C": width,
             "BLOCK_R": entry["rows"],
             "BLOCK_C": next_power_of_2(width),
+            "STAGES": entry["stages"],
         }
         if has_dtotal:
             signature["dtotal_ptr"] = f"*{x}"
@@ -355,3 +360,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             )
         )
     return cases + aot_backward_cases("layer_norm", arch, has_dtotal=False)
+
+
+settle(globals())

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import ceil_div, guard, last_dim_contiguous
+from ._settle import settle
 from .log_mel_tables import LogMelTables, Operator, frame_count, operator
 
 # Scratch in bytes: clips are taken in chunks that stay under it.
@@ -191,7 +192,7 @@ def wave_gradient(
     num_frames = min(dy.shape[1], whole)
     if wave.numel() == 0 or num_frames <= 0:
         return dwave.zero_()
-    dy, wave = last_dim_contiguous(dy), last_dim_contiguous(wave)
+    dy = last_dim_contiguous(dy)
     num_clips, num_mel = wave.shape[0], dy.shape[2]
     op = operator(tables, wave.device)
     rows, cols = op.dense.shape[0], op.dense.shape[1] // 2
@@ -385,3 +386,6 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
         BLOCK=tile["elements"],
     )
     return cases
+
+
+settle(globals())

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _tuned, gemm
 from ._aot import AotCase
 from ._launch import DTYPE_NAMES, ceil_div, guard, last_dim_contiguous, why_not
+from ._settle import settle
 from .gelu_tiles import gelu, gelu_and_slope
 
 
@@ -30,7 +31,7 @@ from .gelu_tiles import gelu, gelu_and_slope
 def _gelu_forward_kernel(
     h_ptr,  # [N]
     g_ptr,  # [N], may be h_ptr
-    num_elements,
+    num_elements: tl.int64,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +40,7 @@ def _gelu_forward_kernel(
     tl.store(g_ptr + offsets, gelu(h).to(g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gelu_backward_kernel(
     dg_ptr,  # [R, K]
     h_ptr,  # [R, K]
@@ -54,12 +55,14 @@ def _gelu_backward_kernel(
     stride_gr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid_k = tl.program_id(0)
     pid_r = tl.program_id(1)
     cols = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for block in range(pid_r, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(1)):
+    # without products in the loop only a number of stages of its own makes the compiler load ahead
+    for block in tl.range(pid_r, tl.cdiv(num_rows, BLOCK_R), tl.num_programs(1), num_stages=STAGES):
         rows = (block + tl.zeros([BLOCK_R], tl.int64)) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
         h_ptrs = h_ptr + rows[:, None] * stride_hr + cols[None, :]
@@ -146,6 +149,7 @@ def gelu_backward_with_sums(
             g.stride(0),
             BLOCK_R=tile["rows"],
             BLOCK_K=tile["cols"],
+            STAGES=tile["stages"],
             num_warps=tile["warps"],
         )
     return dh, g, partial.sum(0)
@@ -225,9 +229,12 @@ def aot_cases(arch: int) -> list[AotCase]:
                 f"gelu-backward-{name}",
                 _gelu_backward_kernel,
                 signature,
-                {"BLOCK_R": tile["rows"], "BLOCK_K": tile["cols"]},
+                {"BLOCK_R": tile["rows"], "BLOCK_K": tile["cols"], "STAGES": tile["stages"]},
                 tuple(argument for argument in signature if argument != "num_rows"),
                 tile["warps"],
             )
         )
     return cases
+
+
+settle(globals())

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import DTYPE_NAMES, ceil_div, guard, last_dim_contiguous, why_not
+from ._settle import settle
 from .patch_embed_backward import (
     backward_aot_cases,
     input_gradient,
@@ -41,7 +42,7 @@ from .patch_embed_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "grid_t"])
 def _forward_kernel(
     x_ptr,  # [B, S, F]
     weight_ptr,  # [C, pt * pf]
@@ -230,3 +231,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             )
         )
     return cases + backward_aot_cases(arch)
+
+
+settle(globals())

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _tuned
 from ._aot import AotCase
 from ._launch import DTYPE_NAMES, ceil_div, guard
+from ._settle import settle
 from .patch_embed_tiles import (
     dtype_modes,
     patch_grid,
@@ -30,7 +31,7 @@ from .patch_embed_tiles import (
 _COLUMNS_BYTES = 256 * 1024 * 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "grid_t"])
 def _weight_gradient_kernel(
     dy_ptr,  # [B, T, C]
     x_ptr,  # [B, S, F]
@@ -76,7 +77,7 @@ def _weight_gradient_kernel(
     tl.store(plane + cols[:, None] * K + inner[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_clips", "num_tokens"])
 def _token_gradient_kernel(
     dy_ptr,  # [B, T, C]
     dpos_ptr,  # [T, C]
@@ -110,7 +111,7 @@ def _token_gradient_kernel(
     tl.store(partial_ptrs, tl.sum(patches, axis=0), mask=cols < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_patches"])
 def _columns_kernel(
     dy_ptr,  # [B, T, C], from the first clip of this chunk
     weight_ptr,  # [C, pt * pf]
@@ -408,3 +409,6 @@ def backward_aot_cases(arch: int) -> list[AotCase]:
             tile,
         )
     return cases
+
+
+settle(globals())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from typing import Any, Literal, Self
 
+from .._text import shown
 from ..names import check_names
 from .base import Config, check
 from .data import DataConfig, Layout
+from .facts import ModelFacts
 from .training import (
     AugmentConfig,
     AverageConfig,
@@ -36,6 +39,7 @@ __all__ = [
     "MelScale",
     "MfccConfig",
     "ModelConfig",
+    "ModelFacts",
     "MonitorConfig",
     "Output",
     "Padding",
@@ -74,6 +78,34 @@ NORMALISATION = {
 
 # rates outside this are a broken header, not audio
 MIN_RATE_HZ, MAX_RATE_HZ = 2000, 1_000_000
+
+# Sizes beyond these are a mistake or an attack, and would be allocated before anybody could tell.
+_MAX_WINDOW_SAMPLES = 1 << 20  # of a window, a hop or an FFT, as in reference.mel
+_MAX_MEL_BINS = 1 << 14
+_MAX_FRAMES = 1 << 24  # 46 hours at 10 ms
+_MAX_DEPTH = 1024  # the deepest transformers that were trained
+_MAX_WIDTH = 1 << 16  # of tokens; four times as much in an MLP
+_MAX_HIDDEN = 1 << 20
+_MAX_CLASSES = 1 << 24
+_MAX_TOKENS = 1 << 22  # 4 M: float32 positions of width 768 are 12 GiB
+_MAX_PATCH_VALUES = 1 << 20
+
+
+def _check_range(config: Config, lowest: int, highest: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(
+            value is None or lowest <= value <= highest,
+            f"{name}={shown(value)}: expected {lowest} to {highest}",
+        )
+
+
+def _check_finite(config: Config, *names: str) -> None:
+    for name in names:
+        check(
+            math.isfinite(getattr(config, name)),
+            f"{name}={getattr(config, name)}: expected a finite number",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +175,24 @@ class LogMelConfig(Config):
 
     def __post_init__(self) -> None:
         check(self.std > 0, f"std={self.std}: expected a positive value")
+        _check_finite(self, "mean", "std", "preemphasis", "log_offset", "log_floor")
+        _check_finite(self, "low_freq_hz", "high_freq_hz", "window_ms", "hop_ms")
         for name in ("num_frames", "n_fft", "window_samples", "hop_samples"):
             value = getattr(self, name)
             check(
                 value is None or value > 0, f"{name}={value}: expected a positive number, or None"
+            )
+        _check_range(self, 1, MAX_RATE_HZ, "sample_rate_hz")
+        _check_range(self, 1, _MAX_FRAMES, "num_frames")
+        _check_range(self, 1, _MAX_MEL_BINS, "num_mel_bins")
+        _check_range(self, 1, _MAX_WINDOW_SAMPLES, "n_fft", "window_samples", "hop_samples")
+        for name, samples in (("window_ms", self.window_samples), ("hop_ms", self.hop_samples)):
+            longest = 1000 * _MAX_WINDOW_SAMPLES / self.sample_rate_hz
+            value = getattr(self, name)
+            check(
+                samples is not None or value <= longest,
+                f"{name}={value:g} at {self.sample_rate_hz} Hz: expected at most {longest:.0f}, "
+                f"{_MAX_WINDOW_SAMPLES} samples",
             )
         for name, allowed in (
             ("window", typing.get_args(Window)),
@@ -286,7 +332,25 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         for name in ("label_dim", "patch_fdim", "patch_tdim", "fstride", "tstride", "depth"):
             value = getattr(self, name)
-            check(value >= 1, f"{name}={value}: expected at least 1")
+            check(value >= 1, f"{name}={shown(value)}: expected at least 1")
+        _check_range(self, 1, _MAX_DEPTH, "depth")
+        _check_range(self, 1, _MAX_WIDTH, "embed_dim", "num_heads")
+        _check_range(self, 1, _MAX_CLASSES, "label_dim")
+        _check_range(self, 1, _MAX_MEL_BINS, "input_fdim", "patch_fdim", "fstride")
+        _check_range(self, 1, _MAX_FRAMES, "input_tdim", "patch_tdim", "tstride")
+        hidden = self.embed_dim * self.mlp_ratio
+        check(
+            1 <= hidden <= _MAX_HIDDEN,
+            f"mlp_ratio={self.mlp_ratio:g} at width {self.embed_dim}: expected 1 to {_MAX_HIDDEN} hidden "
+            "units in an MLP",
+        )
+        check(
+            self.patch_fdim * self.patch_tdim <= _MAX_PATCH_VALUES,
+            f"patches of {self.patch_fdim} x {self.patch_tdim}: expected at most {_MAX_PATCH_VALUES} values",
+        )
+        for name in ("eps", "head_eps"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"{name}={value:g}: expected 0 to 1")
         check(
             self.embed_dim % self.num_heads == 0,
             f"embed_dim={self.embed_dim} does not split into num_heads={self.num_heads} heads",
@@ -300,6 +364,11 @@ class ModelConfig(Config):
             ("input_tdim", self.input_tdim, self.patch_tdim),
         ):
             check(size >= patch, f"{side}={size} is smaller than a patch of {patch}")
+        check(
+            self.num_tokens <= _MAX_TOKENS,
+            f"{self.grid[0]} x {self.grid[1]} patches: expected at most {_MAX_TOKENS} tokens; give larger "
+            "strides or a shorter input",
+        )
         types = (None, *typing.get_args(ProblemType))
         check(
             self.problem_type in types,

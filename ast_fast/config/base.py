@@ -7,6 +7,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from .._text import named, shown
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -23,11 +25,22 @@ class Config:
         Raises:
             ValueError: a key is unknown, or a value is of another kind or does not pass the checks.
         """
+        return cls(**cls.read_values(values))
+
+    @classmethod
+    def read_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Some settings by name, as `replace` takes them: what is not said is not in it.
+
+        A section with settings of its own keeps those of its default that it does not name.
+
+        Raises:
+            ValueError: a key is unknown, or a value is of another kind.
+        """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
+        unknown = sorted(set(values) - set(fields), key=str)
         if unknown:
             raise ValueError(
-                f"{cls.__name__} has no setting {', '.join(unknown)}: expected some of "
+                f"{cls.__name__} has no setting {', '.join(map(named, unknown))}: expected some of "
                 f"{', '.join(fields)}"
             )
         arguments: dict[str, Any] = {}
@@ -35,15 +48,15 @@ class Config:
         for name, value in values.items():
             default = fields[name].default
             if isinstance(default, Config) and isinstance(value, Mapping):
-                value = type(default).from_dict(value)
+                value = default.replace(**default.read_values(value))
             elif isinstance(value, list):  # JSON has no tuples
                 value = tuple(value)
             if kinds[name] is int and isinstance(value, float) and value.is_integer():
                 value = int(value)  # 1e3 is a whole number, too
             if not _is_of(value, kinds[name]):
-                raise ValueError(f"{name}={value!r}: expected {_in_words(kinds[name])}")
+                raise ValueError(f"{name}={shown(value)}: expected {_in_words(kinds[name])}")
             arguments[name] = value
-        return cls(**arguments)
+        return arguments
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""

@@ -7,7 +7,7 @@ says which file it was and why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from ..audio import AudioDecodeError, AudioError, AudioReport, load
 from ..config import AudioConfig, LogMelConfig
 from ..reference.mel import mel_sizes
+from ..sample_rows import Allocate, allocate_empty, moved, sample_rows
 from .manifest import Manifest, ManifestError
 
 
@@ -84,9 +85,9 @@ class Mix:
 
     def to(self, device: torch.device | str) -> Mix:
         """The same with its tensors on a device, but for `indices`."""
-        names = ("rows", "wave", "lengths", "targets", "weights")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return dataclasses.replace(self, **moved)
+        names = ("rows", "lengths", "targets", "weights")
+        there = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **there, wave=moved(self.wave, device))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Batch:
     """Clips padded to the longest.
 
     Attributes:
-        wave: [B, N] float32 or int16; zeros after each clip's end.
+        wave: [B, N] float32 or int16; zeros after each clip's end; rows begin at multiples of 16 samples.
         lengths: [B] int64, valid samples.
         targets: [B] int64 class indices, or [B, classes] float32 for multi-label sets and for numbers
             to predict.
@@ -115,10 +116,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device, but for `indices`."""
-        names = ("wave", "lengths", "targets")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        names = ("lengths", "targets")
+        there = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         mix = None if self.mix is None else self.mix.to(device)
-        return dataclasses.replace(self, **moved, mix=mix)
+        return dataclasses.replace(self, **there, wave=moved(self.wave, device), mix=mix)
 
 
 def max_samples(front: LogMelConfig) -> int | None:
@@ -295,14 +296,6 @@ class Waveform(Protocol):
         """Put the samples into `row` [N], in its dtype."""
 
 
-Allocate = Callable[[int, int, torch.dtype], Tensor]  # (rows, columns, dtype) -> [rows, columns]
-
-
-def allocate_empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for the samples of a batch."""
-    return torch.empty(rows, columns, dtype=dtype)
-
-
 class Collate:
     """Make a batch of what a dataset gave; `multi_label` picks the shape of the targets.
 
@@ -346,7 +339,7 @@ class Collate:
             report.cut += sum(length > self.most_samples for length in lengths[: len(clips)])
         whole = bool(everything) and all(clip.dtype == torch.int16 for clip in everything)
         dtype = torch.int16 if whole else torch.float32
-        wave = allocate(len(everything), max(lengths, default=0), dtype)
+        wave = sample_rows(len(everything), max(lengths, default=0), dtype, allocate)
         for row, clip, length in zip(wave, everything, lengths, strict=True):
             clip.copy_to(row[:length])
             row[length:].zero_()

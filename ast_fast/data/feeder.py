@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from ..sample_rows import Allocate
 from .buffers import SAMPLES
-from .dataset import Allocate, Batch, ClipSet, Collate, MixPlan, check_one_label
+from .dataset import Batch, ClipSet, Collate, MixPlan, check_one_label
 from .mixing import WholeSetMixup
 from .reading import Fetched, Reader, Reading, Step
 from .sampler import BatchSampler

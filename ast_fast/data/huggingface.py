@@ -122,6 +122,31 @@ class HuggingFaceSet(Dataset[Any]):
         some.values = None if self.values is None else self.values[places]
         return some
 
+    def labelled(self, classes: Sequence[str], labels: Sequence[tuple[int, ...]]) -> HuggingFaceSet:
+        """The same clips, their classes named and numbered otherwise."""
+        same = copy.copy(self)
+        same.classes, same.labels = tuple(classes), list(labels)
+        return same
+
+    def row_name(self, index: int) -> str:
+        """What a clip is called in its set, wherever that lies."""
+        return f"row {int(self._indices[index])}"
+
+    def stored(self, index: int) -> memoryview | str:
+        """The bytes of a clip's file, not copied where that can be done, or its path.
+
+        Raises:
+            AudioError: there is neither.
+        """
+        row = int(self._indices[index])
+        table = self._rows.with_format("arrow")[row]
+        content = table[self._audio_column].chunk(0)[0]
+        held = content.get("bytes")
+        if held is not None and held.is_valid:
+            return memoryview(held.as_buffer())
+        found = self._content(content.as_py(), self.name(index))
+        return found if isinstance(found, str) else memoryview(bytes(found))  # type: ignore[arg-type]
+
     def __len__(self) -> int:
         return len(self.labels)
 

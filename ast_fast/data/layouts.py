@@ -27,12 +27,14 @@ from .manifest import Manifest, ManifestError, unlabelled
 from .manifest_files import read_manifest
 from .shard_index import is_shards
 from .shards import ShardSet
+from .stratify import held_count, stratify
 
 _log = logging.getLogger("ast_fast.data")
 
 Data = Manifest | ShardSet | HuggingFaceSet
 
 AS_FOUND = DataConfig()
+DRAW = 2  # how `hold_out` draws; runs write it down
 _ALL = "all"
 _TRAIN = ("train", "training", "development", "dev")
 _HELD = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "testing")
@@ -231,6 +233,7 @@ def read_parts(
     *,
     holdout: float = 0.0,
     seed: int = 0,
+    draw: int = DRAW,
 ) -> tuple[Data, Data | None]:
     """What to train on and what to evaluate on.
 
@@ -245,6 +248,7 @@ def read_parts(
         how: see `read_data`.
         holdout: share of the clips to evaluate on where the data do not say which; 0 for none.
         seed: of the draw.
+        draw: see `hold_out`.
 
     Raises:
         ManifestError: see `read_data`; or the data have folds, and none was chosen.
@@ -282,7 +286,7 @@ def read_parts(
         if chosen is not None:
             return kept, _part(data, path, chosen)
         data = kept
-    return hold_out(data, holdout, seed)
+    return hold_out(data, holdout, seed, draw)
 
 
 def _part(data: Data, path: Path, name: str) -> Data:
@@ -298,35 +302,79 @@ def _part(data: Data, path: Path, name: str) -> Data:
     return data.select(places)
 
 
-def hold_out(data: Data, share: float, seed: int) -> tuple[Data, Data | None]:
-    """Training and evaluation part, drawn within each label set so that rare classes stay in both.
+def hold_out(data: Data, share: float, seed: int, draw: int = DRAW) -> tuple[Data, Data | None]:
+    """Training and evaluation part: the share is of all clips, and every class has its share of them.
+
+    See `stratify`. The draw follows the seed, the clips' paths and the names of their classes: neither
+    their order nor the order of the classes changes it. A file that is listed twice stays on one side.
+
+    Args:
+        data: the clips.
+        share: 0 for none to evaluate on.
+        seed: of the draw.
+        draw: 1 draws as runs did before they kept their split, within each set of labels by itself.
 
     Raises:
-        ValueError: the share is impossible, or leaves nothing to evaluate on.
+        ValueError: the share is impossible, or leaves nothing on one side.
     """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"holdout={share}: expected 0 (no evaluation) to below 1")
     if share == 0.0:
         return data, None
+    if draw == 1:
+        held = _drawn_within_label_sets(data.labels, share, seed)
+        held_count(len(data), share)
+    else:
+        order = sorted(range(len(data.classes)), key=data.classes.__getitem__)
+        rank = {number: place for place, number in enumerate(order)}
+        sets = {labels: tuple(rank[label] for label in labels) for labels in set(data.labels)}
+        # clips of shards and tables are known by their places
+        paths = data.paths if isinstance(data, Manifest) else None
+        twice = paths is not None and len(set(paths)) < len(paths)
+        labels = [sets[labels] for labels in data.labels]
+        held = stratify(labels, share, seed, paths, paths if twice else None)
+    if not held or len(held) == len(data):
+        raise ValueError(
+            f"holdout={share} of {len(data)} clips leaves none on one side: give --eval-data, another "
+            "share, or --holdout 0"
+        )
+    out = set(held)
+    kept = [index for index in range(len(data)) if index not in out]
+    return data.select(kept), data.select(held)
+
+
+def _drawn_within_label_sets(
+    labels: Sequence[tuple[int, ...]], share: float, seed: int
+) -> list[int]:
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index, labels in enumerate(data.labels):
-        groups.setdefault(labels, []).append(index)
+    for index, clip in enumerate(labels):
+        groups.setdefault(clip, []).append(index)
     rng = random.Random(seed)
     held: list[int] = []
     for indices in groups.values():
         held += rng.sample(indices, round(share * len(indices)))
-    if not held:
-        raise ValueError(
-            f"holdout={share} of {len(data)} clips leaves none to evaluate on: give --eval-data, "
-            "a larger share, or --holdout 0"
-        )
-    if len(held) == len(data):
-        raise ValueError(
-            f"holdout={share} of {len(data)} clips leaves none to train on: expected a smaller share"
-        )
-    out = set(held)
-    kept = [index for index in range(len(data)) if index not in out]
-    return data.select(kept), data.select(sorted(held))
+    return sorted(held)
+
+
+def missing_classes(data: Data, held: Data | None) -> list[str]:
+    """Which classes are on one side only, a line for each side.
+
+    Args:
+        data: trained on.
+        held: evaluated on.
+    """
+    if held is None or data.values is not None:
+        return []
+    names = data.classes
+    learnt, tried = (
+        {names[label] for labels in set(part.labels) for label in labels} for part in (data, held)
+    )
+    notes = []
+    for purpose, lack in (("evaluate", sorted(learnt - tried)), ("train", sorted(tried - learnt))):
+        if lack:
+            some = ", ".join(map(repr, lack[:5])) + ("..." if len(lack) > 5 else "")
+            notes.append(f"no clip to {purpose} on of {len(lack)} of {len(names)} classes: {some}")
+    return notes
 
 
 def dataset_of(data: Data, audio: AudioConfig) -> ClipSet:

@@ -101,6 +101,10 @@ class Manifest:
             splits=None if self.splits is None else [self.splits[i] for i in indices],
         )
 
+    def labelled(self, classes: Sequence[str], labels: Sequence[tuple[int, ...]]) -> Manifest:
+        """The same clips, their classes named and numbered otherwise."""
+        return dataclasses.replace(self, classes=tuple(classes), labels=list(labels))
+
     def with_missing(self, missing: Sequence[str]) -> Manifest:
         """The same clips, and further ones that are listed and not there."""
         return dataclasses.replace(self, missing=(*self.missing, *missing))

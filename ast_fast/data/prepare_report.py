@@ -121,6 +121,7 @@ def summarise(
     *,
     frames: int,
     num_mel_bins: int,
+    frontend: dict[str, Any] | None = None,
     missing: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def summarise(
         dataset: whose clips they are.
         frames: that statistics with padding are of.
         num_mel_bins: values a frame.
+        frontend: settings that the energies were made with.
         missing: clips that the source lists and that are not there.
         notes: what reading the source had to say.
     """
@@ -177,7 +179,10 @@ def summarise(
             splits[line["split"]] = splits.get(line["split"], 0) + 1
         if "mel" in line:
             statistics.add(line, num_mel_bins)
-    report = {
+    figures = statistics.to_dict()
+    if figures is not None and frontend is not None:
+        figures["frontend"] = frontend
+    report: dict[str, Any] = {
         "listed": total + len(missing),
         "stored": len(seconds),
         "dropped": dropped,
@@ -192,7 +197,7 @@ def summarise(
         },
         "seconds": _lengths(seconds),
         "splits": splits,
-        "statistics": statistics.to_dict(),
+        "statistics": figures,
     }
     if values is None:
         report["classes"] = dict(zip(dataset.classes, counts, strict=True))

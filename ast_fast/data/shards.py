@@ -79,7 +79,10 @@ class ShardSet(Dataset[Any]):
         self._block_bytes, self.strict = block_bytes, strict
         self.notes: tuple[str, ...] = ()  # what the reader has to say
         self._read_as(audio or AudioConfig(dtype="auto"))
-        self._take(open_index(Path(path), classes, aliases))
+        index = open_index(Path(path), classes, aliases)
+        self.folder = index.folder
+        self.places = np.arange(len(index.labels))  # of each clip among all
+        self._take(index)
 
     def _read_as(self, audio: AudioConfig) -> None:
         if audio.sample_rate_hz is None:
@@ -100,7 +103,14 @@ class ShardSet(Dataset[Any]):
         """Some of the clips, in the order they lie in, with the same classes."""
         some = copy.copy(self)
         some._take(self._index.select(sorted(indices)))
+        some.places = self.places[np.asarray(sorted(indices), np.int64)]
         return some
+
+    def labelled(self, classes: Sequence[str], labels: Sequence[tuple[int, ...]]) -> ShardSet:
+        """The same clips, their classes named and numbered otherwise."""
+        same = copy.copy(self)
+        same._take(dataclasses.replace(self._index, classes=tuple(classes), labels=list(labels)))
+        return same
 
     def read_as(self, audio: AudioConfig) -> ShardSet:
         """The same clips, read as `audio` says."""
@@ -117,7 +127,18 @@ class ShardSet(Dataset[Any]):
 
     def name(self, index: int) -> str:
         """Where the sound of a clip lies: path of the shard, then name in it (or byte, if damaged)."""
-        path = self._index.folder / self._index.shards[self._index.shard_of[index]]
+        name = self.place(index)[0]
+        shard, _, inner = name.partition("/")
+        path = self._index.folder / shard
+        return f"{path}/{inner}" if inner else f"{path}, byte {self._bounds(index)[0]}"
+
+    def place(self, index: int) -> tuple[str, Path, int, int]:
+        """Shard and name of a clip's sound, the shard's path, and where in it the bytes of the sound are.
+
+        Of a damaged clip the shard's name and byte, and all that the index gives it.
+        """
+        shard = self._index.shards[self._index.shard_of[index]]
+        path = self._index.folder / shard
         begin, end = self._bounds(index)
         with contextlib.suppress(OSError, ShardError), path.open("rb", buffering=0) as file:
 
@@ -126,8 +147,8 @@ class ShardSet(Dataset[Any]):
 
             for member in members(read_at, begin, end, repr(path.name)):
                 if member.kind == "s16" or f".{member.kind}" in SUFFIXES:
-                    return f"{path}/{member.name}"
-        return f"{path}, byte {begin}"
+                    return f"{shard}/{member.name}", path, member.start, member.size
+        return f"{shard}, byte {begin}", path, begin, end - begin
 
     def _bounds(self, index: int) -> tuple[int, int]:
         """The bytes of a clip in its shard."""

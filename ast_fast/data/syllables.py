@@ -56,10 +56,19 @@ def split_by_syllable(
         syllables: the base syllable of each clip.
         seed: of the draw.
         unseen: share of the base syllables kept for the test.
+
+    Raises:
+        ValueError: that is none of them, or all.
     """
     names = sorted(set(syllables))
     random.Random(seed).shuffle(names)
-    held_out = set(names[: round(unseen * len(names))])
+    count = round(unseen * len(names))
+    if not 0 < count < len(names):
+        raise ValueError(
+            f"unseen={unseen} of {len(names)} syllables is {count} to test on: expected one or more, and "
+            "some left to train on"
+        )
+    held_out = set(names[:count])
     train = [index for index, name in enumerate(syllables) if name not in held_out]
     test = [index for index, name in enumerate(syllables) if name in held_out]
     return train, test

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dataset import Allocate, Batch
+from ..sample_rows import Allocate
+from .dataset import Batch
 from .reading import Fetched
 
 Source = Callable[[], Generator[Fetched, None, None]]

@@ -80,16 +80,16 @@ def model_rows(
         inputs = random_inputs(model)
     inputs = inputs.to(device, torch.float32)
     shape = "x".join(map(str, inputs.shape))
-    ran, note = _ran(device, dtype, backend)
+    note = "" if backend != "auto" else _why_plain(device, dtype)
     autocast = None if dtype == torch.float32 else dtype
     with tf32(allow_tf32):
-        fewer = _fewer(fast_model, inputs, autocast, ran, True)
+        fewer = _fewer(fast_model, inputs, autocast, backend, True)
     with tf32(False):
         oracle, upstream = whole.run_oracle(
             fast_model, inputs, None, None, torch.float64, True, fewer
         )
     with tf32(allow_tf32):
-        fast, ran, note = _run_fast(fast_model, inputs, upstream, autocast, ran, note)
+        fast, ran, note = _run_fast(fast_model, inputs, upstream, autocast, backend, note)
         simple = whole.run_plain(fast_model, inputs, None, None, upstream, autocast, fewer)
     label = precision if autocast is None or precision == "fp8" else f"autocast {precision}"
     rows = _rows(name, shape, label, precision, ran, fast, simple, oracle, note)
@@ -97,21 +97,16 @@ def model_rows(
         return rows
     # pure 16-bit inference, parameters included
     narrow, x = fast_model.to(dtype), inputs.to(dtype)
-    fewer = _fewer(narrow, x, None, ran, False)
+    fewer = _fewer(narrow, x, None, backend, False)
     oracle, _ = whole.run_oracle(narrow, x, None, None, torch.float64, False, fewer)
-    fast, ran, note = _run_fast(narrow, x, None, None, ran, note)
+    fast, ran, note = _run_fast(narrow, x, None, None, backend, note)
     simple = whole.run_plain(narrow, x, None, None, None, None, fewer)
     return rows + _rows(name, shape, precision, precision, ran, fast, simple, oracle, note)
 
 
-def _ran(device: torch.device, dtype: torch.dtype, backend: str) -> tuple[str, str]:
-    if backend != "auto":
-        return backend, ""
-    native = native_backend(device)
-    reason = backends.why_not(native, device.type, dtype)
-    if reason is None:
-        return native, ""
-    return "reference", f"models ran in plain PyTorch: {reason}"
+def _why_plain(device: torch.device, dtype: torch.dtype) -> str:
+    reason = backends.why_not(native_backend(device), device.type, dtype)
+    return "" if reason is None else f"models ran in plain PyTorch: {reason}"
 
 
 def _fewer(
@@ -135,14 +130,18 @@ def _run_fast(
     backend: str,
     note: str,
 ) -> tuple[whole.Outcome, str, str]:
-    """The fast pass, on the named backend; where one op cannot run on it, as "auto" mixes them."""
-    try:
-        with backends.use_backend(backend):
-            return whole.run_fast(model, inputs, None, None, upstream, autocast), backend, note
-    except backends.BackendUnavailableError as error:
-        note = f"the model mixed backends: {error}"
-    with backends.use_backend("auto"):
-        return whole.run_fast(model, inputs, None, None, upstream, autocast), "auto", note
+    """The fast pass, on the named backend, and what ran; as "auto" mixes them where one op cannot."""
+    if backend != "auto":
+        try:
+            with backends.use_backend(backend):
+                return whole.run_fast(model, inputs, None, None, upstream, autocast), backend, note
+        except backends.BackendUnavailableError as error:
+            note = f"the model mixed backends: {error}"
+    with backends.use_backend("auto"), backends.watch() as seen:
+        outcome = whole.run_fast(model, inputs, None, None, upstream, autocast)
+    if not note and seen.reasons:
+        note = f"the model mixed backends: {seen.reasons[0]}"
+    return outcome, seen.names, note
 
 
 def _rows(

@@ -65,22 +65,17 @@ def native_backend(device: torch.device) -> str:
 def evaluate_ours(
     case_name: str, function: Function, inputs: Tensors, upstream: Tensors | None, backend: str
 ) -> tuple[Tensors, str, str]:
-    """Results, the backend that gave them, and why it was not the fast one (empty if it was).
+    """Results, what gave them, and why it was not the fast backend (empty if it was).
 
-    Under "auto" the fast backend is asked for by name first, so that the row can say which ran.
+    Under "auto" that is what a user gets: whatever the tables name, or what a call fell back to.
     """
-    device = next(iter(inputs.values())).device
-    name = native_backend(device) if backend == "auto" else backend
-    try:
-        with backends.use_backend(name):
-            return evaluate(function, inputs, upstream), name, ""
-    except backends.BackendUnavailableError as error:
-        if backend != "auto":
-            raise
-        reason = str(error).split(": ", 1)[-1].split("; use_backend", 1)[0]
-    with backends.use_backend("reference"):
+    if backend != "auto":
+        with backends.use_backend(backend):
+            return evaluate(function, inputs, upstream), backend, ""
+    with backends.use_backend("auto"), backends.watch() as seen:
         results = evaluate(function, inputs, upstream)
-    return results, "reference", f"{case_name} ran in plain PyTorch: {reason}"
+    note = f"{case_name} ran in {seen.names}: {seen.reasons[0]}" if seen.reasons else ""
+    return results, seen.names, note
 
 
 def draw_upstream(outputs: Tensors, generator: torch.Generator, dtype: torch.dtype) -> Tensors:

@@ -9,10 +9,12 @@ from .errors import CheckpointError, require_match
 from .keys import dialect_of, to_ours, to_transformers
 from .publishing import model_card, upload, write_card
 from .reading import locate, read_weights
+from .sizes import blocks_of
 from .writing import write_pretrained, write_transformers
 
 __all__ = [
     "CheckpointError",
+    "blocks_of",
     "dialect_of",
     "locate",
     "model_card",

@@ -7,11 +7,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .._text import named, printable
+
 _SHOWN = 8  # keys named in a report; the rest are counted
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, broken or does not fit; the message names the file and the fix."""
+    """A checkpoint is missing, broken or does not fit; the message names the file and the fix.
+
+    What a file brought into the message is printed, never obeyed: control codes are spelled out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 def _listing(title: str, lines: list[str]) -> str:
@@ -28,8 +36,8 @@ def require_match(
     Raises:
         CheckpointError: lists missing, unexpected and mis-shaped keys.
     """
-    missing = [f"{key} {tuple(expected[key].shape)}" for key in expected if key not in got]
-    unexpected = [f"{key} {tuple(got[key].shape)}" for key in got if key not in expected]
+    missing = [f"{named(key)} {tuple(expected[key].shape)}" for key in expected if key not in got]
+    unexpected = [f"{named(key)} {tuple(got[key].shape)}" for key in got if key not in expected]
     shapes = [
         f"{key}: got {tuple(got[key].shape)}, expected {tuple(expected[key].shape)}"
         for key in expected

@@ -7,17 +7,29 @@ version writes to disk, and that of version 5 in memory.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._text import named
 from .errors import CheckpointError
+
+_log = logging.getLogger("ast_fast.hub")
 
 State = dict[str, Tensor]
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP, torch.compile
+# names that wrappers put between those of modules, at any depth: torch.compile, FSDP, recomputing
+_INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# where the names of an AST begin: the original's, transformers' (with or without a head), timm's
+_START = r"((?:.*?\.)??)(?:v\.|(?:audio_spectrogram_transformer\.)?embeddings\.)?"
+_STARTS = tuple(
+    re.compile(_START + tail) for tail in ("cls_token", "pos_embed", "position_embeddings")
+)
+_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
 _BASE = "audio_spectrogram_transformer."
 
 # transformers' names outside blocks, without the base prefix
@@ -50,15 +62,64 @@ _BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 _OUR_BLOCK = re.compile(r"v\.blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
+def _plain_name(key: str) -> str:
+    parts = key.split(".")
+    return ".".join(part for part in parts if part not in _INSERTED)
+
+
+def prefixes_of(keys: Iterable[str]) -> list[str]:
+    """What stands before the names of an AST, such as "module." or "net.": one entry for each AST."""
+    names = list(keys)
+    for start in _STARTS:
+        found = dict.fromkeys(match[1] for match in map(start.fullmatch, names) if match)
+        if found:
+            return list(found)
+    return []
+
+
+def is_ast(values: Mapping[Any, Any]) -> bool:
+    """Whether these are the tensors of an AST, or of an image model, under names of any wrapper."""
+    keys = [
+        key for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)
+    ]
+    return bool(prefixes_of(map(_plain_name, keys)))
+
+
 def strip_wrappers(state: Mapping[str, Tensor]) -> State:
-    """The state without the prefixes that wrappers put before every name."""
-    plain = dict(state)
-    while plain:
-        prefix = next((w for w in _WRAPPERS if all(key.startswith(w) for key in plain)), None)
-        if prefix is None:
-            break
-        plain = {key[len(prefix) :]: value for key, value in plain.items()}
-    return plain
+    """The state without what wrappers put before and between its names.
+
+    DataParallel, torch.compile, AveragedModel, LightningModule and modules that hold a model as one of their
+    parts all do. Tensors beside the model (of a loss, of metrics) are left out, and that is said.
+
+    Raises:
+        CheckpointError: several models are in it, or two names become one.
+    """
+    plain: State = {}
+    for key, value in state.items():
+        name = _plain_name(key)
+        if name in plain:
+            raise CheckpointError(f"two tensors are called {name!r} without the names of wrappers")
+        plain[name] = value
+    prefixes = prefixes_of(plain)
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"it holds several models ({', '.join(map(repr, prefixes[:5]))}): save the state dict of the one "
+            "that is meant alone"
+        )
+    plain = {k: v for k, v in plain.items() if k.rpartition(".")[2] not in _COUNTERS}
+    if not prefixes or not prefixes[0]:
+        return plain
+    prefix = prefixes[0]
+    beside = [key for key in plain if not key.startswith(prefix)]
+    if beside:
+        _log.warning(
+            "tensors beside the model (%s) are left out: %s",
+            prefix.rstrip("."),
+            ", ".join(map(named, beside[:5])) + (" ..." if len(beside) > 5 else ""),
+        )
+    return {
+        key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)
+    }
 
 
 def dialect_of(state: Mapping[str, Tensor]) -> str:

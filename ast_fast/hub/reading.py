@@ -10,20 +10,22 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from .._optional import optional_import
 from .errors import CheckpointError
 from .keys import State, dialect_of, to_ours
+from .safety import check_archive, check_header, check_tensors, check_weights
 from .settings import settings_of_transformers
 from .sizes import sizes_of
+from .training_files import weights_in
 
 _log = logging.getLogger("ast_fast.hub")
 
 FORMAT = "ast_fast"  # key of our settings in config.json and in the safetensors metadata
+VERSION = 1  # of those settings
 _MAX_JSON_BYTES = 16 * 2**20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -116,6 +118,7 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
         # imported here: a machine that only computes needs no safetensors
         from safetensors import SafetensorError, safe_open
 
+        check_header(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 # a copy: a memory map would change or vanish with the file
@@ -126,12 +129,44 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
             raise CheckpointError(
                 f"{str(file)!r} is no readable safetensors file ({error}): {_HINT}"
             ) from error
-    return _unwrap(_load_pickle(file), file), {}
+    check_archive(file)
+    state = weights_in(_load_pickle(file), file)
+    check_tensors(state, file)
+    return state, {}
+
+
+class _Inert(dict[Any, Any]):
+    """What stands for an object beside the weights (a path, a namespace): it takes all and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# whose objects trainers keep beside weights: hyperparameters, paths, figures
+_BYSTANDERS = {
+    *("argparse", "pathlib", "numpy", "omegaconf", "collections", "datetime", "enum"),
+    *("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"),
+}
 
 
 def _load_pickle(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            names = _bystanders(file)
+            if not names:
+                raise
+            # their names lead to nothing but the inert class: no code of theirs is looked up or run
+            inert: list[Any] = [(_Inert, name) for name in names]
+            with torch.serialization.safe_globals(inert):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{str(file)!r} holds more than tensors, or is damaged; it was not run "
@@ -147,45 +182,39 @@ def _load_pickle(file: Path) -> Any:
         ) from error
 
 
+def _bystanders(file: Path) -> list[str]:
+    """Classes that a pickle names and that are known to be harmless to leave out; none if others are there."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # an older format, or damaged: the first error tells
+        return []
+    known = all(name.partition(".")[0] in _BYSTANDERS for name in names)
+    return list(names) if known else []
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def _unwrap(loaded: Any, file: Path) -> State:
-    # training scripts put the weights beside other things under one of these names
-    for name in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise CheckpointError(
-            f"{str(file)!r} holds a {type(loaded).__name__}: expected a state dict, names to tensors"
-        )
-    others = [
-        key
-        for key, value in loaded.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if others:
-        raise CheckpointError(
-            f"{str(file)!r} holds more than tensors ({', '.join(map(repr, others[:5]))}): expected a state dict"
-        )
-    return dict(loaded)
-
-
-def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dict[str, Any]]:
+def read_weights(
+    path: str | os.PathLike[str], wanted: Mapping[str, Any] | None = None, **sizes: Any
+) -> tuple[State, dict[str, Any]]:
     """Weights under our names, and what is known about them.
 
     Args:
         path: a file (.pth, .pt, .bin, .safetensors) or a directory (ours or transformers').
+        wanted: sizes that the model shall have: see `sizes_of`.
         sizes: settings of `ModelConfig` that the file does not tell (fstride, input_fdim, ...).
 
     Returns:
         The state dict, and a dict with `dialect` ("ast_fast", "original", "timm", "transformers"),
-        `files` read, `model` (settings for `ModelConfig`; empty for timm's image models) and
-        `frontend` (settings for `LogMelConfig`, or None).
+        `files` read, `model` (settings for `ModelConfig`; empty for timm's image models), `frontend`
+        (settings for `LogMelConfig`, or None), `guesses` (what nothing but habit speaks for, in words) and
+        `statistics` (whether the normalisation is known).
 
     Raises:
-        CheckpointError: it cannot be read or is no AST; names the file and the fix.
+        CheckpointError: it cannot be read, is no AST, or tells other sizes than were said; names the file
+            and the fix.
     """
     path = Path(path)
     settings: dict[str, Any] = {}
@@ -200,15 +229,22 @@ def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dic
     metadata: dict[str, str] = {}
     for file in files:
         tensors, metadata = read_tensors(file)
+        twice = next((key for key in tensors if key in state), None)
+        if twice is not None:
+            raise CheckpointError(
+                f"{str(file)!r} holds {twice!r}, as another part of {str(path)!r} does: {_HINT}"
+            )
         state.update(tensors)
     try:
         dialect = dialect_of(state)
         state = to_ours(state)
     except CheckpointError as error:
         raise CheckpointError(f"{str(path)!r}: {error}") from error
+    check_weights(state, path)
     if (path.is_dir() or dialect == "transformers") and (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
     info: dict[str, Any] = {"dialect": dialect, "files": files, "model": {}, "frontend": None}
+    info.update(guesses=(), statistics=False)
     own = _own_settings(path, config, metadata)
     if own is not None:
         settings = own
@@ -217,11 +253,28 @@ def read_weights(path: str | os.PathLike[str], **sizes: Any) -> tuple[State, dic
         settings = settings_of_transformers(folder, config)
     if settings:
         info["model"], info["frontend"] = settings["model"], settings.get("frontend")
+        front = info["frontend"]
+        info["statistics"] = isinstance(front, dict) and {"mean", "std"} <= set(front)
+        _check_said(path, info["model"], sizes)
     elif dialect != "timm" or "mlp_head.1.weight" in state:
-        info["model"] = sizes_of(state, files[0], sizes)
+        found = sizes_of(state, files[0], sizes, wanted)
+        info["model"], info["guesses"] = found.model, found.guesses
+        if found.statistics is not None:
+            mean, std = found.statistics
+            info["frontend"], info["statistics"] = {"mean": mean, "std": std}, True
         if dialect == "transformers":
             info["model"].update(eps=1e-12, head_eps=1e-12)
     return state, info
+
+
+def _check_said(path: Path, model: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """What is said of a file must be what it says itself."""
+    for name, value in said.items():
+        if model.get(name, value) != value:
+            raise CheckpointError(
+                f"{str(path)!r} says {name}={model[name]!r:.60} itself, and {value!r} was said of it: leave that "
+                f"out; for a model of another size pass {name}={value!r} to from_pretrained"
+            )
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -265,6 +318,12 @@ def _own_settings(
         return None
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
         raise CheckpointError(f"{str(path)!r} carries settings without a model: {_HINT}")
+    version = settings.get("version", VERSION)
+    if version != VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} is of version {version!r:.60}, and this ast_fast reads version {VERSION}: "
+            "pip install -U ast-fast"
+        )
     if FORMAT in config and config[FORMAT] != settings:
         _log.warning(
             "%s/config.json differs from the settings inside the weights, which count; to change "

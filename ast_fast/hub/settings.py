@@ -28,6 +28,7 @@ _FRONTEND = {
     "mean": ("mean", -4.2677393),
     "std": ("std", 4.5689974),
 }
+_LARGEST = 10**9  # of any number in these files
 # what our model does not do: the only values that are right
 _FIXED = {"hidden_act": "gelu", "qkv_bias": True}
 _DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -76,9 +77,10 @@ def settings_of_transformers(directory: Path, config: Mapping[str, Any]) -> dict
     if labels is not None:
         model["label_dim"], model["labels"] = len(labels), labels
     else:
-        model["label_dim"] = config.get("num_labels", 2)  # transformers' own default
+        model["label_dim"] = _number(file, config, "num_labels", 2)  # transformers' own default
     if config.get("problem_type") in typing.get_args(ProblemType):
         model["problem_type"] = config["problem_type"]
+    # without an extractor's settings nothing tells the normalisation
     frontend = {"num_mel_bins": model["input_fdim"], "num_frames": model["input_tdim"]}
     extractor = directory / "preprocessor_config.json"
     if extractor.is_file():
@@ -106,6 +108,8 @@ def _number(file: Path, values: Mapping[str, Any], name: str, default: float) ->
         raise CheckpointError(
             f"{str(file)!r} has {name}={value!r:.60}: expected a {'whole ' if whole else ''}number"
         )
+    if not abs(value) <= _LARGEST:  # NaN, too
+        raise CheckpointError(f"{str(file)!r} has {name}={value!r:.60}: no model has such a size")
     if whole and value < 1:
         raise CheckpointError(f"{str(file)!r} has {name}={value}: expected at least 1")
     return value

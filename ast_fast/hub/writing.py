@@ -17,7 +17,7 @@ from torch import Tensor
 from .._files import sync
 from .errors import CheckpointError
 from .keys import to_transformers
-from .reading import FORMAT
+from .reading import FORMAT, VERSION
 from .settings import as_json, settings_for_transformers
 
 _log = logging.getLogger("ast_fast.hub")
@@ -119,7 +119,7 @@ def write_pretrained(
         CheckpointError: it cannot be written; what was there before is kept.
     """
     directory = Path(directory)
-    content = {"version": 1, **settings}
+    content = {"version": VERSION, **settings}
     metadata = {FORMAT: as_json(content)}
     replace_file(directory / "model.safetensors", _write_tensors(state, metadata))
     replace_file(directory / "config.json", _write_text(as_json({FORMAT: content})))

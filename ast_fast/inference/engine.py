@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AudioConfig, LogMelConfig
-from ..data.dataset import Allocate
 from ..data.transfer import on_side_stream
 from ..frontend import log_mel_features
 from ..graphs import GraphedForward
+from ..sample_rows import Allocate, allocate_empty, moved, sample_rows
 from .loading import Activation, activate
 from .outputs import ClipOutput, Failure, FrameGrid, Gathered, Pooling, Wanted
 from .reader import MAX_BYTES, SPAN_SECONDS, Begin, End, Event, Failed, Window, WindowReader
@@ -51,18 +51,17 @@ class WindowBatch:
 
     def to(self, device: torch.device | str) -> WindowBatch:
         """The same with its tensors on a device."""
-        wave, lengths = (t.to(device, non_blocking=True) for t in (self.wave, self.lengths))
-        return WindowBatch(wave, lengths, self.marks)
+        lengths = self.lengths.to(device, non_blocking=True)
+        return WindowBatch(moved(self.wave, device), lengths, self.marks)
 
 
-def collate_windows(events: list[Event], allocate: Allocate | None = None) -> WindowBatch:
+def collate_windows(events: list[Event], allocate: Allocate = allocate_empty) -> WindowBatch:
     """A batch of the windows among events: int16 if all are, float32 otherwise."""
     clips = [event.clip for event in events if isinstance(event, Window)]
     whole = bool(clips) and all(clip.dtype == torch.int16 for clip in clips)
     dtype = torch.int16 if whole else torch.float32
     longest = max((clip.length for clip in clips), default=0)
-    make = allocate or (lambda rows, columns, kind: torch.empty(rows, columns, dtype=kind))
-    wave = make(len(clips), longest, dtype)
+    wave = sample_rows(len(clips), longest, dtype, allocate)
     for row, clip in zip(wave, clips, strict=True):
         clip.copy_to(row[: clip.length])
         row[clip.length :].zero_()

@@ -9,24 +9,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import ACTIVATION_OF
+from ..config import ACTIVATION_OF, ModelFacts
 from ..optimized import Precision, optimize_for_inference, why_not
 
 Activation = Literal["auto", "softmax", "sigmoid", "none"]
 AUDIOSET_CLASSES = 527
 
 
-def load_model(model: Any) -> Any:
-    """The model itself, or the one that a path or hub id names, in evaluation mode."""
+def load_model(model: Any, facts: ModelFacts | None = None) -> Any:
+    """The model itself, or the one that a path or hub id names, in evaluation mode.
+
+    Args:
+        model: a model, or what `ASTModel.from_pretrained` takes.
+        facts: what a file of bare weights does not tell of its model.
+    """
     if isinstance(model, (str, os.PathLike)):
         from ..models.ast import ASTModel
 
-        model = ASTModel.from_pretrained(model)
+        known = {} if facts is None else facts.to_dict()
+        model = ASTModel.from_pretrained(model, **known)
     return model.eval()
 
 
 def load_for_inference(
-    model: Any, precision: Precision = "exact", device: torch.device | None = None
+    model: Any,
+    precision: Precision = "exact",
+    device: torch.device | None = None,
+    facts: ModelFacts | None = None,
 ) -> Any:
     """What `load_model` gives, on the GPU if there is one, else with packed weights where they can be had.
 
@@ -34,11 +43,12 @@ def load_for_inference(
         model: a model, or what `ASTModel.from_pretrained` takes.
         precision: see `optimize_for_inference`; only "exact" on a GPU.
         device: where to run; the first GPU, or the CPU, by default.
+        facts: what a file of bare weights does not tell of its model.
 
     Raises:
         ValueError: another precision than "exact" is not to be had here; says why.
     """
-    network = load_model(model)
+    network = load_model(model, facts)
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cpu":

@@ -25,6 +25,7 @@ from ._hf_parts import (
     Layer,
     Norm,
     can_fuse,
+    declare_recordable,
     is_plain_norm,
     is_touched,
     patch_tokens,
@@ -186,4 +187,4 @@ SWITCHED: dict[type, type] = {
 }
 
 for _model in (ASTModel, ASTForAudioClassification):
-    RECORDABLE[str(_model)] = theirs.ASTPreTrainedModel._can_record_outputs
+    declare_recordable(RECORDABLE, _model, theirs.ASTPreTrainedModel._can_record_outputs)

@@ -35,6 +35,21 @@ else:  # version 5 records outputs by hooks that stay on the modules
 RECORDABLE: dict[str, Any] = _capturing._CAN_RECORD_REGISTRY
 
 
+def declare_recordable(registry: Any, model: type, outputs: Any) -> None:
+    """Say what models of a class can record, without which they return no hidden states.
+
+    Args:
+        registry: transformers' own: a dict of the text of a class, whose item assignment takes a model
+            since version 5.23 and makes that text itself.
+        model: the class.
+        outputs: names of outputs, and the classes whose results they are.
+    """
+    if isinstance(registry, dict):
+        dict.__setitem__(registry, str(model), outputs)
+    else:
+        registry[str(model)] = outputs
+
+
 def recorded() -> Any:
     """What transformers records in the running call: names of outputs, or nothing."""
     return None if _active_collector is None else _active_collector.get()

@@ -18,6 +18,7 @@ from .._optional import require_package
 from ..config import LogMelConfig
 from ..frontend import log_mel_features
 from ..reference.mel import mel_sizes
+from ..sample_rows import moved, sample_rows
 
 _transformers = require_package("transformers", "ast_fast.ASTFeatureExtractor", "hf")
 _Theirs: Any = _transformers.ASTFeatureExtractor
@@ -163,10 +164,14 @@ class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
                 )
         home = clips[0].device if device is None else device
         # filled where the clips are, moved at once
-        wave = torch.zeros((len(clips), max(lengths)), device=clips[0].device)
+        near = clips[0].device
+        wave = sample_rows(
+            *(len(clips), max(lengths), torch.float32),
+            lambda rows, columns, dtype: torch.zeros(rows, columns, dtype=dtype, device=near),
+        )
         for row, clip, length in zip(wave, clips, lengths, strict=True):
             row[:length] = clip[:length]
-        return wave.to(home), torch.tensor(lengths, device=home)
+        return moved(wave, home), torch.tensor(lengths, device=home)
 
 
 def _clips(raw: Any) -> list[Tensor]:

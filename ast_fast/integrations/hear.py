@@ -51,7 +51,8 @@ def load_model(model_file_path: Any = "") -> HearModel:
     """A model to embed with, in evaluation mode.
 
     Args:
-        model_file_path: directory, file or hub id, as `ASTModel.from_pretrained` takes; or an `ASTModel`.
+        model_file_path: directory, file or hub id, as `ASTModel.from_pretrained` takes (a file of bare weights
+            that is no published one: convert it first); or an `ASTModel`.
 
     Raises:
         CheckpointError: it cannot be loaded.

@@ -256,16 +256,19 @@ class ASTModel(HubMixin, TokenOptions):
                 f"x has shape {tuple(x.shape)}: expected {expected}; add or drop dimensions"
             )
         frames, bins = x.shape[1:]
+        # frames that fill no patch are never read: other lengths of the same grid give the same. Other mel bins
+        # are other bands of frequency, even where they give the same grid.
         if (
-            frames < config.patch_tdim
-            or bins < config.patch_fdim
-            or config.grid
-            != (
-                (bins - config.patch_fdim) // config.fstride + 1,
-                (frames - config.patch_tdim) // config.tstride + 1,
-            )
+            bins != config.input_fdim
+            or frames < config.patch_tdim
+            or (frames - config.patch_tdim) // config.tstride + 1 != config.grid[1]
         ):
             fix = f"build the model with input_tdim={frames}, input_fdim={bins}, or pad or cut the input"
+            if bins != config.input_fdim:
+                fix = (
+                    f"compute the features with num_mel_bins={config.input_fdim}, or build the model with "
+                    f"input_fdim={bins}: bands of frequency cannot be padded or cut"
+                )
             if (frames, bins) == (config.input_fdim, config.input_tdim):
                 fix = "it looks transposed: pass x.transpose(1, 2)"
             raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}; {fix}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from torch import Tensor, nn
 
 from .. import hub
-from ..config import LogMelConfig, ModelConfig
+from ..config import LogMelConfig, ModelConfig, ModelFacts
 from . import pretrained
 
 
@@ -23,20 +23,45 @@ class HubMixin(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        strides: tuple[int, int] | None = None,
+        frames: int | None = None,
+        mel_bins: int | None = None,
+        heads: int | None = None,
+        mean: float | None = None,
+        std: float | None = None,
+        **overrides: Any,
     ) -> Self:
         """Load a model from a directory, a file or a Hugging Face hub id.
+
+        A file without settings (the original's .pth) does not tell its patch grid, its heads or its
+        normalisation. Published files are known by name; of others say strides, frames, mel_bins, heads, mean
+        and std. What is not said is guessed where one recipe alone fits, and a warning says what; else refused.
 
         Args:
             source: directory (ours or transformers'), file (.pth, .bin, .safetensors) or hub id.
             revision: branch, tag or commit hash of a hub id; a hash pins the weights for good.
+            strides: (frequency, time) between the patches of the file.
+            frames: length of the input of the file's model.
+            mel_bins: of the file's model.
+            heads: of attention in the file's model.
+            mean: of the log-mel energies it was trained on; counts above what the file says.
+            std: likewise.
             overrides: sizes to change: label_dim (a new head), input_tdim, input_fdim, fstride,
                 tstride (positions are adapted), labels, position_rule.
 
         Raises:
-            CheckpointError: the file is missing, broken or does not fit; says what to do.
+            CheckpointError: the file is missing, broken or does not fit, or tells other sizes than were said;
+                says what to do.
+            ValueError: what is said is impossible.
         """
-        model: Any = pretrained.load_model(cls, source, overrides, revision)  # type: ignore[type-var]
+        facts = ModelFacts(
+            strides=strides, frames=frames, mel_bins=mel_bins, heads=heads, mean=mean, std=std
+        )
+        model: Any = pretrained.load_model(cls, source, overrides, revision, facts.settings)  # type: ignore[type-var]
         return model
 
     def save_pretrained(

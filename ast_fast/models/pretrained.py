@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="ASTModel")
 
 _log = logging.getLogger("ast_fast.models")
+_STATISTICS = ("mean", "std")
 
 
 class ImageSource(NamedTuple):
@@ -244,12 +245,23 @@ def load_model(
     source: str | os.PathLike[str],
     overrides: Mapping[str, Any],
     revision: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Model:
-    """A model from a directory, file or hub id; see `ASTModel.from_pretrained`."""
-    changes = dict(overrides)
+    """A model from a directory, file or hub id; see `ASTModel.from_pretrained`.
+
+    Args:
+        cls: its class.
+        source: where it lies.
+        overrides: settings of `ModelConfig` that shall be others than the file's.
+        revision: of a hub id.
+        facts: what the file does not tell: see `config.ModelFacts`.
+    """
+    changes, facts = dict(overrides), dict(facts or {})
     rule = changes.pop("position_rule", "bilinear")
+    said = {name: value for name, value in facts.items() if name not in _STATISTICS}
+    statistics = {name: value for name, value in facts.items() if name in _STATISTICS}
     path = hub.locate(source, revision)
-    state, info = hub.read_weights(path)
+    state, info = hub.read_weights(path, changes, **said)
     if not info["model"]:
         raise CheckpointError(
             f"{str(path)!r} holds an image model, not an AST: build ASTModel(..., init_source=...) "
@@ -258,17 +270,18 @@ def load_model(
     try:
         found = ModelConfig.from_dict(info["model"])
         wanted = ModelConfig.from_dict(_with_changes(found, changes))
-        frontend = None
-        if info["frontend"] is not None:
-            frontend = LogMelConfig.from_dict(
-                {
-                    **info["frontend"],
-                    "num_frames": wanted.input_tdim,
-                    "num_mel_bins": wanted.input_fdim,
-                }
-            )
-    except (TypeError, ValueError) as error:
+        frontend = LogMelConfig.from_dict(
+            {
+                **(info["frontend"] or {}),
+                **statistics,
+                "num_frames": wanted.input_tdim,
+                "num_mel_bins": wanted.input_fdim,
+            }
+        )
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{str(path)!r} cannot become a model: {error}") from error
+    _check_sizes(cls, found, state, path)
+    _say_guesses(path, info, frontend, statistics)
     if found.grid != wanted.grid and "v.pos_embed" in state:
         state["v.pos_embed"] = adapt_positions(
             state["v.pos_embed"], found.grid, wanted.grid, wanted.num_prefix_tokens, rule
@@ -285,6 +298,46 @@ def load_model(
     dtype = torch.get_default_dtype()
     model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return model.eval()
+
+
+def _check_sizes(
+    cls: type[ASTModel], config: ModelConfig, state: Mapping[str, Tensor], path: Path
+) -> None:
+    """Whether settings are those of the weights, before a model of the settings' size is built."""
+    depth = len(hub.blocks_of(state))
+    if config.depth != depth:
+        raise CheckpointError(
+            f"{str(path)!r} does not fit the model: it says depth={config.depth} and holds {depth} blocks"
+        )
+    width = config.embed_dim
+    expected = {
+        "v.pos_embed": (1, config.num_tokens, width),
+        "v.patch_embed.proj.weight": (width, 1, config.patch_fdim, config.patch_tdim),
+        "v.blocks.0.mlp.fc1.weight": (int(width * config.mlp_ratio), width),
+        "mlp_head.1.weight": (config.label_dim, width),
+    }
+    if any(key in state and state[key].shape != shape for key, shape in expected.items()):
+        with torch.device("meta"):
+            hub.require_match(cls.from_config(config).state_dict(), state, path)
+
+
+def _say_guesses(
+    path: Path, info: Mapping[str, Any], frontend: LogMelConfig, statistics: Mapping[str, Any]
+) -> None:
+    """Say what of a model nothing but habit speaks for, and how to say otherwise."""
+    guesses = list(info["guesses"])
+    if not info["statistics"] and len(statistics) < len(_STATISTICS):
+        unsaid = " and ".join(name for name in _STATISTICS if name not in statistics)
+        given = " and ".join(f"{getattr(frontend, name):g}" for name in _STATISTICS)
+        guesses.append(f"AudioSet's {unsaid} of log-mel energies ({given} in all)")
+    if guesses:
+        _log.warning(
+            "%r does not tell all of how it was trained. Guessed: %s. If that is wrong, so are the results: say "
+            "strides=, frames=, mel_bins=, heads=, mean= or std= (--strides, --input-frames, --mel-bins, "
+            "--heads, --mean, --std on the command line)",
+            str(path),
+            "; ".join(guesses),
+        )
 
 
 def _with_changes(found: ModelConfig, changes: Mapping[str, Any]) -> dict[str, Any]:

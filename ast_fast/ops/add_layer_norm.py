@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
+from . import _native
 from ._common import autocast_dtype, call, no_second_gradient, register, require, statistics_dtype
+from ._dispatch import Plan, dispatch
 from .layer_norm import check_parameters
 
 
@@ -69,9 +71,17 @@ def add_layer_norm_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Registered op: y, total, mean and 1/std."""
     width = x.shape[-1]
-    run = reference.ops.add_layer_norm if backend == "reference" else _load(backend).forward
-    y, total, mean, rstd = run(
-        x.reshape(-1, width), residual.reshape(-1, width), weight, bias, eps, out_dtype
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        plain = {
+            "reference": reference.ops.add_layer_norm,
+            "torch": _native.add_layer_norm,
+        }.get(name)
+        terms = (x.reshape(-1, width), residual.reshape(-1, width))
+        return (plain or _load(name).forward)(*terms, weight, bias, eps, out_dtype)
+
+    y, total, mean, rstd = dispatch(
+        "add_layer_norm", "forward", backend, x, run, lambda: Plan((f"width {width}",))
     )
     rows = x.shape[:-1]
     y, total = (made.contiguous().view(x.shape) for made in (y, total))
@@ -109,14 +119,23 @@ def add_layer_norm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Registered op: gradient of the sum, of weight and of bias."""
     width = total.shape[-1]
-    run = reference_backward.add_layer_norm if backend == "reference" else _load(backend).backward
-    dsum, dweight, dbias = run(
-        dy.reshape(-1, width),
-        None if dtotal is None else dtotal.reshape(-1, width),
-        total.reshape(-1, width),
-        weight,
-        mean.reshape(-1),
-        rstd.reshape(-1),
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        plain = {
+            "reference": reference_backward.add_layer_norm,
+            "torch": _native.add_layer_norm_backward,
+        }.get(name)
+        return (plain or _load(name).backward)(
+            dy.reshape(-1, width),
+            None if dtotal is None else dtotal.reshape(-1, width),
+            total.reshape(-1, width),
+            weight,
+            mean.reshape(-1),
+            rstd.reshape(-1),
+        )
+
+    dsum, dweight, dbias = dispatch(
+        "add_layer_norm", "backward", backend, total, run, lambda: Plan((f"width {width}",))
     )
     # the reference gives a sum of column-major tensors column-major
     dsum = dsum.contiguous().view(total.shape)

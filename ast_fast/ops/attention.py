@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
+from . import _sdpa
 from ._common import (
     allow_tf32,
     call,
@@ -19,11 +20,23 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
+from ._dispatch import Plan, dispatch
 
 LSE_BLOCK = reference.ops.LSE_BLOCK
 
 
-def _load(name: str) -> ModuleType:
+class Fused:
+    """What `backend.choose` asks of PyTorch's fused attention."""
+
+    @staticmethod
+    def unsupported(q: Tensor, *others: object) -> str | None:
+        """Why it takes none of these inputs, or None."""
+        return _sdpa.why_never(q.device.type, q.dtype)
+
+
+def _load(name: str) -> Any:
+    if name == "sdpa":
+        return Fused
     if name == "triton":
         from ..kernels import attention as implementation
     else:
@@ -149,22 +162,63 @@ def attention_qkv(
     )[0]
 
 
+def direction(deterministic: bool) -> str:
+    """The backward that is wanted, as the tables call it."""
+    return "backward" if deterministic else "backward_any_order"
+
+
+def plan(
+    wanted: str, q: Tensor, k: Tensor, masked: bool, tf32: bool, deterministic: bool = True
+) -> Plan:
+    """What a choice depends on, for q and k [B, T, H, D] or packed [N, H, D]."""
+    rows, heads, width = q.shape[-3:]
+    arithmetic = "16bit" if q.dtype != torch.float32 else "tf32" if tf32 else "f32"
+    pairs = heads * (q.shape[0] if q.dim() == 4 else 1)
+    return Plan(
+        (f"heads of {width}", *(("masked",) if masked else ())),
+        (*_sdpa.candidates(q.device), "reference"),
+        lambda name: _sdpa.why_not(name, wanted, q, k.shape[-3], masked, deterministic),
+        (arithmetic, width, rows, pairs),
+    )
+
+
 def _forward(q, k, v, key_lengths, scale, tf32, backend):  # type: ignore[no-untyped-def]
-    if backend == "reference":
-        o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
-        return o.contiguous(), lse
-    return _load(backend).forward(q, k, v, scale, key_lengths, tf32)
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        if name == "reference":
+            o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
+            return o.contiguous(), lse
+        if name.startswith("sdpa"):
+            return _sdpa.forward(name, q, k, v, scale, _visible(key_lengths, k))
+        return _load(name).forward(q, k, v, scale, key_lengths, tf32)
+
+    return dispatch(
+        *("attention", "forward", backend, q, run),
+        lambda: plan("forward", q, k, key_lengths is not None, tf32),
+    )
+
+
+def _visible(key_lengths: Tensor | None, k: Tensor) -> _sdpa.Visible | None:
+    return None if key_lengths is None else _sdpa.visible_keys(key_lengths, k.shape[1])
 
 
 def _run_backward(do, q, k, v, o, lse, key_lengths, scale, deterministic, tf32, backend, grads):  # type: ignore[no-untyped-def]
-    if backend == "reference":
-        computed = reference_backward.attention(do, q, k, v, lse, scale, key_lengths)
-        for out, grad in zip(grads, computed, strict=True):
-            out.copy_(grad)
-    else:
-        _load(backend).backward(
-            do, q, k, v, o, lse, scale, key_lengths, deterministic, *grads, tf32
-        )
+    def run(name: str) -> None:
+        if name == "reference":
+            computed = reference_backward.attention(do, q, k, v, lse, scale, key_lengths)
+            for out, grad in zip(grads, computed, strict=True):
+                out.copy_(grad)
+        elif name.startswith("sdpa"):
+            visible = _visible(key_lengths, k)
+            _sdpa.backward(name, do, q, k, v, o, lse, scale, visible, deterministic, grads)
+        else:
+            saved = (do, q, k, v, o, lse)
+            _load(name).backward(*saved, scale, key_lengths, deterministic, *grads, tf32)
+
+    wanted = direction(deterministic)
+    dispatch(
+        *("attention", wanted, backend, q, run),
+        lambda: plan(wanted, q, k, key_lengths is not None, tf32, deterministic),
+    )
 
 
 def lse_shape(q: Tensor) -> tuple[int, int, int]:

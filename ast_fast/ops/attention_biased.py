@@ -6,11 +6,12 @@ compute the forward pass only; where a gradient is wanted, plain PyTorch compute
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from .. import backend, reference
+from . import _sdpa
 from ._common import (
     allow_tf32,
     call,
@@ -21,10 +22,13 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
-from .attention import check_operands
+from ._dispatch import dispatch
+from .attention import Fused, check_operands, plan
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Any:
+    if name == "sdpa":
+        return Fused
     if name == "triton":
         from ..kernels import attention_biased as implementation
     else:
@@ -83,11 +87,21 @@ def attention_biased_op(
     backend: str,
 ) -> Tensor:
     """Registered op, without a gradient: the wrapper does not call it where one is wanted."""
-    if backend == "reference":
-        o = without_autocast(reference.ops.attention, q, k, v, scale, None, key_bias)[0]
-        return o.contiguous()
-    o = _load(backend).forward(q, k, v, key_bias, scale, allow_tf32)[0]
-    return o
+
+    def run(name: str) -> Tensor:
+        o: Tensor
+        if name == "reference":
+            o = without_autocast(reference.ops.attention, q, k, v, scale, None, key_bias)[0]
+            return o.contiguous()
+        if name.startswith("sdpa"):
+            return _sdpa.forward(name, q, k, v, scale, key_bias=key_bias)[0]
+        o = _load(name).forward(q, k, v, key_bias, scale, allow_tf32)[0]
+        return o
+
+    return dispatch(
+        *("attention_biased", "forward", backend, q, run),
+        lambda: plan("forward", q, k, True, allow_tf32),
+    )
 
 
 @attention_biased_op.register_fake

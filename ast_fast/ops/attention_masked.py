@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..attention_mask import AttentionMask, Rectangles, dense_pairs
 from ..reference import backward as reference_backward
+from . import _sdpa
 from ._common import (
     allow_tf32,
     call,
@@ -21,10 +22,13 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
-from .attention import check_operands, lse_shape, use_deterministic
+from ._dispatch import dispatch
+from .attention import Fused, check_operands, direction, lse_shape, plan, use_deterministic
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Any:
+    if name == "sdpa":
+        return Fused
     if name == "triton":
         from ..kernels import attention_masked as implementation
     else:
@@ -83,6 +87,11 @@ def _pairs(rectangles: Sequence[Tensor], q: Tensor, k: Tensor) -> Tensor:
     return dense_pairs(Rectangles(*rectangles[:4]), q.shape[1], k.shape[1])
 
 
+def _visible(rectangles: Sequence[Tensor], q: Tensor, k: Tensor) -> _sdpa.Visible:
+    # one mask of [Tq, Tk] for all clips and heads: small beside the scores
+    return _sdpa.visible_pairs(_pairs(rectangles, q, k).to(q.device))
+
+
 @register("attention_masked")
 def attention_masked_op(
     q: Tensor,
@@ -95,10 +104,19 @@ def attention_masked_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Registered op: o and the padded log-sum-exp; `rectangles` are `AttentionMask.rectangles`."""
-    if backend == "reference":
-        run = reference.ops.attention_masked
-        return without_autocast(run, q, k, v, _pairs(rectangles, q, k), scale)
-    return _load(backend).forward(q, k, v, list(rectangles), scale, allow_tf32)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        if name == "reference":
+            plain = reference.ops.attention_masked
+            return without_autocast(plain, q, k, v, _pairs(rectangles, q, k), scale)
+        if name.startswith("sdpa"):
+            return _sdpa.forward(name, q, k, v, scale, _visible(rectangles, q, k))
+        return _load(name).forward(q, k, v, list(rectangles), scale, allow_tf32)
+
+    return dispatch(
+        *("attention_masked", "forward", backend, q, run),
+        lambda: plan("forward", q, k, True, allow_tf32),
+    )
 
 
 @attention_masked_op.register_fake
@@ -130,14 +148,28 @@ def attention_masked_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Registered op: gradients of q, k and v."""
-    if backend == "reference":
-        pairs = _pairs(rectangles, q, k)
-        dq, dk, dv = reference_backward.attention_masked(do, q, k, v, lse, scale, pairs)
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    saved, grads = (do, q, k, v, o, lse), (dq, dk, dv)
-    _load(backend).backward(*saved, list(rectangles), scale, deterministic, *grads, allow_tf32)
-    return grads
+    saved = (do, q, k, v, o, lse)
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        if name == "reference":
+            pairs = _pairs(rectangles, q, k)
+            dq, dk, dv = reference_backward.attention_masked(do, q, k, v, lse, scale, pairs)
+            return dq.contiguous(), dk.contiguous(), dv.contiguous()
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        grads = (dq, dk, dv)
+        if name.startswith("sdpa"):
+            visible = _visible(rectangles, q, k)
+            _sdpa.backward(name, *saved, scale, visible, True, grads)
+        else:
+            options = (list(rectangles), scale, deterministic, *grads, allow_tf32)
+            _load(name).backward(*saved, *options)
+        return grads
+
+    wanted = direction(deterministic)
+    return dispatch(
+        *("attention_masked", wanted, backend, q, run),
+        lambda: plan(wanted, q, k, True, allow_tf32),
+    )
 
 
 @attention_masked_backward_op.register_fake

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
+from . import _sdpa_varlen
 from ._common import (
     allow_tf32,
     call,
@@ -19,9 +20,13 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
+from ._dispatch import dispatch
+from .attention import Fused, direction, plan
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Any:
+    if name == "sdpa":
+        return Fused
     if name == "triton":
         from ..kernels import attention_varlen as implementation
     else:
@@ -113,11 +118,19 @@ def attention_varlen_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Registered op: o and the padded log-sum-exp."""
-    if backend == "reference":
-        run = reference.ops.attention_varlen
-        return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
-    return _load(backend).forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, allow_tf32
+    clips = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        if name == "reference":
+            plain = reference.ops.attention_varlen
+            return without_autocast(plain, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        if name.startswith("sdpa"):
+            return _sdpa_varlen.forward(name, q, k, v, *clips, scale)
+        return _load(name).forward(q, k, v, *clips, scale, allow_tf32)
+
+    return dispatch(
+        *("attention_varlen", "forward", backend, q, run),
+        lambda: plan("forward", q, k, False, allow_tf32),
     )
 
 
@@ -157,16 +170,27 @@ def attention_varlen_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Registered op: gradients of packed q, k and v."""
-    if backend == "reference":
-        return reference_backward.attention_varlen(
-            do, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, scale
-        )
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    _load(backend).backward(
-        do, q, k, v, o, lse, *starts, *longest, scale, deterministic, dq, dk, dv, allow_tf32
+    saved = (do, q, k, v, o, lse)
+    clips = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        if name == "reference":
+            return reference_backward.attention_varlen(
+                do, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, scale
+            )
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        if name.startswith("sdpa"):
+            _sdpa_varlen.backward(name, *saved, *clips, scale, deterministic, (dq, dk, dv))
+        else:
+            options = (scale, deterministic, dq, dk, dv, allow_tf32)
+            _load(name).backward(*saved, *clips, *options)
+        return dq, dk, dv
+
+    wanted = direction(deterministic)
+    return dispatch(
+        *("attention_varlen", wanted, backend, q, run),
+        lambda: plan(wanted, q, k, False, allow_tf32, deterministic),
     )
-    return dq, dk, dv
 
 
 @attention_varlen_backward_op.register_fake

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
+from . import _native
 from ._common import autocast_dtype, call, no_second_gradient, register, require, statistics_dtype
+from ._dispatch import Plan, dispatch
 
 
 def _load(name: str) -> ModuleType:
@@ -75,10 +77,14 @@ def layer_norm_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Registered op: y, mean and 1/std."""
     rows = x.reshape(-1, x.shape[-1])
-    if backend == "reference":
-        y, mean, rstd = reference.ops.layer_norm(rows, weight, bias, eps, out_dtype)
-    else:
-        y, mean, rstd = _load(backend).forward(rows, weight, bias, eps, out_dtype)
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        plain = {"reference": reference.ops.layer_norm, "torch": _native.layer_norm}.get(name)
+        return (plain or _load(name).forward)(rows, weight, bias, eps, out_dtype)
+
+    y, mean, rstd = dispatch(
+        "layer_norm", "forward", backend, x, run, lambda: Plan((f"width {x.shape[-1]}",))
+    )
     return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
@@ -101,8 +107,18 @@ def layer_norm_backward_op(
     """Registered op: gradients of x, weight and bias."""
     width = x.shape[-1]
     rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)
-    run = reference_backward.layer_norm if backend == "reference" else _load(backend).backward
-    dx, dweight, dbias = run(dy_rows, rows, weight, mean.reshape(-1), rstd.reshape(-1))
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        plain = {
+            "reference": reference_backward.layer_norm,
+            "torch": _native.layer_norm_backward,
+        }.get(name)
+        saved = (dy_rows, rows, weight, mean.reshape(-1), rstd.reshape(-1))
+        return (plain or _load(name).backward)(*saved)
+
+    dx, dweight, dbias = dispatch(
+        "layer_norm", "backward", backend, x, run, lambda: Plan((f"width {width}",))
+    )
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 

@@ -22,6 +22,7 @@ from ._common import (
     register,
     require,
 )
+from ._dispatch import Plan, dispatch
 from .add_layer_norm import add_layer_norm_backward_op
 
 
@@ -159,6 +160,11 @@ def kept(x: Tensor, saved: list[Tensor], kinds: tuple[torch.dtype, ...]) -> list
 _SAVED = (torch.uint8, torch.float32) * 2
 
 
+def plan(weight: Tensor) -> Plan:
+    """What the form of a layer with this weight depends on."""
+    return Plan((f"{weight.shape[1]} to {weight.shape[0]}",))
+
+
 @register("linear_fp8")
 def linear_fp8_op(
     x: Tensor,
@@ -174,7 +180,11 @@ def linear_fp8_op(
     """Registered op: y, total, mean, 1/std, and both operands transposed for backward."""
     rows = x.reshape(-1, x.shape[-1])
     norm = _norm(residual, norm_weight, norm_bias, eps)
-    y, rest, saved = _fp8.linear_forward(_fp8.load(backend), rows, norm, weight, bias, save)
+
+    def run(name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return _fp8.linear_forward(_fp8.load(name), rows, norm, weight, bias, save)
+
+    y, rest, saved = dispatch("linear_fp8", "forward", backend, x, run, lambda: plan(weight))
     a, a_inverse, b, b_inverse = kept(x, saved, _SAVED)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y, *_norm_outputs(x, rest), a, a_inverse, b, b_inverse
@@ -214,9 +224,12 @@ def linear_fp8_backward_op(
 ) -> list[Tensor]:
     """Registered op: gradients of input, weight and bias; empty where none is needed."""
     rows = dy.reshape(-1, dy.shape[-1])
-    dx, dw, db = _fp8.linear_backward(
-        _fp8.load(backend), rows, [a, a_inverse, b, b_inverse], weight.dtype, needs
-    )
+
+    def run(name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        saved = [a, a_inverse, b, b_inverse]
+        return _fp8.linear_backward(_fp8.load(name), rows, saved, weight.dtype, needs)
+
+    dx, dw, db = dispatch("linear_fp8", "backward", backend, dy, run, lambda: plan(weight))
     return [
         dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]),
         weight.new_empty(0) if dw is None else dw,

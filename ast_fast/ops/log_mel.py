@@ -24,6 +24,7 @@ from ..reference.mel import (
     mel_tables,
 )
 from ._common import call, no_second_gradient, register, require, without_autocast
+from ._dispatch import Plan, dispatch
 
 
 def _load(name: str) -> ModuleType:
@@ -285,6 +286,10 @@ def _resolve(
 _resolved = functools.lru_cache(maxsize=64)(_resolve)
 
 
+def _plan(setting: Sequence[float]) -> Plan:
+    return Plan((f"{int(setting[1])} bins of {setting[0]:g} Hz", hash(tuple(setting))))
+
+
 @register("log_mel")
 def log_mel_op(
     wave: Tensor,
@@ -297,9 +302,14 @@ def log_mel_op(
     backend: str,
 ) -> Tensor:
     """Registered op; `setting` holds the arguments of `mel_tables` in order: see `_FORMS`."""
-    run = reference.ops.log_mel if backend == "reference" else _load(backend).forward
     arguments = (lengths, _tables(tuple(setting)), num_frames, mean, std, out_dtype)
-    return without_autocast(run, wave, *arguments)
+
+    def run(name: str) -> Tensor:
+        function = reference.ops.log_mel if name == "reference" else _load(name).forward
+        made: Tensor = without_autocast(function, wave, *arguments)
+        return made
+
+    return dispatch("log_mel", "forward", backend, wave, run, lambda: _plan(setting))
 
 
 @log_mel_op.register_fake
@@ -328,9 +338,14 @@ def log_mel_backward_op(
 ) -> Tensor:
     """Registered op: the gradient of the waveform."""
     tables = _tables(tuple(setting))
-    if backend == "reference":
-        return reference_backward.log_mel(dy, wave, lengths, tables, std)
-    return _load(backend).backward(dy, wave, lengths, tables, mean, std)
+
+    def run(name: str) -> Tensor:
+        if name == "reference":
+            return reference_backward.log_mel(dy, wave, lengths, tables, std)
+        made: Tensor = _load(name).backward(dy, wave, lengths, tables, mean, std)
+        return made
+
+    return dispatch("log_mel", "backward", backend, wave, run, lambda: _plan(setting))
 
 
 @log_mel_backward_op.register_fake

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
+from . import _native
 from ._common import call, cast_for_autocast, needs_gradient, no_second_gradient, register, require
+from ._dispatch import Plan, dispatch
 
 
 def _load(name: str) -> ModuleType:
@@ -59,18 +61,26 @@ def mlp(
     return call(mlp_op, x, w1, b1, w2, b2, needs_gradient(x, w1, b1, w2, b2), chosen)[0]
 
 
+def _plan(w1: Tensor) -> Plan:
+    return Plan((f"{w1.shape[1]} to {w1.shape[0]}",))
+
+
 @register("mlp")
 def mlp_op(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Registered op: y, and the pre-activation if it is to be saved (else an empty tensor)."""
     rows = x.reshape(-1, x.shape[-1])
-    h: Tensor | None
-    if backend == "reference":
-        h = F.linear(rows, w1, b1)
-        y = F.linear(reference.ops.gelu(h), w2, b2)
-    else:
-        y, h = _load(backend).forward(rows, w1, b1, w2, b2, save)
+
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        if name in ("reference", "torch"):
+            h = F.linear(rows, w1, b1)
+            gelu = reference.ops.gelu if name == "reference" else F.gelu
+            return F.linear(gelu(h), w2, b2), h
+        made: tuple[Tensor, Tensor | None] = _load(name).forward(rows, w1, b1, w2, b2, save)
+        return made
+
+    y, h = dispatch("mlp", "forward", backend, x, run, lambda: _plan(w1))
     saved = x.new_empty((0, w1.shape[0])) if h is None or not save else h
     return y.view(*x.shape[:-1], w2.shape[0]), saved
 
@@ -89,10 +99,15 @@ def mlp_backward_op(
 ) -> list[Tensor]:
     """Registered op: gradients of x, w1, b1, w2, b2; an empty tensor where none is needed."""
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    if backend == "reference":
-        computed = reference_backward.mlp(dy_rows, rows, h, w1, w2)
-    else:
-        computed = _load(backend).backward(dy_rows, rows, h, w1, w2, tuple(needs))
+
+    def run(name: str) -> tuple[Tensor, ...]:
+        if name in ("reference", "torch"):
+            plain = reference_backward.mlp if name == "reference" else _native.mlp_backward
+            return plain(dy_rows, rows, h, w1, w2)
+        made: tuple[Tensor, ...] = _load(name).backward(dy_rows, rows, h, w1, w2, tuple(needs))
+        return made
+
+    computed = dispatch("mlp", "backward", backend, x, run, lambda: _plan(w1))
     grads = [grad if need else x.new_empty(0) for grad, need in zip(computed, needs, strict=True)]
     if needs[0]:
         grads[0] = grads[0].view(x.shape)

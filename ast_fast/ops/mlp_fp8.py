@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backend
 from . import _fp8
 from ._common import call, cast_for_autocast, needs_gradient, no_second_gradient, register
+from ._dispatch import dispatch
 from .linear_fp8 import (
     _check,
     _check_norm,
@@ -19,6 +20,7 @@ from .linear_fp8 import (
     fake_operand,
     kept,
     norm_gradients,
+    plan,
     setup,
 )
 
@@ -107,7 +109,11 @@ def mlp_fp8_op(
     """Registered op: y, total, mean, 1/std, and what backward needs."""
     rows = x.reshape(-1, x.shape[-1])
     norm = _norm(residual, norm_weight, norm_bias, eps)
-    y, rest, saved = _fp8.mlp_forward(_fp8.load(backend), rows, norm, w1, b1, w2, b2, save)
+
+    def run(name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return _fp8.mlp_forward(_fp8.load(name), rows, norm, w1, b1, w2, b2, save)
+
+    y, rest, saved = dispatch("mlp_fp8", "forward", backend, x, run, lambda: plan(w1))
     operand = (torch.uint8, torch.float32)
     saved = kept(x, saved, (*operand, x.dtype, *operand * 2, torch.float32, torch.float32))
     y = y.view(*x.shape[:-1], w2.shape[0])
@@ -154,7 +160,11 @@ def mlp_fp8_backward_op(
 ) -> list[Tensor]:
     """Registered op: gradients of the (normalised) input, w1, b1, w2, b2; empty where not needed."""
     rows = dy.reshape(-1, dy.shape[-1])
-    found = _fp8.mlp_backward(_fp8.load(backend), rows, saved, w1.dtype, needs)
+
+    def run(name: str) -> list[Tensor | None]:
+        return _fp8.mlp_backward(_fp8.load(name), rows, saved, w1.dtype, needs)
+
+    found = dispatch("mlp_fp8", "backward", backend, dy, run, lambda: plan(w1))
     shapes = _shapes(dy, w1, w2)
     likes = (dy, w1, w1, w2, w2)
     return [

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from ._common import allow_tf32, call, cast_for_autocast, no_second_gradient, register, require
+from ._dispatch import Plan, dispatch
 
 
 def _load(name: str) -> ModuleType:
@@ -111,6 +112,10 @@ def patch_embed(
     return call(patch_embed_op, x, weight, bias, pos, prefix, fstride, tstride, tf32, chosen)
 
 
+def _plan(weight: Tensor) -> Plan:
+    return Plan((f"patches of {weight.shape[2]} x {weight.shape[3]} to {weight.shape[0]}",))
+
+
 @register("patch_embed")
 def patch_embed_op(
     x: Tensor,
@@ -124,9 +129,15 @@ def patch_embed_op(
     backend: str,
 ) -> Tensor:
     """Registered op."""
-    if backend == "reference":
-        return reference.ops.patch_embed(x, weight, bias, pos, prefix, fstride, tstride)
-    return _load(backend).forward(x, weight, bias, pos, prefix, fstride, tstride, allow_tf32)
+    args = (x, weight, bias, pos, prefix, fstride, tstride)
+
+    def run(name: str) -> Tensor:
+        if name == "reference":
+            return reference.ops.patch_embed(*args)
+        made: Tensor = _load(name).forward(*args, allow_tf32)
+        return made
+
+    return dispatch("patch_embed", "forward", backend, x, run, lambda: _plan(weight))
 
 
 @patch_embed_op.register_fake
@@ -158,10 +169,16 @@ def patch_embed_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Registered op: gradients of weight, bias, pos, prefix and x (empty if not needed)."""
     args = (dy, x, weight, fstride, tstride, num_prefix, needs_dx)
-    if backend == "reference":
-        *grads, dx = reference_backward.patch_embed(*args)
-    else:
-        *grads, dx = _load(backend).backward(*args, allow_tf32)
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        if name == "reference":
+            return reference_backward.patch_embed(*args)
+        made: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] = _load(name).backward(
+            *args, allow_tf32
+        )
+        return made
+
+    *grads, dx = dispatch("patch_embed", "backward", backend, x, run, lambda: _plan(weight))
     dweight, dbias, dpos, dprefix = grads
     return dweight, dbias, dpos, dprefix, x.new_empty(0) if dx is None else dx
 

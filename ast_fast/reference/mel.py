@@ -102,6 +102,11 @@ class MelSizes(NamedTuple):
         return torch.where(lengths > least, 1 + steps, torch.zeros_like(lengths))
 
 
+# sizes beyond these are a mistake or an attack, and tables of them would be made before anybody could tell
+MAX_WINDOW_SAMPLES = 1 << 20  # of a window, a hop or an FFT: a second at the highest rate
+MAX_MEL_BINS = 1 << 14
+
+
 def mel_sizes(
     sample_rate_hz: int,
     num_mel_bins: int,
@@ -131,6 +136,17 @@ def mel_sizes(
         raise ValueError(f"sample_rate_hz={sample_rate_hz}: expected a positive rate in Hz")
     if num_mel_bins < 4:
         raise ValueError(f"num_mel_bins={num_mel_bins}: expected at least 4 (as Kaldi)")
+    for name, samples in (
+        ("window_ms", window_samples or sample_rate_hz * window_ms * 0.001),
+        ("hop_ms", hop_samples or sample_rate_hz * hop_ms * 0.001),
+        ("n_fft", n_fft or 0),
+    ):
+        if not samples <= MAX_WINDOW_SAMPLES:  # NaN, too
+            raise ValueError(
+                f"{name}: {samples:g} samples at {sample_rate_hz} Hz: expected at most {MAX_WINDOW_SAMPLES}"
+            )
+    if num_mel_bins > MAX_MEL_BINS:
+        raise ValueError(f"num_mel_bins={num_mel_bins}: expected at most {MAX_MEL_BINS}")
     window = window_samples or int(sample_rate_hz * window_ms * 0.001)
     hop = hop_samples or int(sample_rate_hz * hop_ms * 0.001)
     if window < 2 or hop < 1:

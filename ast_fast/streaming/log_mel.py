@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import LogMelConfig
 from ..frontend import log_mel_features
 from ..reference.mel import MelSizes, mel_sizes
+from ..sample_rows import sample_rows
 
 _DTYPES = (torch.float32, torch.int16)
 
@@ -99,7 +100,11 @@ class StreamingLogMel:
         if tail is not None:
             self._check_same(wave, tail)
             if tail.shape[1]:
-                rows = torch.cat((tail, rows), 1)
+                joined = sample_rows(
+                    *(rows.shape[0], tail.shape[1] + rows.shape[1], rows.dtype),
+                    lambda *shape: torch.empty(shape[:2], dtype=shape[2], device=rows.device),
+                )
+                rows = torch.cat((tail, rows), 1, out=joined)
         skipped = min(self._skip, rows.shape[1])
         rows = rows[:, skipped:]
         count = self._sizes.num_frames(rows.shape[1])

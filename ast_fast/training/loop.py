@@ -39,7 +39,7 @@ from .logs import Progress, RunLog, figures_text
 from .losses import of_rows, task_loss
 from .metrics import MAIN_FIGURE
 from .modes import chosen_mode, prepared_step
-from .optimizers import freeze, make_optimizer
+from .optimizers import depth_for_rates, freeze, make_optimizer
 from .processes import from_all, hold, make_fabric
 from .result_csv import original_figures, write_result
 from .scaling import LossScaler
@@ -219,8 +219,9 @@ class Trainer:
         return prepared_step(step, self._mode, model)
 
     def _make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        # of a model of another kind every layer counts as the first
-        depth = getattr(getattr(self.model, "config", None), "depth", 0)
+        known = getattr(getattr(self.model, "config", None), "depth", None)
+        names = (name for name, _ in self.model.named_parameters())
+        depth = depth_for_rates(names, known, self.config.tune)
         return make_optimizer(parameters, self.config, depth, self._mode == "graph")
 
     def _make_teacher(self, given: Any) -> Teacher | None:

@@ -17,7 +17,8 @@ import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from ..graphs import CudaGraphs, GraphMaker, Recording, addresses, signature, watched_module
+from ..cuda_graphs import CudaGraphs, GraphMaker, Recording, addresses, signature
+from ..graphs import watched_module
 from ..optimized import note_step
 from .errors import TrainingError
 from .step import TrainingStep, empty_cache, is_out_of_memory
@@ -28,14 +29,14 @@ _log = logging.getLogger("ast_fast.training")
 class GraphedStep:
     """A training step recorded once and replayed; to the bit what the step itself computes.
 
-    The first steps of a shape run as they are, on the stream that will record: they are steps like any
-    other, and see to it that every kernel is compiled. Then the step is recorded and from there on
+    The first steps of a shape run as they are, on the stream and in the buffers that will be recorded: they
+    are steps like any other, and see to it that every kernel is compiled. Then the step is recorded and from there on
     replayed. Batches of other shapes (the short last one of an epoch), and all batches while a module of
     the model, a weight or the optimiser carries hooks, run unrecorded, which is said once. Weights that moved are recorded anew.
 
     Args:
         step: must not depend on anything but its two tensors and what lies at fixed addresses.
-        graphs: who records; `graphs.CudaGraphs` on a GPU.
+        graphs: who records; `CudaGraphs` on a GPU.
         model: whose weights and hooks to watch.
         warm_ups: steps of one shape in a row before it is recorded.
 
@@ -52,6 +53,7 @@ class GraphedStep:
         self.step = step
         self._graphs, self._model, self._warm_ups = graphs, model, warm_ups
         self._recording: Recording | None = None
+        self._warming: Recording | None = None  # before it is recorded
         self._key: tuple[Any, ...] | None = None
         self._places: tuple[Any, ...] = ()
         self._seen = 0
@@ -74,13 +76,14 @@ class GraphedStep:
             _log.info("the weights moved: the training step is recorded anew")
             self.reset()
         if self._recording is None:
-            if key != self._key:
+            if key != self._key or self._warming is None:
+                self._warming = Recording(self._graphs, self.step, (features, targets))
                 self._key, self._seen = key, 0
             if self._seen < self._warm_ups:
                 self._seen += 1
-                result: Tensor = self._graphs.warm_up(lambda: self.step(features, targets))
+                result: Tensor = self._warming.warm_up(features, targets)
                 return result
-            if not self._record(features, targets):
+            if not self._record(self._warming):
                 return self.step(features, targets)
         elif key != self._key:
             shape = f"a batch of shape {tuple(features.shape)} is not the recorded one"
@@ -100,17 +103,17 @@ class GraphedStep:
 
     def reset(self) -> None:
         """Forget the recording and free its memory; the next steps record again."""
-        self._recording, self._key, self._seen = None, None, 0
+        self._recording, self._warming, self._key, self._seen = None, None, None, 0
         self.step.zero_grad()
 
-    def _record(self, features: Tensor, targets: Tensor) -> bool:
+    def _record(self, recording: Recording) -> bool:
+        self._warming = None
         self.step.zero_grad()
         draws = torch.get_rng_state()
         try:
-            self._recording = Recording(self._graphs, self.step, (features, targets))
+            recording.record()
             if not torch.equal(draws, torch.get_rng_state()):
                 torch.set_rng_state(draws)
-                self._recording = None
                 raise TrainingError(
                     "the step draws random numbers on the host, which a replay would repeat"
                 )
@@ -121,15 +124,14 @@ class GraphedStep:
                 error,
             )
             self._failed = True
-            if is_out_of_memory(error):
-                error.__traceback__ = None  # holds every activation
+            error.__traceback__ = None  # holds every activation
         if self._failed:
             # nothing ran while it was recorded: the weights are as they were
-            self._recording = None
+            del recording
             self.step.zero_grad()
-            empty_cache(features.device)
+            empty_cache(self.step.weights[0].device)
             return False
-        self._places = self._now()
+        self._recording, self._places = recording, self._now()
         return True
 
     def _now(self) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,44 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     return frozen
 
 
+def depth_for_rates(names: Iterable[str], depth: int | None, tune: TuneConfig) -> int:
+    """How many blocks the rates of a run count from.
+
+    Args:
+        names: of all of the model's parameters, frozen ones too.
+        depth: blocks of the model, if it says so; else its names do.
+        tune: `layer_decay` and `head_rate`.
+
+    Raises:
+        ValueError: rates differ by layer, and the names do not tell the layers or the head. A layer decay
+            from a depth that is too small is growth.
+    """
+    names = list(names)
+    blocks = [int(found.group(1)) for found in map(_BLOCK.search, names) if found]
+    seen = max(blocks, default=-1) + 1
+    asked = [
+        f"tune.{name}={value:g}"
+        for name, value in (("layer_decay", tune.layer_decay), ("head_rate", tune.head_rate))
+        if value != 1.0
+    ]
+    if not asked:
+        return depth or seen
+    if not any(name.startswith(_HEAD) for name in names):
+        raise ValueError(
+            f"{' and '.join(asked)}: no parameter of this model is called {_HEAD}*, so its head is not known: "
+            "leave it at 1"
+        )
+    if tune.layer_decay == 1.0:
+        return depth or seen
+    if not blocks or (depth is not None and depth < seen):
+        what = f"the model says depth={depth}" if blocks else "no parameter is called *blocks.N.*"
+        raise ValueError(
+            f"layer_decay={tune.layer_decay:g}: the layers of this model are not known ({what}, and its names "
+            f"tell of {seen} blocks): leave it at 1"
+        )
+    return depth or seen
+
+
 def rate_of(name: str, depth: int, tune: TuneConfig) -> float:
     """Rate of a parameter in units of the run's: layer-wise decay (BEiT) and the head's own factor.
 
@@ -53,12 +91,19 @@ def rate_of(name: str, depth: int, tune: TuneConfig) -> float:
         name: of the parameter, as `v.blocks.3.attn.qkv.weight`.
         depth: blocks of the model.
         tune: `layer_decay` and `head_rate`.
+
+    Raises:
+        ValueError: the block is beyond the depth: its rate would grow rather than decay.
     """
     if name.startswith(_HEAD):
         return tune.head_rate
     block = _BLOCK.search(name)
     if block is not None:
         layer = int(block.group(1)) + 1
+        if layer > depth and tune.layer_decay != 1.0:
+            raise ValueError(
+                f"depth={depth}: {name} is of block {layer}; expected the model's blocks"
+            )
     else:
         layer = depth + 1 if ".norm." in f".{name}" else 0
     return tune.layer_decay ** (depth + 1 - layer)

@@ -21,8 +21,8 @@ class RunConfig(Config):
         model: a name of `ast_fast.list_models()`, or a pretrained directory or file to start from.
         weights: what a model named by its architecture starts from: "random"; "imagenet", the image
             model of its width; "audioset", the original's AudioSet model, without its head.
-        frontend: log-mel settings, whose sizes become the model's input sizes; by default those
-            that the model comes with.
+        frontend: log-mel settings by name, whose sizes become the model's input sizes; what is not
+            named is as the model comes with it. A `LogMelConfig` names all of them.
         statistics: "given" takes the front end's mean and std, "measure" those of training clips.
         audio: how files are read; its sample rate is set to the front end's.
         train: optimisation, logging, checkpoints.
@@ -30,7 +30,7 @@ class RunConfig(Config):
 
     model: str = "ast_mini_p16_s10"
     weights: Literal["random", "imagenet", "audioset"] = "random"
-    frontend: LogMelConfig | None = None
+    frontend: Mapping[str, Any] | LogMelConfig | None = None
     statistics: Literal["given", "measure"] = "given"
     audio: AudioConfig = AudioConfig()  # noqa: RUF009 - frozen
     train: TrainConfig = TrainConfig()  # noqa: RUF009
@@ -46,9 +46,17 @@ class RunConfig(Config):
             f"statistics={self.statistics!r}: expected given or measure",
         )
         check(
-            self.frontend is None or self.frontend.num_frames is not None,
+            self.front_changes.get("num_frames", 1) is not None,
             "frontend.num_frames is not set: expected the model's input length in frames",
         )
+        # the model's own front end is not known yet: each value alone, under the freest of the others
+        LogMelConfig(output="db", mel_scale="htk").replace(**self.front_changes)
+
+    @property
+    def front_changes(self) -> dict[str, Any]:
+        """What the run says of the front end, for `LogMelConfig.replace`."""
+        given = self.frontend
+        return dict(given.to_dict() if isinstance(given, LogMelConfig) else given or {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -56,7 +64,9 @@ class RunConfig(Config):
         _check_model(values.get("model", ""))
         frontend = values.get("frontend")
         if isinstance(frontend, Mapping):
-            values = {**values, "frontend": LogMelConfig.from_dict(frontend)}
+            values = {**values, "frontend": LogMelConfig.read_values(frontend)}
+        elif frontend is not None:
+            check(isinstance(frontend, LogMelConfig), f"frontend={frontend!r}: expected a section")
         # zero-argument super() does not work in a class that slots=True rebuilds
         return super(RunConfig, cls).from_dict(values)
 

@@ -39,7 +39,7 @@ def variants(plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 one["how"]["fold"] = fold
             if seed is not None:
                 # what is held out stays what it is
-                one["holdout_seed"] = one["settings"]["train"]["seed"]
+                one.setdefault("holdout_seed", one["settings"]["train"]["seed"])
                 one["settings"]["train"]["seed"] = seed
             name = "-".join(parts)
             if name in found:

@@ -232,9 +232,12 @@ def _memory_twice() -> Iterator[None]:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give memory that nothing uses back to the device."""
+    """Give memory that nothing uses back to the device; never raises: it is called where something failed."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            _log.info("memory could not be given back to the device: %s", error)
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:

@@ -74,7 +74,8 @@ def _product(settings: Settings, name: str, kind: str, b: int, dtype: str) -> Ca
     )
 
 
-def _gelu(settings: Settings, mode: str, b: int, dtype: str) -> Case:
+def gelu_case(settings: Settings, mode: str, b: int, dtype: str) -> Case:
+    """GELU on its own, [B T, 3072]; backward also gives the activation again."""
     rows, width = (9, 40) if settings.tiny else (b * TOKENS, 3072)
 
     def make(seed: int) -> Inputs:
@@ -148,7 +149,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                 for name in PRODUCTS:
                     yield _product(settings, name, kind, b, dtype)
         for mode in ("forward", "backward"):
-            yield _gelu(settings, mode, 32 if settings.cuda else 1, dtype)
+            yield gelu_case(settings, mode, 32 if settings.cuda else 1, dtype)
     yield from epilogues.cases(settings)
     if settings.backend == "cpp":
         yield from packed_products.cases(settings)

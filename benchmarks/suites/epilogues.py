@@ -1,7 +1,7 @@
 """Matrix products with fused epilogues against cuBLAS and a kernel after it, at the model's four shapes.
 
-On a GPU this decides: where ours is faster for a kind of epilogue at the shapes that have it, its row in
-`kernels/tuned/gemm.json` gets "use": true (with where that was measured as the file's origin).
+Where ours is faster for a kind of epilogue at the shapes that have it, `python -m benchmarks.tune gemm --write`
+gives its row in `kernels/tuned/gemm.json` "use": true.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _expected(kind: str, inputs: Inputs) -> Sequence[Tensor]:
     ]
 
 
-def _case(settings: Settings, kind: str, name: str, b: int, dtype: str) -> Case:
+def case(settings: Settings, kind: str, name: str, b: int, dtype: str) -> Case:
+    """One product of a block with one of `KINDS` of epilogue, ours first."""
     width_in, width_out = (24, 48) if settings.tiny else PRODUCTS[name]
     rows = b * (10 if settings.tiny else TOKENS)
     backward = kind == "gelu_backward"
@@ -133,4 +134,4 @@ def cases(settings: Settings) -> Iterator[Case]:
         for b in batches:
             for kind, names in KINDS.items():
                 for name in names:
-                    yield _case(settings, kind, name, b, dtype)
+                    yield case(settings, kind, name, b, dtype)

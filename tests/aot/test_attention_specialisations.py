@@ -97,7 +97,7 @@ def gate(arch: int, module=attention) -> set:
     """The specialisations of one kernel file that the compile gate compiles for `arch`."""
     found = set()
     for case in module.aot_cases(arch):
-        source = _aot._source(case)
+        source = _aot.source(case)
         constants = {(case.fn.arg_names.index(k),): v for k, v in case.constexprs.items()}
         found.add(
             request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -226,3 +227,94 @@ def test_forward_runs_build_no_graph():
     x = torch.randn(3, requires_grad=True)
     (y,) = forward_run(_double, [{"x": x}])(0)
     assert not y.requires_grad
+
+
+class OneStream:
+    """Records by running on a stream of its own, and no op whose forward ran on another one."""
+
+    stream = "caller's"
+
+    def warm_up(self, function):
+        OneStream.stream = "recording"
+        try:
+            return function()
+        finally:
+            OneStream.stream = "caller's"
+
+    def capture(self, function):
+        return self.warm_up(function), lambda: function()
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.stream = OneStream.stream
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        if OneStream.stream != "caller's" and ctx.stream != OneStream.stream:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
+        return 2.0 * dy
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_a_backward_is_recorded_on_the_stream_of_its_forward(mode, monkeypatch):
+    def scale(x):
+        return (_Scale.apply(x),)
+
+    prepared = []
+
+    def make(name, function):
+        made = candidate(name, function, mode, ("x",), ("dy",), yardstick=name == "torch")
+
+        def prepare(inputs):
+            prepared.append((OneStream.stream, len(inputs)))
+            return made.prepare(inputs)
+
+        return dataclasses.replace(made, prepare=prepare)
+
+    def inputs(seed):
+        draw = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(8, generator=draw) for name in ("x", "dy")}
+
+    case = _case(
+        make(SETTINGS.ours, scale),
+        make("torch", scale),
+        mode=mode,
+        make_inputs=inputs,
+        oracle=oracle(_double, mode, ("x",), ("dy",)),
+        graph=True,
+    )
+    rows, runs, sets = harness.check(case, SETTINGS)
+    assert prepared == [("caller's", 1)] * 2
+    monkeypatch.setattr(timing, "CudaGraphs", OneStream)
+    monkeypatch.setattr(timing, "EventClock", timing.Clock)
+    found = harness._graphed(case, rows, runs, sets[:1], LIMITS, SETTINGS, {})
+    assert [(row.status, row.clock, row.reason) for row in found] == [("ok", "graph", "")] * 2
+    # a forward needs no second model
+    assert prepared[2:] == ([("recording", 1)] * 2 if mode == "backward" else [])
+
+
+def test_what_cannot_be_recorded_is_a_failed_row_beside_the_others(monkeypatch):
+    class Refuses(OneStream):
+        def capture(self, function):
+            if function()[0][0].item() > 0:  # ours waits for the device
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().capture(function)
+
+    case = _case(
+        _ours(lambda x: (x.abs() + 1.0,)), candidate("torch", lambda x: (-x.abs(),), "forward")
+    )
+    runs = {each.name: each.prepare([case.make_inputs(0)]) for each in case.candidates}
+    rows = {name: harness.blank(case, name, "ok") for name in runs}
+    monkeypatch.setattr(timing, "CudaGraphs", Refuses)
+    monkeypatch.setattr(timing, "EventClock", timing.Clock)
+
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    found = harness._graphed(case, rows, runs, [case.make_inputs(0)], LIMITS, SETTINGS, {})
+    assert [row.status for row in found] == ["failed", "ok"]
+    assert "as a graph" in found[0].reason and "not permitted" in found[0].reason

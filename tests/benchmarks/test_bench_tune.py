@@ -1,7 +1,5 @@
-"""Tuning without a GPU: which configurations are tried, which are picked, and what becomes of the table."""
+"""Tuning without a GPU: what is tried and in which order, within which time, and that only right answers count."""
 
-import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,129 +7,210 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record
-from benchmarks.tune_space import Place, Timing, candidates, pick, table_text, with_picks
+from benchmarks import record, tune
+from benchmarks.case import Settings
+
+pytest.importorskip("triton")
+
+from benchmarks import tune_case, tune_jobs, tune_slots, tune_space
+from benchmarks.tune_slots import OPS, Slot
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = json.loads((ROOT / "kernels/tuned/attention.json").read_text())
-FORWARD = Place("forward", "16bit", 64)
+GPU = Settings(device="cuda", backend="triton", dtypes=("bf16",))
+TINY = Settings(backend="triton", tiny=True, dtypes=("f32",))
+DKV = Slot("attention", ("dkv", "16bit", "64"))
 
 
-def entry(block_m, block_n, tma=False):
-    made = {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": 2}
-    return made | {"tma": True} if tma else made
+def test_every_table_has_a_tuner():
+    tables = {path.stem for path in (ROOT / "kernels/tuned").glob("*.json")}
+    assert tables - {"candidates", "attention_figures"} == set(OPS)
+    assert set(tune_slots.LIBRARIES) == set(OPS) == set(tune_case._BUILDERS)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv", "one_pass"])
-def test_candidates_hold_the_committed_ones_and_differ(kernel):
-    found = candidates(Place(kernel, "16bit", 64), 90)
-    for committed in TABLE["families"]["sm_90"][kernel]["16bit"]["64"]:
-        assert committed in found
-    assert len({json.dumps(each, sort_keys=True) for each in found}) == len(found)
-    assert all(each.get("reduce", False) == (kernel == "one_pass") for each in found)
+@pytest.mark.parametrize("op", OPS)
+def test_every_configuration_of_the_models_widths_has_a_slot(op):
+    """Walks the table by itself: a mapping of plain values with a tile is a configuration."""
+    table = json.loads((ROOT / f"kernels/tuned/{op}.json").read_text())
+
+    def count(node) -> int:
+        if isinstance(node, list):
+            chosen_from = op.startswith("attention")
+            wide = [x for x in node if x.get("max_width", 0) <= 1024]
+            return min(len(node), 1) if chosen_from else len(wide)
+        if not any(isinstance(value, dict | list) for value in node.values()):
+            return 1
+        return sum(
+            count(x) for key, x in node.items() if isinstance(x, dict | list) and key != "use"
+        )
+
+    for capability in map(int, table["architectures"]):
+        family = table["families"][table["architectures"][str(capability)]]
+        found = set()
+        for dtype in ("bf16", "f32"):
+            found |= set(tune_slots._walk(op, family, ()))
+            for place in tune_slots.slots(op, capability, dtype, (32, 64, 96, 128)):
+                assert tune_slots.committed(place, capability), place.label
+        narrow = [p for p in found if _width(family, p) <= 1024]
+        assert len(narrow) == count(family) > 0
 
 
-def test_candidates_use_descriptors_where_there_are_any():
-    found = candidates(FORWARD, 90)
+def _width(family, place):
+    node = family
+    for key in place.path:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    return node.get("max_width", 0) if isinstance(node, dict) else 0
+
+
+def test_the_largest_models_rows_come_first_of_their_lists():
+    for op in ("layer_norm", "add_layer_norm", "fp8"):
+        for place in tune_slots.slots(op, 90, "bf16"):
+            width = tune_slots.committed(place, 90)[0].get("max_width", 1024)
+            assert (place.value < 100) == (width == 1024), place.label
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_slot_has_a_case_and_candidates(op):
+    dtype = "f32" if op == "log_mel" else "bf16"
+    places = tune_slots.slots(op, 90, dtype)
+    assert places
+    for place in places:
+        for variant in tune_case.variants(place):
+            case = tune_case.case_for(place, 90, TINY, dtype, "large", variant)
+            assert case.candidates[0].name == TINY.ours
+            assert any(each.yardstick for each in case.candidates)
+            assert (case.mode == "forward") == (place.direction == "forward")
+        known = tune_slots.committed(place, 90)
+        tried = tune_space.guesses(place, 90) + tune_space.generated(place, 90, dtype)
+        assert tried, place.label
+        assert not [entry for entry in tried if entry in known]
+        assert len({json.dumps(entry, sort_keys=True) for entry in tried}) == len(tried)
+        names = set(known[0]) | {"chunk", "maxnreg", "tma", "reduce"}
+        assert all(set(entry) <= names for entry in tried), place.label
+
+
+def test_every_best_guess_that_the_kernels_list_is_measured():
+    from ast_fast.kernels import _candidates
+
+    for op in _candidates.ops(90):
+        for each in _candidates.candidates(op, 90):
+            place = tune_slots.slot(op, each.path)
+            known = tune_slots.committed(place, 90)
+            assert each.entry in known or each.entry in tune_space.guesses(place, 90), each.label
+
+
+def test_descriptors_are_tried_where_there_are_any():
+    found = tune_space.generated(DKV, 90, "bf16")
     assert any(each.get("tma") for each in found) and not all(each.get("tma") for each in found)
-    assert not any(each.get("tma") for each in candidates(FORWARD, 80))
+    assert not any(each.get("tma") for each in tune_space.generated(DKV, 80, "bf16"))
 
 
-def test_the_fastest_large_tile_leads_and_a_smaller_one_must_earn_its_place():
-    timings = [
-        Timing(entry(128, 64, tma=True), 0.9, 1.0),
-        Timing(entry(128, 128, tma=True), 1.0, 1.1),
-        Timing(entry(64, 64, tma=True), 1.2, 0.8),
-        Timing(entry(128, 64), 1.1, 1.0),
-        Timing(entry(64, 64), 1.3, 0.99),
+def test_best_guesses_of_every_op_come_before_anything_generated():
+    jobs = tune_jobs.tune_jobs(GPU, tune_jobs.Wanted(90))
+    tiers = [job["tier"] for job in jobs]
+    assert sorted(tiers, key=tune_jobs.TIERS.index) == tiers
+    assert [job["priority"] for job in jobs] == list(range(len(jobs)))
+    guesses = [job for job in jobs if job["tier"] == "guesses"]
+    # the first candidates of every slot before more of any slot
+    first = [job["op"] for job in guesses[: len({(j["op"], *j["path"]) for j in guesses})]]
+    assert first[0] == "attention" and {"gemm", "layer_norm", "mlp", "log_mel"} < set(first)
+    assert all(job["entries"] for job in guesses), "each has something to beat the committed one"
+    measured = {tune_slots.Slot(job["op"], tuple(job["path"])).label for job in jobs}
+    wanted = tune_jobs.wanted_slots(tune_jobs.Wanted(90))
+    assert measured == {place.label for place in wanted} and {p.op for p in wanted} == set(OPS)
+    titles = [job["title"] for job in jobs]
+    assert len(set(titles)) == len(titles)
+    assert json.loads(json.dumps(jobs)) == jobs
+
+
+def test_a_committed_list_is_measured_whole_for_both_sizes_of_grid():
+    jobs = [
+        job for job in tune_jobs.tune_jobs(GPU, tune_jobs.Wanted(90)) if job["op"] == "attention"
     ]
-    assert pick(timings, "block_m") == [
-        entry(128, 64, tma=True),
-        entry(64, 64, tma=True),
-        entry(128, 64),
-    ]
-    # over keys the tiles are as large as each other: nothing smaller follows
-    assert pick(timings, "block_n")[:2] == [entry(128, 64, tma=True), entry(128, 64)]
+    for kernel in ("forward", "dq", "dkv", "one_pass"):
+        place = Slot("attention", (kernel, "16bit", "64"))
+        lead, *rest = tune_slots.committed(place, 90)
+        for size in ("large", "small"):
+            mine = [j for j in jobs if j["path"][0] == kernel and j["size"] == size]
+            assert mine[0]["committed"] == lead
+            assert all(entry in mine[0]["entries"] for entry in rest)
 
 
-def test_a_list_without_pointers_is_refused():
-    with pytest.raises(ValueError, match="without descriptors"):
-        pick([Timing(entry(64, 64, tma=True), 1.0, 1.0)], "block_m")
+def test_a_plan_fits_its_seconds_and_starts_with_the_most_valuable():
+    jobs = tune_jobs.plan_jobs(GPU, 90, 90.0)
+    assert 20 <= len(jobs) <= 90 / tune_jobs.JOB_S
+    everything = tune_jobs.tune_jobs(GPU, tune_jobs.Wanted(90, listed_only=True))
+    assert jobs == everything[: len(jobs)]
+    # nothing that a warm cache does not hold: a step of a minute has no time to compile
+    for job in jobs:
+        place = Slot(job["op"], tuple(job["path"]))
+        listed = tune_slots.committed(place, 90) + tune_space.guesses(place, 90)
+        assert all(entry in listed for entry in job["entries"])
+    assert {job["kind"] for job in jobs} == {"tune"}
+    assert sum(len(job["entries"]) for job in jobs) >= 30
+    assert len(tune_jobs.plan_jobs(GPU, 90, 0.0)) == 1
+    assert tune_jobs.plan_jobs(Settings(backend="cpp"), 90, 90.0) == []
 
 
-def test_picks_go_to_the_family_and_leave_everything_else():
-    changed = with_picks(TABLE, 90, {FORWARD: [entry(64, 64)]}, "a test")
-    assert changed["families"]["sm_90"]["forward"]["16bit"]["64"] == [entry(64, 64)]
-    assert changed["measured"] == {**TABLE.get("measured", {}), "sm_90": "a test"}
-    undone = copy.deepcopy(changed)
-    undone["families"]["sm_90"]["forward"]["16bit"]["64"] = TABLE["families"]["sm_90"]["forward"][
-        "16bit"
-    ]["64"]
-    undone.pop("measured")
-    assert undone == {key: value for key, value in TABLE.items() if key != "measured"}
+def test_candidates_are_compiled_once_in_the_order_of_measuring():
+    measured = tune_jobs.tune_jobs(GPU, tune_jobs.Wanted(90))
+    compiled = tune_jobs.compile_jobs(measured)
+    keys = [tune_jobs.compile_key(job, job["entries"][0]) for job in compiled]
+    wanted = [tune_jobs.compile_key(job, entry) for job in measured for entry in job["entries"]]
+    assert keys == list(dict.fromkeys(wanted))
 
 
-def test_a_written_table_differs_only_where_it_changed():
-    assert table_text(TABLE) == (ROOT / "kernels/tuned/attention.json").read_text()
-
-
-def test_a_gpu_that_shared_a_family_gets_its_own():
-    assert TABLE["architectures"]["89"] == TABLE["architectures"]["86"] == "sm_86"
-    changed = with_picks(TABLE, 89, {FORWARD: [entry(64, 64)]}, "a test")
-    assert changed["architectures"]["89"] == "sm_89"
-    assert changed["architectures"]["86"] == "sm_86"
-    assert changed["families"]["sm_86"] == TABLE["families"]["sm_86"]
-    assert changed["families"]["sm_89"]["dq"] == TABLE["families"]["sm_86"]["dq"]
-    # the one whose name the family has keeps it; the others keep what they had
-    changed = with_picks(TABLE, 86, {FORWARD: [entry(64, 64)]}, "a test")
-    assert changed["architectures"]["86"] == "sm_86"
-    others = changed["architectures"]["89"]
-    assert changed["families"][others] == TABLE["families"]["sm_86"]
-
-
-def test_an_unknown_gpu_starts_from_the_newest_older_family():
-    changed = with_picks(TABLE, 103, {FORWARD: [entry(64, 64)]}, "a test")
-    assert changed["architectures"]["103"] == "sm_103"
-    assert changed["families"]["sm_103"]["dkv"] == TABLE["families"]["sm_100"]["dkv"]
-    with pytest.raises(ValueError, match=r"compute capability 7\.0 is older"):
-        with_picks(TABLE, 70, {}, "a test")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_a_dry_run_measures_checks_and_picks(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.tune", "attention", "--dry-run", "--dtype", "f32"]
-    command += ["--width", "32", "--kernels", "forward", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+@pytest.mark.slow
+def test_a_dry_run_measures_and_its_file_is_refused(tmp_path):
+    ops = "attention,layer_norm,mlp,fp8"
+    command = [sys.executable, "-m", "benchmarks.tune", ops, "--dry-run", "--dtype", "f32"]
+    command += ["--width", "32", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    assert "forward f32 d32: " in done.stdout
     (path,) = tmp_path.glob("*-tune-*.json")
     rows = record.read(path)["rows"]
     assert {row["status"] for row in rows} == {"ok"}
-    assert len({row["provider"] for row in rows}) == 2
-    assert all(row["error"] <= row["budget"] for row in rows)
+    assert {row["tune"]["op"] for row in rows} == set(ops.split(","))
+    roles = {row["tune"]["role"] for row in rows}
+    assert roles == {"committed", "candidate", "library"}
+    ours = [row for row in rows if row["tune"]["role"] == "candidate"]
+    assert all(row["error"] <= row["budget"] and row["ratio"]["p50"] > 0 for row in ours)
+    command = [sys.executable, "-m", "benchmarks.tune", "--from", str(path), "--write"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2 and "dry run" in refused.stderr
+    state = subprocess.run(
+        ["git", "status", "--porcelain", "kernels"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert state.stdout == ""
 
 
 @pytest.mark.aot
 def test_a_candidate_that_cannot_run_is_refused_with_the_reason():
-    from benchmarks.jobs import failed_row
-    from benchmarks.tune_case import compile_row
+    from benchmarks.tune_work import compile_answer
 
-    blank = failed_row({"group": "tune", "title": "a test", "kind": "compile"}, "")
-    good = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
-    assert compile_row(blank, FORWARD, good, "bf16", 80).status == "ok"
+    def row(place, entry, capability):
+        job = {"op": place.op, "path": list(place.path), "entries": [entry], "dtype": "bf16"}
+        job |= {"capability": capability, "size": "large", "variant": ""}
+        return compile_answer(job)["rows"][0]
+
+    forward = Slot("attention", ("forward", "16bit", "64"))
+    good = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
+    assert row(forward, good, 80)["status"] == "ok"
     # four stages of 128 x 128 do not fit into 99 KB
     large = {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 4}
-    refused = compile_row(blank, Place("forward", "16bit", 128), large, "bf16", 86)
-    assert refused.status == "failed" and "shared memory" in refused.reason
+    refused = row(Slot("attention", ("forward", "16bit", "128")), large, 86)
+    assert refused["status"] == "failed" and "shared memory" in refused["reason"]
+    place = Slot("patch_embed", ("forward", "f16"))
+    wide = tune_slots.committed(place, 90)[0] | {"rows": 256}
+    spilled = row(place, wide, 90)
+    assert spilled["status"] == "failed" and "registers spill" in spilled["reason"]
 
 
 def test_wrong_arguments_are_named(capsys):
-    from benchmarks import tune
-
     for arguments, message in (
-        (["attention", "--kernels", "forward,dv"], "unknown dv"),
+        (["attention,softmax"], "unknown softmax; expected all, or some of attention, gemm"),
         (["attention", "--width", "48"], "--width '48'"),
         (["attention", "--dry-run"], "--dry-run goes with --dtype f32"),
+        (["--dry-run", "--dtype", "f32", "--from", "x"], "--from reads result files"),
     ):
         with pytest.raises(SystemExit):
             tune.main(arguments)

@@ -25,6 +25,7 @@ GROUND = (
     "attention_mask",
     "_optional",
     "_files",
+    "_text",
     "_containers",
     "_chunks",
     "_flac_frames",
@@ -35,6 +36,7 @@ GROUND = (
     "names",
     "_C",
     "labels",
+    "sample_rows",
     "seeding",
 )
 FLOORS = (
@@ -46,6 +48,7 @@ FLOORS = (
         "patchout",
         "token_merging",
         "optimized",
+        "cuda_graphs",
         "graphs",
         "augment",
         "frontend",
@@ -59,9 +62,10 @@ FLOORS = (
     (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
         *("run_folder", "run_plots", "run_numbers", "run_report", "run_compare"),
+        "run_data",
     ),
     (
-        *("cli", "commands", "train_command", "ensemble_command", "infer_command"),
+        *("cli", "cli_options", "commands", "train_command", "ensemble_command", "infer_command"),
         *("export_command", "listen_command", "prepare_command", "report_command"),
         "compare_command",
         "__main__",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import time
@@ -137,7 +138,7 @@ def test_a_layout_that_cannot_be_found_says_what_to_give(tmp_path):
         CONFIG.replace(input_fdim=128, input_tdim=128, fstride=11, tstride=9)
     )
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(hub.CheckpointError, match="say input_fdim=, fstride= and tstride="):
+    with pytest.raises(hub.CheckpointError, match="say how it was trained: strides="):
         hub.read_weights(tmp_path / "x.pth")
     assert hub.read_weights(tmp_path / "x.pth", fstride=11, tstride=9)[1]["model"]["fstride"] == 11
 
@@ -177,6 +178,23 @@ def test_an_index_may_not_point_out_of_its_directory(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(hub.CheckpointError, match="names no files of its own directory"):
         ast_fast.ASTModel.from_pretrained(tmp_path)
+
+
+def test_settings_of_a_later_version_are_not_taken_for_ours(folder):
+    state = hub.read_weights(folder)[0]
+    later = {"model": CONFIG.to_dict(), "frontend": None, "version": 2, "member": "another"}
+    hub.write_pretrained(folder, state, later)
+    with pytest.raises(hub.CheckpointError, match=r"version 2, and this ast_fast reads version 1"):
+        ast_fast.ASTModel.from_pretrained(folder)
+
+
+def test_parts_that_hold_the_same_tensor_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    index = {"weight_map": {"v.cls_token": "a.safetensors", "v.pos_embed": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(hub.CheckpointError, match=r"b\.safetensors' holds .*, as another part"):
+        ast_fast.ASTModel.from_pretrained(folder)
 
 
 def test_places_without_a_checkpoint(tmp_path, monkeypatch):

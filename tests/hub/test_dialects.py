@@ -200,6 +200,7 @@ def test_transformers_loads_what_we_write_and_we_load_it_back(tmp_path, caplog):
     extractor = transformers.ASTFeatureExtractor.from_pretrained(tmp_path)
     assert (extractor.max_length, extractor.num_mel_bins, extractor.std) == (96, 64, 4.5689974)
     theirs.save_pretrained(tmp_path / "again")
+    extractor.save_pretrained(tmp_path / "again")
     for folder in (tmp_path, tmp_path / "again"):
         back = ast_fast.ASTModel.from_pretrained(folder)
         assert back.config == model.config.replace(dead_heads=False)

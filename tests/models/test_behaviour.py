@@ -10,6 +10,8 @@ import ast_fast
 from ast_fast import reference
 from ast_fast.equivalence.budgets import budget
 from ast_fast.equivalence.measures import measure
+from ast_fast.graphs import GraphedForward
+from ast_fast.optimized import optimize_for_inference
 
 
 def build(**changes):
@@ -286,6 +288,8 @@ def test_frames_that_fill_no_patch_are_ignored(x):
         (torch.zeros(2, 1, 70, 64), ValueError, "add or drop dimensions"),
         (torch.zeros(2, 64, 70), ValueError, r"looks transposed: pass x.transpose\(1, 2\)"),
         (torch.zeros(2, 100, 64), ValueError, "build the model with input_tdim=100"),
+        (torch.zeros(2, 70, 63), ValueError, r"\(2, 70, 63\): .*features with num_mel_bins=64"),
+        (torch.zeros(2, 70, 65), ValueError, r"\(2, 70, 65\): .*features with num_mel_bins=64"),
         (torch.zeros(2, 5, 64), ValueError, r"\(2, 5, 64\): expected \[B, 70, 64\]"),
         (torch.zeros(2, 70, 64, dtype=torch.int64), TypeError, "expected torch.float32; convert"),
         (torch.zeros(2, 70, 64, dtype=torch.float64), ValueError, r"x is torch.float64 and the model"),
@@ -295,3 +299,22 @@ def test_frames_that_fill_no_patch_are_ignored(x):
 def test_wrong_input_names_what_was_got_what_is_expected_and_the_fix(bad, error, message):
     with pytest.raises(error, match=message):
         build(depth=1)(bad)
+
+
+def test_every_entrance_refuses_other_mel_bins():
+    """63 bins give the grid of 64, and would be read as other bands of frequency."""
+    model = build(depth=1)
+    assert model.get_shape(10, 10, 63, 70) == model.config.grid
+    x, wave = torch.zeros(2, 70, 63), torch.zeros(2, 16000)
+    for call in (
+        model.forward_features,
+        model.frame_logits,
+        model.attention_maps,
+        GraphedForward(model),
+        optimize_for_inference(build(depth=1)),
+    ):
+        with pytest.raises(ValueError, match="num_mel_bins=64"):
+            call(x)
+    model.frontend_config = model.frontend_config.replace(num_mel_bins=63)
+    with pytest.raises(ValueError, match="num_mel_bins=64"):
+        model.forward_waveform(wave)

@@ -177,6 +177,15 @@ def test_opcheck(name, setting):
     backend, dtype = SETTINGS[setting]
     if backend not in available_backends():
         pytest.skip("the C++ extension is not built")
+    opcheck(name, backend, dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in OP_NAMES if name.endswith(" 0")])
+def test_opcheck_of_what_a_program_made_on_a_gpu_falls_back_to(name):
+    opcheck(name, "auto", torch.float32)
+
+
+def opcheck(name, backend, dtype):
     calls = {n: (op, args) for n, op, args in op_calls(backend, dtype)}
     if name not in calls:
         pytest.skip("not for this dtype")

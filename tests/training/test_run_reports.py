@@ -237,9 +237,9 @@ def test_many_classes_show_the_worst_and_the_best():
 
 def test_reading_a_manifest_again_gives_the_clips_that_were_kept_aside(place):
     plan = RunFolder.read(place / "several").plan
-    from ast_fast.train_command import read_plan
+    from ast_fast.run_data import drawn
 
-    train, held = read_plan(plan)
+    train, held = drawn(plan)
     everything = set(read_manifest(place / "several.csv").paths)
     assert set(train.paths) | set(held.paths) == everything
     assert not set(train.paths) & set(held.paths)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ from ast_fast.config import (
     TuneConfig,
 )
 from ast_fast.hub import CheckpointError
-from ast_fast.training import DivergedError, TrainingError, evaluate
+from ast_fast.training import DivergedError, Trainer, TrainingError, evaluate
 from ast_fast.training.averaging import PredictionMean, WeightAverage, swapped
 from ast_fast.training.distillation import DistillationLoss, with_teacher
 from ast_fast.training.divergence import WINDOW, Divergence
 from ast_fast.training.logs import read_log
 from ast_fast.training.losses import task_loss, truncated_cross_entropy
 from ast_fast.training.metrics import Metrics
-from ast_fast.training.optimizers import freeze, make_optimizer, rate_of
+from ast_fast.training.optimizers import depth_for_rates, freeze, make_optimizer, rate_of
 from ast_fast.training.scaling import FIRST, LossScaler
 from ast_fast.training.step import TrainingStep
 
@@ -125,6 +126,46 @@ def test_layers_nearer_the_input_learn_slower_and_the_head_faster():
     assert len(found) == len(named)
     for name, parameter in named.items():
         assert found[id(parameter)] == pytest.approx(0.5 * rate_of(name, 3, tune))
+
+
+def test_layer_decay_is_never_growth():
+    tune = TuneConfig(layer_decay=0.7)
+    names = [name for name, _ in model(depth=3).named_parameters()]
+    # a model that does not say its depth: its names do
+    depth = depth_for_rates(names, None, tune)
+    assert depth == 3
+    assert max(rate_of(name, depth, tune) for name in names) == 1.0
+    with pytest.raises(ValueError, match=r"depth=0: v\.blocks\.2\..* of block 3"):
+        rate_of("v.blocks.2.norm1.weight", 0, tune)
+    for known in (0, 2):
+        with pytest.raises(ValueError, match="layers of this model are not known"):
+            depth_for_rates(names, known, tune)
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        (TuneConfig(layer_decay=0.7), r"layer_decay=0\.7: no parameter .* mlp_head\.\*"),
+        (TuneConfig(head_rate=3.0), r"head_rate=3: no parameter .* mlp_head\.\*"),
+    ],
+)
+def test_rates_of_layers_that_a_model_does_not_name_are_refused(tune, message):
+    names = ["conv.weight", "classifier.weight"]
+    with pytest.raises(ValueError, match=message):
+        depth_for_rates(names, None, tune)
+    with pytest.raises(ValueError, match=r"no parameter is called \*blocks\.N\.\*"):
+        depth_for_rates(["conv.weight", "mlp_head.0.weight"], None, TuneConfig(layer_decay=0.7))
+    assert depth_for_rates(names, None, TuneConfig()) == 0
+
+
+def test_a_trainer_counts_the_layers_of_a_model_that_does_not_say_how_many():
+    network = model(depth=3)
+    silent = torch.nn.Module()  # the same parts, without a config
+    silent.v, silent.mlp_head = network.v, network.mlp_head
+    config = TrainConfig(tune=TuneConfig(layer_decay=0.5))
+    stand_in = SimpleNamespace(model=silent, config=config, _mode="eager")
+    made = Trainer._make_optimizer(stand_in, dict(silent.named_parameters()))
+    assert sorted({group["rate"] for group in made.param_groups}) == [0.0625, 0.125, 0.25, 0.5, 1.0]
 
 
 def test_a_linear_probe_trains_the_head_alone(tmp_path):
