@@ -16,11 +16,11 @@ import torch
 from . import __version__, backend, hub
 from .config import AudioConfig, DataConfig, ModelConfig, ModelFacts, MonitorConfig
 from .data import ClipSet, Collate, class_counts, dataset_of, read_data, reading_notes
-from .data.manifest import safe_cell
 from .frontend import log_mel_features
 from .inference import class_names, load_for_inference, load_model
 from .labels import read_labels
 from .models.ast import ASTModel
+from .names import safe_cell
 from .optimized import Precision
 from .run_data import trained_on
 from .training import TrainingInterrupted

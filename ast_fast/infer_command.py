@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ._text import one_line
 from .audio import AudioReport
 from .config import AudioConfig, ModelFacts
 from .inference import (
@@ -220,7 +221,9 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
         if as_json:
             print(json.dumps(row))
             continue
-        print(output.source + (f" ({row['windows']} windows)" if row["windows"] > 1 else ""))
+        print(
+            one_line(output.source) + (f" ({row['windows']} windows)" if row["windows"] > 1 else "")
+        )
         _print_labels(row["labels"])
         for part in row.get("parts", ()):
             print(f"  {part['start_s']:.2f} to {part['end_s']:.2f} s")
@@ -236,4 +239,4 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
 
 def _print_labels(found: Sequence[dict[str, Any]], indent: str = "") -> None:
     for label in found:
-        print(f"{indent}  {label['score']:8.4f}  {label['label']}")
+        print(f"{indent}  {label['score']:8.4f}  {one_line(label['label'])}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..audio import AudioReport
 from ..config import Task
-from ..data.dataset import Batch, ClipSet, max_samples
+from ..data.dataset import Batch, ClipSet, check_one_label, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from .logs import Progress
@@ -87,8 +87,10 @@ def evaluate(
         on_batch: gets each batch and its logits [B, C], for what the figures do not tell.
 
     Raises:
-        ValueError: no clip could be read.
+        ValueError: no clip could be read; or one has no label or several where one is expected.
     """
+    if task == "single_label":
+        check_one_label(dataset)
     device = next(model.parameters()).device
     was_training = model.training
     together = is_sharded(model)  # a process without clips helps the others
