@@ -58,13 +58,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--minutes", type=float, default=plan.MINUTES, help="time limit (default %(default)s)"
     )
-    made.add_argument("--out", type=Path, default=record.RESULTS, help="folder of results.tar.gz")
-    made.add_argument("--dtype", default="bf16,f16,f32", help="most important first")
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=record.RESULTS,
+        help="folder of results.tar.gz, or of what is unpacked (default benchmarks/results)",
+    )
+    made.add_argument(
+        "--dtype",
+        default="bf16,f16,f32",
+        help="most important first (default %(default)s); the plan takes the first alone",
+    )
     made.add_argument(
         "--only", default="", metavar="TEXT,...", help="jobs whose titles have one of these"
     )
     made.add_argument("--compiled", action="store_true", help="peers under torch.compile too")
-    made.add_argument("--quick", action="store_true", help="fewer shapes")
+    made.add_argument("--quick", action="store_true", help="fewer shapes, with --suite")
     made.add_argument(
         "--dry-run", action="store_true", help="the whole control flow on a CPU, tiny shapes"
     )

@@ -272,7 +272,9 @@ def steps(dry_run: bool = False) -> list[Step]:
 def settings_of_plan(settings: Settings, compiled: bool) -> Settings:
     """Settings under which every step fits: peers that are quick to start."""
     slow = _SLOW_PEERS if settings.cuda else ()
-    return dataclasses.replace(settings, without=(*slow, *(() if compiled else COMPILED)))
+    without = (*slow, *(() if compiled else COMPILED))
+    # it names its own shapes
+    return dataclasses.replace(settings, without=without, quick=False)
 
 
 # compiling a model takes a minute or two

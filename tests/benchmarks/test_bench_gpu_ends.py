@@ -298,6 +298,10 @@ def test_what_is_listed_is_what_would_run(capsys):
     assert "attention/attention forward" in quick and "smoke" not in quick
     assert gpu.main(["--list", "--suite", "attention", "--dtype", "bf16"]) == 0
     assert len(capsys.readouterr().out) > len(quick)
+    assert gpu.main(["--list", "--quick"]) == 0
+    plan_of_quick = capsys.readouterr().out
+    assert gpu.main(["--list"]) == 0
+    assert capsys.readouterr().out == plan_of_quick, "the plan names its own shapes"
     assert gpu.main(["--list", "--dry-run"]) == 0
     assert "probe: hang" in capsys.readouterr().out
 
