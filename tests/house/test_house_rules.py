@@ -15,11 +15,13 @@ PACKAGE = ROOT / "ast_fast"
 GROUND = (
     "kernels",
     "cpp",
+    "finite",
     "reference",
     "backend",
     "positions",
     "config",
     "audio",
+    "audio_memory",
     "audio_report",
     "audio_spans",
     "attention_mask",
