@@ -133,9 +133,7 @@ def check_batch(audio: Any, what: str = "audio", row: str = "sound") -> Tensor: 
         )
     _check_kind(audio, what)
     if not len(audio):
-        raise AudioEmptyError(
-            what, f"has no {row}s: expected [{row}s, samples] with at least one"
-        )
+        raise AudioEmptyError(what, f"has no {row}s: expected [{row}s, samples] with at least one")
     if audio.is_floating_point():
         # NaN is not below anything
         bad = (audio.detach().abs() < LARGEST_SAMPLE).logical_not().sum(1)
@@ -180,8 +178,7 @@ def _from_mapping(source: Mapping[str, Any], config: AudioConfig, name: str | No
     rate = source.get("sampling_rate")
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or rate != int(rate):
         raise AudioFormatError(
-            name,
-            f"has sampling_rate={rate!r:.40}: expected the rate of its samples in whole Hz"
+            name, f"has sampling_rate={rate!r:.40}: expected the rate of its samples in whole Hz"
         )
     samples = source[held[0]]
     if isinstance(samples, (list, tuple)):

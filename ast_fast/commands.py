@@ -104,7 +104,7 @@ def evaluate(
         say(f"  {note}")
     if json_path is not None:
         content = {**result.to_dict(), "check": row, "model": model, "data": str(data)}
-        json_path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        json_path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if per_class is not None:
         with per_class.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

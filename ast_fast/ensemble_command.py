@@ -85,7 +85,7 @@ def ensemble(
             "ensemble": made.figures,
             "data": "held out by the runs" if data is None else str(data),
         }
-        json.write_text(json_module.dumps(content, indent=1), encoding="utf-8")
+        json.write_text(json_module.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     return 0
 
 

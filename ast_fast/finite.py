@@ -77,7 +77,7 @@ def blame(model: nn.Module | None) -> str:
     """Why a model's numbers may be NaN, and what to do."""
     found = None if model is None else weights_not_finite(model)
     if found is not None:
-        return f"the model's weights are, {found}; take a checkpoint from before they became so"
+        return f"so are its weights {found}; take a checkpoint from before they became so"
     return (
         "expected finite numbers; a value beyond the range of 16 bits overflows: compute in float32, "
         "or look at the weights with torch.isfinite"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MonitorConfig
+from ..finite import blame, count_not_finite
 from . import whole
 from .budgets import Budget, Precision, budget, precision_of
 from .measures import Errors, measure, measure_all
@@ -148,7 +149,7 @@ class EquivalenceMonitor:
                 wants one.
 
         Raises:
-            EquivalenceError: over budget, and the settings say to stop.
+            EquivalenceError: over budget, and the settings say to stop; or the reference gives NaN.
             ValueError: the batch is empty.
         """
         started = time.perf_counter()
@@ -187,6 +188,12 @@ class EquivalenceMonitor:
             model.v.runner.ran = False
         fast = whole.run_fast(self._call, inputs, lengths, loss_fn, upstream, autocast)
         precision = _precision(model, inputs.device, autocast)
+        if count_not_finite(oracle.logits):
+            # NaN beside NaN would pass for agreement
+            raise EquivalenceError(
+                f"the reference's logits are NaN or infinite on {inputs.shape[0]} clips, so there is nothing to "
+                f"compare with: {blame(model)}"
+            )
         logits, gradient = _errors(fast, oracle)
         allowed = _allowed(precision, gradients, None, None)
         torch_ran = not (allowed[0].admits(logits) and allowed[1].admits(gradient))

@@ -335,4 +335,6 @@ def _check_sources(sources: Any) -> None:
             + ("list(batch) for the rows of a batch" if many else "[path] or [waveform] for one")
         )
     if not isinstance(sources, Iterable):
-        raise TypeError(f"paths is {described(sources)}: expected clips, as a list or other iterable")
+        raise TypeError(
+            f"paths is {described(sources)}: expected clips, as a list or other iterable"
+        )

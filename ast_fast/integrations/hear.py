@@ -92,7 +92,7 @@ def get_timestamp_embeddings(
         patches = tokens[:, model.ast.config.num_prefix_tokens :]
         parts.append(patches.unflatten(1, model.ast.config.grid).mean(1))
     columns = torch.cat(parts).unflatten(0, (-1, len(audio))).transpose(0, 1).flatten(1, 2)
-    check_results(columns, "embeddings", model)
+    check_results(columns, "embeddings", model.ast)
     count = pieces.columns
     centres = pieces.centres_ms(count).to(columns.device)
     return columns[:, :count].contiguous(), centres.expand(len(audio), -1).contiguous()
@@ -118,7 +118,7 @@ def get_scene_embeddings(
     pooled = pooled.unflatten(0, (-1, len(audio)))  # [pieces, B, C]
     weights = pieces.shares().to(pooled)
     scenes = (pooled * weights[:, None, None]).sum(0)
-    check_results(scenes, "embeddings", model)
+    check_results(scenes, "embeddings", model.ast)
     return scenes
 
 

@@ -14,6 +14,7 @@ from ..config import Task
 from ..data.dataset import Batch, ClipSet, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
+from ..finite import check_results
 from .logs import Progress
 from .metrics import Metrics
 from .processes import from_all
@@ -87,6 +88,7 @@ def evaluate(
         on_batch: gets each batch and its logits [B, C], for what the figures do not tell.
 
     Raises:
+        NotFiniteError: logits are NaN or infinite; says which weights are to blame.
         ValueError: no clip could be read.
     """
     device = next(model.parameters()).device
@@ -125,6 +127,7 @@ def evaluate(
         parts, report = _of_all(parts, report, world_size)
     metrics = Metrics(len(dataset.classes), task, binary=binary, on_sigmoids=on_sigmoids)
     for _, logits, targets in parts:
+        check_results(logits, "logits", model)
         metrics.update(logits, targets)
     return Evaluation(
         metrics.compute(),
