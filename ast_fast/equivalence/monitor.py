@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import MonitorConfig
 from ..finite import blame, count_not_finite
+from ..optimized import stale_packs
 from . import whole
 from .budgets import Budget, Precision, budget, precision_of
 from .measures import Errors, measure, measure_all
@@ -149,7 +150,8 @@ class EquivalenceMonitor:
                 wants one.
 
         Raises:
-            EquivalenceError: over budget, and the settings say to stop; or the reference gives NaN.
+            EquivalenceError: over budget, or packed weights are out of date, and the settings say to stop; or the
+                reference gives NaN.
             ValueError: the batch is empty.
         """
         started = time.perf_counter()
@@ -161,12 +163,26 @@ class EquivalenceMonitor:
         lengths = None if lengths is None else lengths[:clips]
         if gradients is None:
             gradients = torch.is_grad_enabled() and bool(whole.trainable(self._model))
+        self._check_packs()
         device = inputs.device
         with whole.kept_random_state(device):
             row = self._check(inputs, lengths, loss_fn, gradients, step, started)
         self.rows.append(row)
         self.seconds += row.seconds
         return self._judge(row)
+
+    def _check_packs(self) -> None:
+        stale = stale_packs(self._model)
+        if not stale:
+            return
+        message = (
+            f"packed weights of {len(stale)} blocks ({', '.join(stale[:3])}) are out of date: weights were written to "
+            "past autograd (through .data, .numpy() or a pointer); call ast_fast.refresh_packed(model) after such "
+            "writes"
+        )
+        if self.config.stop:
+            raise EquivalenceError(message)
+        _log.warning("%s", message)
 
     def _check(
         self,
