@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._containers import ReadAt, missing_audio
+from ._containers import Pieces, ReadAt, Survey, survey
 from ._optional import optional_import, require_package
+from ._streams import Streams
 from .audio_report import (
     AudioDecodeError,
     AudioEmptyError,
@@ -62,7 +63,8 @@ Source = str | os.PathLike[str] | bytes | BinaryIO
 # fmt: off
 SUFFIXES = frozenset((
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf",
-    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm",
+    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm", ".wave", ".bwf", ".snd", ".sph", ".mp1", ".mp2",
+    ".mpga", ".wma",
 ))
 # fmt: on
 _BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together
@@ -250,16 +252,20 @@ def _decode(
     with _opened(source, name) as (handle, read_at, size):
         if size == 0:
             raise AudioEmptyError(name, "the file is empty (0 bytes)")
-        missing = missing_audio(read_at, size)
-        if missing is not None:
-            _truncated(name, missing, config, report)
         own = _decode_flac(read_at, size, config)
         if own is not None:
             return own
+        found = _surveyed(read_at, size, name, config, report)
         try:
-            target = handle() if callable(handle) else handle
-            with soundfile.SoundFile(target, closefd=False) as file:
-                return _read(file, name, config, report)
+            try:
+                return _decode_as(found, handle, read_at, name, config, report)
+            except soundfile.LibsndfileError:
+                # a FLAC file that is cut short, as opposed to one that is damaged
+                deep = survey(read_at, size, deep=True) if found is None else None
+                if deep is None or deep.missing is None:
+                    raise
+                _truncated(name, deep.missing, config, report)
+                return _decode_as(deep, handle, read_at, name, config, report)
         except soundfile.LibsndfileError as error:
             reason = str(error.error_string).strip().rstrip(".")
             with_codec = _decode_with_torchcodec(source, read_at, size)
@@ -277,6 +283,87 @@ def _decode(
             raise AudioDecodeError(name, f"cannot be decoded: {error}") from error
 
 
+def _surveyed(
+    read_at: ReadAt, size: int, name: str, config: AudioConfig, report: AudioReport
+) -> Survey | None:
+    """What walking a file finds; what is to be said of it is said.
+
+    Raises:
+        AudioError: it is cut short, or cannot be read as one sound.
+    """
+    found = survey(read_at, size)
+    if found is not None:
+        tell_survey(found, name, config, report)
+    return found
+
+
+def tell_survey(found: Survey, name: str, config: AudioConfig, report: AudioReport) -> None:
+    """Refuse, or count and note, what walking a file found.
+
+    Raises:
+        AudioError: it is cut short, or cannot be read as one sound.
+    """
+    if found.refused is not None:
+        raise AudioDecodeError(name, found.refused)
+    if found.missing is not None:
+        _truncated(name, found.missing, config, report)
+    for note in found.notes:
+        report.restated = 1
+        report.note(f"{name}: {note}")
+
+
+def _decode_as(
+    found: Survey | None,
+    handle: Any,
+    read_at: ReadAt,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+) -> tuple[np.ndarray, int, str]:
+    """Decode a file as it stands, or the streams found in it."""
+    soundfile = require_package("soundfile", "reading audio files", "audio")
+    samples = None if found is None else found.samples
+    with open_streams(soundfile, found, handle, read_at, name) as file:
+        if samples is not None and file.frames < samples:
+            raise AudioDecodeError(
+                name,
+                f"holds {samples} samples, and the decoder finds {file.frames}; convert it to WAV",
+            )
+        return _read(file, name, config, report, samples)
+
+
+def open_streams(
+    soundfile: Any,
+    found: Survey | None,
+    handle: Any,
+    read_at: ReadAt,
+    name: str,
+    frames: tuple[int, ...] | None = None,
+    seeking: bool = False,
+) -> Any:
+    """Libsndfile's view of a file, or of the streams that were found in it.
+
+    Args:
+        soundfile: the library.
+        found: by walking the file.
+        handle: of the file, or what opens it.
+        read_at: reads its bytes.
+        name: for messages.
+        frames: of each stream, if they are known.
+        seeking: samples will be read from anywhere.
+
+    Raises:
+        AudioDecodeError: these are not of one rate and as many channels.
+    """
+    if found is None or found.streams is None:
+        target = handle() if callable(handle) else handle
+        if not seeking or found is None or found.tails is None:
+            return soundfile.SoundFile(target, closefd=False)
+        return Streams([target], name, frames, found.tails)
+    targets = [Pieces(read_at, pieces) for pieces in found.streams]
+    return Streams(targets, name, frames, found.tails)
+
+
 def _decode_flac(
     read_at: ReadAt, size: int, config: AudioConfig
 ) -> tuple[np.ndarray, int, str] | None:
@@ -292,15 +379,18 @@ def _decode_flac(
     if samples > min(config.max_seconds * rate_hz, config.max_decoded_bytes / 4):
         return None
     decoded = flac.decode(read_at(0, size))
-    if decoded is None:
+    if (
+        decoded is None
+    ):  # damaged; or more follows than the header promises, which is to be looked at
         return None
     return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
 
 
 def _read(
-    file: Any, name: str, config: AudioConfig, report: AudioReport
+    file: Any, name: str, config: AudioConfig, report: AudioReport, samples: int | None
 ) -> tuple[np.ndarray, int, str]:
     (rate_hz, channels), promised = _check_header(file, name), int(file.frames)
+    promised = promised if samples is None else samples
     whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
     blocks, total = [], 0

@@ -174,7 +174,8 @@ def _from_mapping(source: Mapping[str, Any], config: AudioConfig, name: str | No
             'file as "bytes" or "path"',
         )
     if not held:
-        return load(path if content is None else content, config, name)
+        source_of: Any = path if content is None else content
+        return load(source_of, config, name)
     rate = source.get("sampling_rate")
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or rate != int(rate):
         raise AudioFormatError(

@@ -17,11 +17,11 @@ from . import __version__, backend, hub
 from .config import DataConfig, ModelConfig, ModelFacts, MonitorConfig
 from .data import ClipSet, Collate, class_counts, dataset_of, read_data, reading_notes
 from .data.dataset import read_for
-from .data.manifest import safe_cell
 from .frontend import log_mel_features
 from .inference import class_names, load_for_inference, load_model
 from .labels import read_labels
 from .models.ast import ASTModel
+from .names import safe_cell
 from .optimized import Precision
 from .run_data import trained_on
 from .training import TrainingInterrupted

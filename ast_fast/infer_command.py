@@ -30,6 +30,7 @@ from .inference.rows import TagRows, encode_embedding
 from .inference.sources import Unit, units_of
 from .inference.writers import embedding_writer, tag_writer
 from .labels import read_labels
+from .names import printable
 from .optimized import Precision
 from .training.logs import say
 
@@ -222,7 +223,10 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
         if as_json:
             print(json.dumps(row, allow_nan=False))
             continue
-        print(output.source + (f" ({row['windows']} windows)" if row["windows"] > 1 else ""))
+        print(
+            printable(output.source)
+            + (f" ({row['windows']} windows)" if row["windows"] > 1 else "")
+        )
         _print_labels(row["labels"])
         for part in row.get("parts", ()):
             print(f"  {part['start_s']:.2f} to {part['end_s']:.2f} s")
@@ -238,4 +242,4 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
 
 def _print_labels(found: Sequence[dict[str, Any]], indent: str = "") -> None:
     for label in found:
-        print(f"{indent}  {label['score']:8.4f}  {label['label']}")
+        print(f"{indent}  {label['score']:8.4f}  {printable(label['label'])}")

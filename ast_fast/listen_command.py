@@ -14,6 +14,7 @@ import numpy as np
 from .config import ModelFacts
 from .inference import Activation, load_for_inference
 from .labels import read_labels
+from .names import printable
 from .streaming import StreamingTagger, StreamPrediction
 
 _READ_BYTES = 1 << 16
@@ -133,7 +134,7 @@ def _print(results: list[StreamPrediction], as_json: bool) -> None:
                 allow_nan=False,
             )
         else:
-            found = ", ".join(f"{name} {score:.4f}" for name, score in result.labels)
+            found = ", ".join(f"{printable(name)} {score:.4f}" for name, score in result.labels)
             share = "" if result.filled == 1.0 else f"  ({100 * result.filled:.0f} % filled)"
             line = f"{result.start_s:9.2f} -{result.end_s:9.2f} s  {found}{share}"
         print(line, flush=True)

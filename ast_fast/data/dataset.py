@@ -217,6 +217,28 @@ class AudioDataset(Dataset[Any]):
         return Clip(clip.wave, labels, index, clip.report)
 
 
+def check_one_label(dataset: ClipSet) -> None:
+    """Refuse, for problems of one label a clip, a clip that has none or several.
+
+    Raises:
+        ValueError: names the first, where it is listed, and how many there are.
+    """
+    bad = [index for index, labels in enumerate(dataset.labels) if len(labels) != 1]
+    if not bad:
+        return
+    first, name = bad[0], getattr(dataset, "name", None)
+    where = f"clip {first}" if name is None else str(name(first))
+    manifest = getattr(dataset, "manifest", None)
+    if manifest is not None and manifest.lines[first]:
+        where = f"{manifest.source}, line {manifest.lines[first]}: {where}"
+    count = len(dataset.labels[first])
+    more = f" ({len(bad)} clips have not one)" if len(bad) > 1 else ""
+    raise ValueError(
+        f"{where} has {count or 'no'} label{'s' if count else ''}{more}: expected one; train with "
+        "loss='binary_cross_entropy' (evaluate with --multi-label) where clips may have several or none"
+    )
+
+
 class WaveformDataset(Dataset[Any]):
     """Clips that are in memory already.
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from .._files import sync
+from ..names import safe_cell, safe_path
 from .dataset import Clip, ClipSet
 from .examine import Pack, flac_bytes
-from .manifest import ManifestError, safe_cell
+from .manifest import ManifestError
 from .prepare import Content, replace, stored
 
 MANIFEST, CLASSES = "manifest.jsonl", "classes.csv"
@@ -110,8 +111,7 @@ class ManifestStore:
                 path = row["path"]
                 told = list(row["values"].values()) if with_values else [";".join(row["labels"])]
                 # "./" keeps a name that begins with "-" from being a formula, and is the same file
-                first = path if safe_cell(path) == path else f"./{path}"
-                yield [first, *told, *([row.get("split", "")] if splits else [])]
+                yield [safe_path(path), *told, *([row.get("split", "")] if splits else [])]
 
         return _csv_lines(cells())
 

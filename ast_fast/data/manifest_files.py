@@ -68,7 +68,8 @@ def read_manifest(
         values: columns of numbers to predict; labels are not read then.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
-        need_labels: refuse clips without labels; clips that are only to be labelled need none.
+        need_labels: refuse a list that says nothing of labels; clips that are only to be labelled need
+            none. A label that is empty (in JSON "" or []) is a clip of no class.
 
     Raises:
         ManifestError: with the line.

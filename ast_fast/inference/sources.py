@@ -9,16 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..audio_memory import EXPECTED, AnyClip, described, is_clip
-from ..data.manifest import MAX_FIELD_CHARS, ManifestError, audio_files
+from ..data.manifest import MAX_FIELD_CHARS, ManifestError
 from ..data.manifest_files import read_manifest
 from ..data.shard_index import is_shards
 from ..data.shards import ShardSet
+from ..data.tree import Walk
+
+_log = logging.getLogger("ast_fast.inference")
 
 FILES_A_UNIT = 4  # files that one task reads, so that a task is worth its message
 _MANIFESTS = (".csv", ".jsonl", ".json")
@@ -141,7 +145,13 @@ def _pieces(
     if path.is_dir():
         if is_shards(path):
             yield open_shards(os.fspath(path))
-        yield from ((os.fspath(file), None) for file in audio_files(path))
+        walk = Walk(path, () if root is None else (root,))
+        # counted where the user looks: what is not run is not in the results
+        found = walk.sounds(path)
+        for note in walk.tree.notes():
+            _log.warning("%s: %s", path, note)
+        start = os.fspath(path)
+        yield from ((os.path.join(start, file), None) for file in found)  # noqa: PTH118
     elif suffix == ".tar":
         yield open_shards(os.fspath(path))
     elif suffix in _MANIFESTS:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..audio import AudioReport
 from ..config import Task
-from ..data.dataset import Batch, ClipSet, max_samples
+from ..data.dataset import Batch, ClipSet, check_one_label, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
 from ..finite import check_results
@@ -95,8 +95,10 @@ def evaluate(
 
     Raises:
         NotFiniteError: logits are NaN or infinite; says which weights are to blame.
-        ValueError: no clip could be read.
+        ValueError: no clip could be read; or one has no label or several where one is expected.
     """
+    if task == "single_label":
+        check_one_label(dataset)
     stale = stale_packs(model)
     if stale:
         _log.warning(

@@ -65,7 +65,9 @@ def test_an_accelerated_model_of_transformers_names_them(bins, labels):
         lambda: model(x, output_hidden_states=True, **given),
         lambda: model.audio_spectrogram_transformer(x),
     ):
-        with pytest.raises(ValueError, match=rf"{bins} mel bins: expected 64 \(config.num_mel_bins\)"):
+        with pytest.raises(
+            ValueError, match=rf"{bins} mel bins: expected 64 \(config.num_mel_bins\)"
+        ):
             call()
     # what was not accelerated stays transformers'
     assert ast_fast.restore(model)(torch.randn(1, 64, 64)).logits.isfinite().all()

@@ -101,7 +101,9 @@ def test_the_monitor_stops_on_a_stale_pack_whose_error_would_be_small(model, how
     before = float(weight.detach()[PLACE])
     write(model, how)
     weight.detach().numpy()[PLACE] = np.nextafter(np.float32(before), np.float32(9))
-    with pytest.raises(EquivalenceError, match=r"1 blocks \(v.blocks.1\) are out of date.*refresh_packed"):
+    with pytest.raises(
+        EquivalenceError, match=r"1 blocks \(v.blocks.1\) are out of date.*refresh_packed"
+    ):
         monitor.step(features(), gradients=False)
     assert EquivalenceMonitor(model, MonitorConfig(stop=False)).step(features(), gradients=False)
     assert "out of date" in caplog.text

@@ -205,7 +205,7 @@ def test_front_ends_of_the_hub_refuse_nan_and_lists_of_whole_samples():
     with pytest.raises(ValueError, match="clip 0: 1 of 12000 samples are NaN"):
         extractor(floats, sampling_rate=16000)
     whole = (wave() * 32768).round().to(torch.int64).tolist()
-    with pytest.raises(TypeError, match="int64.*32768"):
+    with pytest.raises(TypeError, match=r"int64.*32768"):
         extractor(whole, sampling_rate=16000)
     made = extractor([0, 1] * 400, sampling_rate=16000, return_tensors="np")["input_values"]
     assert np.isfinite(made).all()
