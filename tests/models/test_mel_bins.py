@@ -95,6 +95,6 @@ def test_means_and_teachers_of_other_bins_are_refused(tmp_path):
     }  # nothing but the settings tells them apart
     with pytest.raises(CheckpointError, match="another config"):
         average([str(tmp_path / "64"), str(tmp_path / "63")], tmp_path / "mean")
-    with pytest.raises(ValueError, match="distill.teacher hears.*63.*64"):
+    with pytest.raises(ValueError, match=r"distill.teacher hears.*63.*64"):
         Teacher(build(63), build().frontend_config, 3)
     assert mean_of_weights(lambda m: m.state_dict(), [build(), copy.deepcopy(build())])
