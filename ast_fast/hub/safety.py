@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..finite import NotFiniteError, check_state
 from .errors import CheckpointError
 
 _HINT = "download it again, or convert it with the program that wrote it"
@@ -95,7 +96,7 @@ def check_tensors(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def check_weights(state: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse weights that are no floating point numbers, which a model would take at face value.
+    """Refuse weights that are no floating point numbers, or NaN, which a model would take at face value.
 
     Raises:
         CheckpointError: names the tensor.
@@ -105,3 +106,16 @@ def check_weights(state: Mapping[str, Tensor], file: Path) -> None:
             raise CheckpointError(
                 f"{str(file)!r}: {key!r} is {value.dtype}: expected floating point weights, not quantised"
             )
+    refuse_not_finite(state, repr(str(file)))
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    try:
+        check_state(state, what)
+    except NotFiniteError as error:
+        raise CheckpointError(str(error)) from error
