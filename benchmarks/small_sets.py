@@ -232,7 +232,7 @@ def _decoded(named: Named) -> tuple[list[Tensor], list[str], list[str]]:
     waves, labels, groups = [], [], []
     for path, label, group in named:
         try:
-            wave = load(path, sample_rate_hz=RATE_HZ, dtype="int16").wave
+            wave = load(path, sample_rate_hz=RATE_HZ, dtype="int16", truncated="keep").wave
         except AudioError:  # the packages have some that are empty
             continue
         if len(wave) >= RATE_HZ // 20 and bool(wave.any()):
