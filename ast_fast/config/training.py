@@ -130,6 +130,7 @@ class TrainConfig(Config):
     # auto: of the loss; cross_entropy one label a clip, binary_cross_entropy several
     task: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
     loss: Literal["cross_entropy", "binary_cross_entropy", "mean_squared_error"] = "cross_entropy"
+    label_smoothing: float = 0.0  # share of a label spread over all classes (cross-entropy alone)
     # adam: decay is added to the gradient of every weight (L2); adamw: to matrices alone, apart
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = 5e-4
@@ -217,6 +218,15 @@ class TrainConfig(Config):
         check(value in allowed, f"{name}={value!r}: expected one of {', '.join(allowed)}")
 
     def _check_task(self) -> None:
+        check(
+            0.0 <= self.label_smoothing < 1.0,
+            f"label_smoothing={self.label_smoothing}: expected 0 (off) to below 1",
+        )
+        check(
+            self.label_smoothing == 0.0
+            or (self.loss == "cross_entropy" and "truncated_labels" not in self.reproduce),
+            f"label_smoothing={self.label_smoothing} smooths loss='cross_entropy' alone: leave it at 0",
+        )
         fitting = {
             "cross_entropy": ("single_label",),
             "binary_cross_entropy": ("multi_label", "single_label"),
