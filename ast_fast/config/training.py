@@ -27,6 +27,7 @@ class AugmentConfig(Config):
     noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
     roll_frames: int = 0  # largest circular shift in time
     roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
+    place: bool = False  # clips shorter than the model's length begin anywhere in it
     gain_db: float = 0.0  # louder or softer by up to so many decibels
     snr_db: tuple[float, float] | None = None  # white noise, so many decibels below the clip
     patchout_time: int = 0  # columns of the patch grid left out of each step (PaSST: 40 of 99)
