@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tomllib
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..config import AudioConfig, Config, LogMelConfig, TrainConfig, check
+from ..models.registry import list_models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,8 @@ class RunConfig(Config):
         frontend: log-mel settings by name, whose sizes become the model's input sizes; what is not
             named is as the model comes with it. A `LogMelConfig` names all of them.
         statistics: "given" takes the front end's mean and std, "measure" those of training clips.
+        keep: the epoch whose weights become the run's model, where clips are held out: "best" on them, or
+            "last". Weights averaged over epochs (`train.average.first_epoch`) are the model either way.
         audio: how files are read; its sample rate is set to the front end's.
         train: optimisation, logging, checkpoints.
     """
@@ -32,6 +36,7 @@ class RunConfig(Config):
     weights: Literal["random", "imagenet", "audioset"] = "random"
     frontend: Mapping[str, Any] | LogMelConfig | None = None
     statistics: Literal["given", "measure"] = "given"
+    keep: Literal["best", "last"] = "best"
     audio: AudioConfig = AudioConfig()  # noqa: RUF009 - frozen
     train: TrainConfig = TrainConfig()  # noqa: RUF009
 
@@ -45,12 +50,18 @@ class RunConfig(Config):
             self.statistics in ("given", "measure"),
             f"statistics={self.statistics!r}: expected given or measure",
         )
+        check(self.keep in ("best", "last"), f"keep={self.keep!r}: expected best or last")
         check(
             self.front_changes.get("num_frames", 1) is not None,
             "frontend.num_frames is not set: expected the model's input length in frames",
         )
         # the model's own front end is not known yet: each value alone, under the freest of the others
         LogMelConfig(output="db", mel_scale="htk").replace(**self.front_changes)
+
+    @property
+    def is_architecture(self) -> bool:
+        """Whether the model is a name of `list_models()` rather than a pretrained one."""
+        return self.model in list_models()
 
     @property
     def front_changes(self) -> dict[str, Any]:
@@ -107,7 +118,11 @@ def _read(recipe: str) -> dict[str, Any]:
         raise ValueError(f"{recipe}: is not TOML: {error}") from error
 
 
-def read_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(
+    recipe: str | None,
+    overrides: Sequence[str] = (),
+    under: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """A run from a recipe and `section.name=value` overrides, which win.
 
     Values are TOML too: numbers, true, "text"; a bare word is taken as text.
@@ -115,12 +130,15 @@ def read_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         recipe: one of `list_recipes()`, or a TOML file; None for the defaults.
         overrides: single settings.
+        under: nested settings that hold where neither says otherwise.
 
     Raises:
         ValueError: a key is unknown or a value does not fit; names the file or the override.
         FileNotFoundError: there is no such recipe.
     """
-    values = {} if recipe is None else _read(recipe)
+    values = copy.deepcopy(dict(under or {}))
+    if recipe is not None:
+        values = merged(values, _read(recipe))
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
@@ -136,6 +154,20 @@ def read_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{recipe or 'settings'}: {error}") from error
+
+
+def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, of which the second win.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    {'a': {'b': 1, 'c': 3}}
+    """
+    found = dict(values)
+    for name, value in over.items():
+        mine = found.get(name)
+        both = isinstance(mine, Mapping) and isinstance(value, Mapping)
+        found[name] = merged(mine, value) if both else value
+    return found
 
 
 def _value(text: str) -> Any:
