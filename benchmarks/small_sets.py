@@ -117,7 +117,7 @@ _DRUMS = {
     "tom": r"tom|^ft_|^t\d_|^tm",
     "hihat": r"hi-?hat|hat|^hh|chh|ohh",
     "cymbal": r"crash|ride|splash|china|cymbal|^rc_|^rd|^cr",
-    "percussion": r"clap|conga|bongo|cowbell|agogo|clave|djembe|kenkeni|dunun|sangban|maraca|tambourine|wood|cajon|glass|snap|triangle",  # fmt: skip
+    "percussion": r"clap|conga|bongo|cowbell|agogo|clave|djembe|kenkeni|dunun|sangban|maraca|tambourine|wood|cajon|glass|snap|triangle",
 }
 
 
@@ -191,7 +191,7 @@ SOURCES = {
 def _initials() -> tuple[list[Tensor], list[str], list[str]]:
     """The shipped syllables by how they begin; the group is how they go on."""
     everything = read_syllables()
-    starts = "ㄅㄆㄇㄈㄉㄊㄋㄌㄍㄎㄏㄐㄑㄒㄓㄔㄕㄖㄗㄘㄙ"  # noqa: RUF001
+    starts = "".join(map(chr, range(0x3105, 0x311A)))  # bopomofo
     labels = [each[0] if each[0] in starts else "none" for each in everything.syllables]
     groups = [each.lstrip(starts) or each for each in everything.syllables]
     return everything.waves, labels, groups
