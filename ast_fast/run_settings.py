@@ -143,7 +143,9 @@ def _default(
         return settings
     values = default_recipe(len(data), len(data.classes), frames, loss=settings.train.loss)
     found = read_config(None, overrides, under=values)
-    train = found.train
+    # one of several runs has a seed of its own
+    train = found.train.replace(seed=settings.train.seed)
+    found = found.replace(train=train)
     say(
         f"default recipe for {len(data)} clips of {len(data.classes)} classes: {found.model}, {train.epochs} "
         f"epochs of batches of {train.batch_size}, lr {train.lr:g}; all of it is in run.json"
