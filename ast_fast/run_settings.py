@@ -25,6 +25,7 @@ from .training.logs import say
 from .training.recipe import read_config
 
 _SAMPLED = 500  # clips: enough for mean and std to the second digit
+_BINS = 64  # of the default model
 _SHARE = 0.95  # of the clips, which fit into the model's length
 
 
@@ -110,7 +111,7 @@ def settle(
     if "num_frames" in said or not by_name:
         return _default(settings, data, said.get("num_frames"), overrides, by_name)
     # what the length is made of, before the model is there
-    front = LogMelConfig(num_mel_bins=64).replace(**said)
+    front = LogMelConfig(num_mel_bins=_BINS).replace(**said)
     sample = sample_clips(
         front, data, settings.audio.replace(sample_rate_hz=front.sample_rate_hz), seed
     )
@@ -141,7 +142,11 @@ def _default(
     named = any(text.partition("=")[0].strip() == "model" for text in overrides or ())
     if overrides is None or named or not by_name or frames is None:
         return settings
-    values = default_recipe(len(data), len(data.classes), frames, loss=settings.train.loss)
+    values = default_recipe(
+        *(len(data), len(data.classes), frames),
+        num_mel_bins=settings.front_changes.get("num_mel_bins", _BINS),
+        loss=settings.train.loss,
+    )
     found = read_config(None, overrides, under=values)
     # one of several runs has a seed of its own
     train = found.train.replace(seed=settings.train.seed)

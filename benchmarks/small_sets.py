@@ -25,7 +25,6 @@ from ast_fast.audio import AudioError, load
 from ast_fast.data.syllables import read_syllables
 
 RATE_HZ = 16000
-LONGEST_S = 2.0  # of a clip; the rest is cut, for all methods alike
 MOST_CLIPS = 500
 FEWEST = 8  # clips of a class that counts
 
@@ -55,6 +54,7 @@ class Source:
     read: Callable[[Path], Named]
     what: str
     groups: str
+    seconds: float = 1.0  # of each clip from its start; the rest is cut, for all methods alike
 
 
 def unpacked(packages: tuple[str, ...], cache: Path) -> Path:
@@ -172,7 +172,7 @@ def _letters(place: Path) -> Named:
 SOURCES = {
     "vowels": Source(("klettres-data",), _vowels, "5 vowels in syllables, 3 speakers", "consonant"),
     "malayalam": Source(
-        ("klettres-data",), _malayalam, "vowels in Malayalam syllables, 1 speaker", "consonant"
+        ("klettres-data",), _malayalam, "vowels in Malayalam syllables, 1 speaker", "consonant", 2.5
     ),
     "drums": Source(
         ("hydrogen-drumkits", "hydrogen-data"), _drums, "hits of drum kits, 6 kinds", "kit"
@@ -200,7 +200,7 @@ def _initials() -> tuple[list[Tensor], list[str], list[str]]:
 def read_set(name: str, cache: Path) -> SmallSet:
     """A set by name, decoded once and kept in the cache.
 
-    Clips are cut to two seconds, and there are at most 500, drawn with a fixed seed; classes of fewer than
+    Clips are cut to a second (to two and a half where they begin with silence), and there are at most 500, drawn with a fixed seed; classes of fewer than
     eight are left out.
     """
     file = cache / "decoded" / f"{name}.npz"
@@ -212,7 +212,8 @@ def read_set(name: str, cache: Path) -> SmallSet:
             waves, labels, groups = _decoded(source.read(unpacked(source.packages, cache)))
         chosen = _chosen(labels)
         file.parent.mkdir(parents=True, exist_ok=True)
-        cut = [waves[i][: int(LONGEST_S * RATE_HZ)].numpy() for i in chosen]
+        longest = round(RATE_HZ * (SOURCES[name].seconds if name in SOURCES else 1.0))
+        cut = [waves[i][:longest].numpy() for i in chosen]
         partial = file.with_suffix(".partial.npz")
         np.savez_compressed(
             partial,

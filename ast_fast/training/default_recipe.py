@@ -25,7 +25,12 @@ def frames_for(wanted: int) -> int:
 
 
 def default_recipe(
-    num_clips: int, num_classes: int, num_frames: int, *, loss: str = "cross_entropy"
+    num_clips: int,
+    num_classes: int,
+    num_frames: int,
+    *,
+    num_mel_bins: int = 64,
+    loss: str = "cross_entropy",
 ) -> dict[str, Any]:
     """Settings for training from scratch, as a recipe file would hold them.
 
@@ -36,16 +41,15 @@ def default_recipe(
         num_clips: to train on.
         num_classes: of their labels.
         num_frames: length of the model.
+        num_mel_bins: of its front end.
         loss: of the run; labels are smoothed where it is cross-entropy.
 
     Raises:
         ValueError: a number is below 1.
     """
-    for name, value in (
-        ("num_clips", num_clips),
-        ("num_classes", num_classes),
-        ("num_frames", num_frames),
-    ):
+    numbers = {"num_clips": num_clips, "num_classes": num_classes}
+    numbers |= {"num_frames": num_frames, "num_mel_bins": num_mel_bins}
+    for name, value in numbers.items():
         check(value >= 1, f"{name}={value}: expected at least 1")
     steps_an_epoch = -(-num_clips // _BATCH)
     epochs = min(max(round(_STEPS / steps_an_epoch), _FEWEST_EPOCHS), _MOST_EPOCHS)
@@ -59,7 +63,7 @@ def default_recipe(
             "warmup_steps": 50,
             "label_smoothing": 0.1 if loss == "cross_entropy" else 0.0,
             "augment": {
-                "freq_mask_bins": 16,
+                "freq_mask_bins": num_mel_bins // 4,
                 "time_mask_frames": num_frames // 4,
                 "gain_db": 6.0,
                 "roll_frames": max(1, num_frames // 20),

@@ -165,8 +165,9 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     found = dict(values)
     for name, value in over.items():
         mine = found.get(name)
-        both = isinstance(mine, Mapping) and isinstance(value, Mapping)
-        found[name] = merged(mine, value) if both else value
+        if isinstance(mine, Mapping) and isinstance(value, Mapping):
+            value = merged(mine, value)
+        found[name] = value
     return found
 
 
