@@ -238,6 +238,7 @@ def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, 
     }
     model: Any
     if settings.model in list_models():
+        sizes |= settings.sizes or {}
         model = create_model(settings.model, len(classes), labels=classes, **sizes)
         start_from_weights(model, settings.weights)
     else:

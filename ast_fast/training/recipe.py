@@ -11,8 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ..config import AudioConfig, Config, LogMelConfig, TrainConfig, check
+from ..config import AudioConfig, Config, LogMelConfig, ModelConfig, TrainConfig, check
 from ..models.registry import list_models
+
+_NO_SIZES = {"label_dim", "labels", "problem_type", "input_fdim", "input_tdim"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,8 @@ class RunConfig(Config):
 
     Attributes:
         model: a name of `ast_fast.list_models()`, or a pretrained directory or file to start from.
+        sizes: of a model named by its architecture: settings that differ from it, as `ModelConfig` has them
+            (embed_dim, depth, num_heads, patches, strides); the input's are the front end's.
         weights: what a model named by its architecture starts from: "random"; "imagenet", the image
             model of its width; "audioset", the original's AudioSet model, without its head.
         frontend: log-mel settings by name, whose sizes become the model's input sizes; what is not
@@ -33,6 +37,7 @@ class RunConfig(Config):
     """
 
     model: str = "ast_mini_p16_s10"
+    sizes: Mapping[str, Any] | None = None
     weights: Literal["random", "imagenet", "audioset"] = "random"
     frontend: Mapping[str, Any] | LogMelConfig | None = None
     statistics: Literal["given", "measure"] = "given"
@@ -51,6 +56,11 @@ class RunConfig(Config):
             f"statistics={self.statistics!r}: expected given or measure",
         )
         check(self.keep in ("best", "last"), f"keep={self.keep!r}: expected best or last")
+        check(
+            not self.sizes or (self.is_architecture and self.weights == "random"),
+            f"sizes={self.sizes!r} with model={self.model!r}, weights={self.weights!r}: they are of a model named "
+            "by its architecture that starts from random weights; leave them out",
+        )
         check(
             self.front_changes.get("num_frames", 1) is not None,
             "frontend.num_frames is not set: expected the model's input length in frames",
@@ -73,6 +83,11 @@ class RunConfig(Config):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from nested dicts; see `Config.from_dict`."""
         _check_model(values.get("model", ""))
+        sizes = values.get("sizes")
+        if isinstance(sizes, Mapping):
+            values = {**values, "sizes": _read_sizes(sizes)}
+        elif sizes is not None:
+            raise ValueError(f"sizes={sizes!r}: expected a section")
         frontend = values.get("frontend")
         if isinstance(frontend, Mapping):
             values = {**values, "frontend": LogMelConfig.read_values(frontend)}
@@ -80,6 +95,18 @@ class RunConfig(Config):
             check(isinstance(frontend, LogMelConfig), f"frontend={frontend!r}: expected a section")
         # zero-argument super() does not work in a class that slots=True rebuilds
         return super(RunConfig, cls).from_dict(values)
+
+
+def _read_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes by name; those that follow from the data and the front end are no settings."""
+    found = ModelConfig.read_values(values)
+    fixed = sorted(set(found) & _NO_SIZES)
+    check(
+        not fixed,
+        f"sizes.{', sizes.'.join(fixed)}: follows from the data or the front end; leave it out, or set "
+        "frontend.num_frames or frontend.num_mel_bins",
+    )
+    return found
 
 
 def _check_model(name: Any) -> None:
