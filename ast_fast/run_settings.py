@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .data.prepared_figures import prepared_moments
 from .frontend import log_mel_features
 from .reference.mel import mel_sizes
 from .training import RunConfig
-from .training.default_recipe import MOST_FRAMES, default_recipe, frames_for
+from .training.default_recipe import PATCH, STRIDE, default_recipe, frames_for, stride_for
 from .training.logs import say
 from .training.recipe import read_config
 
@@ -107,41 +107,39 @@ def settle(
         overrides: single settings, where no recipe is named; None where one is.
     """
     said = settings.front_changes
-    by_name = settings.is_architecture and settings.weights == "random"
-    if "num_frames" in said or not by_name:
-        return _default(settings, data, said.get("num_frames"), overrides, by_name)
-    # what the length is made of, before the model is there
-    front = LogMelConfig(num_mel_bins=_BINS).replace(**said)
-    sample = sample_clips(
-        front, data, settings.audio.replace(sample_rate_hz=front.sample_rate_hz), seed
-    )
-    sizes = mel_sizes(**front.framing)
-    wanted = sizes.num_frames(
-        round(float(np.quantile(sample.seconds, _SHARE)) * front.sample_rate_hz)
-    )
-    frames = frames_for(wanted)
-    heard = (max_samples(front.replace(num_frames=frames)) or 0) / front.sample_rate_hz
-    most = " (no more without being told)" if frames == MOST_FRAMES else ""
-    say(
-        f"length: the model hears {frames} frames, {heard:.2f} s{most}: of {sample.of} {_SHARE:.0%} last at most "
-        f"{np.quantile(sample.seconds, _SHARE):.2f} s, the longest {max(sample.seconds):.2f} s; "
-        "--set frontend.num_frames=... sets it"
-    )
-    found = _default(settings, data, frames, overrides, by_name)
-    return found.replace(frontend={**found.front_changes, "num_frames": frames})
-
-
-def _default(
-    settings: RunConfig,
-    data: Data,
-    frames: int | None,
-    overrides: Sequence[str] | None,
-    by_name: bool,
-) -> RunConfig:
-    """The recipe that follows from the clips, under what is said."""
-    named = any(text.partition("=")[0].strip() == "model" for text in overrides or ())
-    if overrides is None or named or not by_name or frames is None:
+    if not settings.is_architecture or settings.weights != "random":
         return settings
+    named = any(text.partition("=")[0].strip() == "model" for text in overrides or ())
+    sample, wanted = None, said.get("num_frames")
+    if wanted is None:
+        # what the length is made of, before the model is there
+        front = LogMelConfig(num_mel_bins=_BINS).replace(**said)
+        audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
+        sample = sample_clips(front, data, audio, seed)
+        samples = round(float(np.quantile(sample.seconds, _SHARE)) * front.sample_rate_hz)
+        wanted = mel_sizes(**front.framing).num_frames(samples)
+    found = settings
+    if overrides is not None and not named:
+        found = _default(settings, data, wanted, overrides)
+    if sample is not None:
+        sizes = found.sizes or {}
+        frames = frames_for(wanted, sizes.get("patch_tdim", PATCH), sizes.get("tstride", STRIDE))
+        found = found.replace(frontend={**found.front_changes, "num_frames": frames})
+        heard = (max_samples(front.replace(num_frames=frames)) or 0) / front.sample_rate_hz
+        most = "" if frames >= wanted else ", no more without being told"
+        say(
+            f"length: the model hears {frames} frames, {heard:.2f} s{most}: of {sample.of} {_SHARE:.0%} last at "
+            f"most {np.quantile(sample.seconds, _SHARE):.2f} s, the longest {max(sample.seconds):.2f} s; "
+            "--set frontend.num_frames=... sets it"
+        )
+    return found
+
+
+def _default(settings: RunConfig, data: Data, wanted: int, overrides: Sequence[str]) -> RunConfig:
+    """The recipe that follows from the clips, under what is said."""
+    frames = wanted
+    if "num_frames" not in settings.front_changes:
+        frames = frames_for(wanted, PATCH, stride_for(wanted))
     values = default_recipe(
         *(len(data), len(data.classes), frames),
         num_mel_bins=settings.front_changes.get("num_mel_bins", _BINS),
@@ -150,9 +148,12 @@ def _default(
     found = read_config(None, overrides, under=values)
     # one of several runs has a seed of its own
     train = found.train.replace(seed=settings.train.seed)
-    found = found.replace(train=train)
     say(
-        f"default recipe for {len(data)} clips of {len(data.classes)} classes: {found.model}, {train.epochs} "
-        f"epochs of batches of {train.batch_size}, lr {train.lr:g}; all of it is in run.json"
+        f"default recipe for {len(data)} clips of {len(data.classes)} classes: {train.epochs} epochs of batches of "
+        f"{train.batch_size}, lr {train.lr:g}, {found.model} with {_in_words(found.sizes)}; run.json has all of it"
     )
-    return found
+    return found.replace(train=train)
+
+
+def _in_words(sizes: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (sizes or {}).items()) or "its own sizes"

@@ -7,21 +7,36 @@ from typing import Any
 from ..config import check
 
 PATCH, STRIDE = 16, 10  # frames of a patch of the default model, and from one to the next
-MOST_FRAMES = 1016  # ten seconds
+MOST_FRAMES = 1024  # ten seconds
+_OVERLAPPING = (
+    416  # frames up to which patches overlap: twice as many of longer clips would take too long
+)
+_SMALL_SET = 2000  # clips up to which the smaller model is the better one
 _BATCH = 32
-_STEPS = 800  # of a few hundred clips
-_FEWEST_EPOCHS, _MOST_EPOCHS = 15, 150
+_STEPS = 1500  # of a few hundred clips
+_FEWEST_EPOCHS, _MOST_EPOCHS = 15, 200
 
 
-def frames_for(wanted: int) -> int:
+def stride_for(num_frames: int) -> int:
+    """Frames, and mel bins, from one patch to the next."""
+    return STRIDE if num_frames <= _OVERLAPPING else PATCH
+
+
+def frames_for(wanted: int, patch: int = PATCH, stride: int = STRIDE) -> int:
     """The shortest length of a model that holds so many frames, all of them in patches.
 
-    >>> frames_for(98), frames_for(3), frames_for(10**6)
-    (106, 16, 1016)
+    Args:
+        wanted: frames to hear; of more than ten seconds the start.
+        patch: frames of a patch.
+        stride: frames from one patch to the next.
+
+    >>> frames_for(98), frames_for(3), frames_for(10**6), frames_for(10**6, 16, 16)
+    (106, 16, 1016, 1024)
     """
-    check(wanted >= 0, f"wanted={wanted}: expected 0 frames or more")
-    steps = -(-max(0, wanted - PATCH) // STRIDE)
-    return min(PATCH + STRIDE * steps, MOST_FRAMES)
+    for name, value, least in (("wanted", wanted, 0), ("patch", patch, 1), ("stride", stride, 1)):
+        check(value >= least, f"{name}={value}: expected at least {least}")
+    steps = -(-max(0, wanted - patch) // stride)
+    return patch + stride * min(steps, max(0, (MOST_FRAMES - patch) // stride))
 
 
 def default_recipe(
@@ -34,8 +49,8 @@ def default_recipe(
 ) -> dict[str, Any]:
     """Settings for training from scratch, as a recipe file would hold them.
 
-    Chosen on small sets (see `benchmarks/small_data.py`): what matters there is many passes with masks, at a rate
-    that a small model bears.
+    Chosen on two sets of a few hundred clips (see `benchmarks/small_data.py`): many passes with masks, shifts and
+    gain, of a model that is small and learns fast.
 
     Args:
         num_clips: to train on.
@@ -53,7 +68,12 @@ def default_recipe(
         check(value >= 1, f"{name}={value}: expected at least 1")
     steps_an_epoch = -(-num_clips // _BATCH)
     epochs = min(max(round(_STEPS / steps_an_epoch), _FEWEST_EPOCHS), _MOST_EPOCHS)
+    sizes = {"embed_dim": 96, "depth": 3, "num_heads": 3} if num_clips <= _SMALL_SET else {}
+    stride = stride_for(num_frames)
+    if stride != STRIDE:
+        sizes |= {"tstride": stride, "fstride": stride}
     return {
+        "sizes": sizes,
         "statistics": "measure",
         "train": {
             "epochs": epochs,
@@ -65,8 +85,8 @@ def default_recipe(
             "augment": {
                 "freq_mask_bins": num_mel_bins // 4,
                 "time_mask_frames": num_frames // 4,
-                "gain_db": 6.0,
                 "roll_frames": max(1, num_frames // 20),
+                "gain_db": 6.0,
             },
         },
     }

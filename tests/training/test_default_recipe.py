@@ -9,7 +9,12 @@ import pytest
 import soundfile as sf
 
 from ast_fast import ASTModel, cli
-from ast_fast.training.default_recipe import MOST_FRAMES, default_recipe, frames_for
+from ast_fast.training.default_recipe import (
+    MOST_FRAMES,
+    default_recipe,
+    frames_for,
+    stride_for,
+)
 from ast_fast.training.recipe import RunConfig, merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,15 +46,27 @@ def settings(run):
 # ---- the length
 
 
-def test_a_length_holds_the_frames_asked_for_in_whole_patches():
-    for wanted in (0, 1, 16, 17, 26, 27, 98, 500, MOST_FRAMES - 1, MOST_FRAMES):
-        frames = frames_for(wanted)
-        assert (
-            frames >= wanted and (frames - 16) % 10 == 0 and (frames == 16 or frames - wanted < 10)
-        )
-    assert frames_for(MOST_FRAMES + 1) == frames_for(10**9) == MOST_FRAMES
-    with pytest.raises(ValueError, match="wanted=-1: expected 0 frames or more"):
-        frames_for(-1)
+@pytest.mark.parametrize(("patch", "stride"), [(16, 10), (16, 16), (4, 1), (32, 7)])
+def test_a_length_holds_the_frames_asked_for_in_whole_patches(patch, stride):
+    before = 0
+    for wanted in sorted((0, 1, patch, patch + 1, 26, 27, 98, 500, 1000)):
+        frames = frames_for(wanted, patch, stride)
+        assert frames >= max(wanted, before) and (frames - patch) % stride == 0
+        assert frames == patch or frames - wanted < stride
+        before = frames
+    most = frames_for(10**9, patch, stride)
+    assert (
+        MOST_FRAMES - stride
+        < most
+        == frames_for(MOST_FRAMES + stride, patch, stride)
+        <= MOST_FRAMES
+    )
+
+
+@pytest.mark.parametrize("numbers", [(-1, 16, 10), (5, 0, 10), (5, 16, 0)])
+def test_a_length_of_nonsense_is_refused(numbers):
+    with pytest.raises(ValueError, match="expected at least"):
+        frames_for(*numbers)
 
 
 def test_the_length_is_that_of_the_clips_and_is_said(tmp_path, capsys):
@@ -74,7 +91,7 @@ def test_a_length_that_is_said_wins(tmp_path, capsys):
     assert settings(tmp_path / "run")["frontend"]["num_frames"] == 36
     said = capsys.readouterr().out
     assert (
-        "length: the model" not in said
+        "95% last at most" not in said
         and "the model hears 36 frames, 0.39 s: of longer clips the start" in said
     )
 
@@ -156,6 +173,7 @@ def test_a_model_that_is_named_is_trained_as_before(tmp_path, capsys):
     found = settings(tmp_path / "run")
     assert found["train"]["lr"] == 5e-4 and found["train"]["label_smoothing"] == 0.0
     assert found["frontend"]["num_frames"] == 56
+    assert found["sizes"] is None
     assert "default recipe" not in capsys.readouterr().out
 
 
@@ -169,3 +187,21 @@ def test_runs_of_several_seeds_and_folds_are_of_one_setting(tmp_path):
     (tmp_path / "runs" / "seed-4" / "result.json").unlink()
     assert cli.main(["train", "--run", str(tmp_path / "runs"), "--resume"]) == 0
     assert settings(tmp_path / "runs" / "seed-4")["train"]["lr"] == first["train"]["lr"]
+
+
+def test_long_clips_have_fewer_patches_and_large_sets_the_larger_model():
+    assert [stride_for(frames) for frames in (16, 416, 417, 1024)] == [10, 10, 16, 16]
+    assert default_recipe(100, 2, 416)["sizes"].get("tstride") is None
+    assert default_recipe(100, 2, 417)["sizes"]["tstride"] == 16
+    small, large = (default_recipe(clips, 2, 106)["sizes"] for clips in (2000, 2001))
+    assert small["embed_dim"] == 96 and not large
+
+
+def test_a_stride_that_is_set_shapes_the_length(tmp_path):
+    data = sounds(tmp_path / "data", [0.5])
+    sets = (*QUICK, "sizes.tstride=16", "sizes.depth=1")
+    assert train(data, tmp_path / "run", "--holdout", "0", sets=sets) == 0
+    found = settings(tmp_path / "run")
+    # 48 frames
+    assert found["frontend"]["num_frames"] == 48 and found["sizes"]["depth"] == 1
+    assert found["sizes"]["embed_dim"] == 96
