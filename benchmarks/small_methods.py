@@ -96,7 +96,7 @@ class SmallCNN(nn.Module):
         self.frontend_config = front
         layers: list[nn.Module] = []
         width = 1
-        for number, wider in enumerate((32, 64, 128, 128)):
+        for number, wider in enumerate((16, 32, 64, 128)):
             layers += [nn.Conv2d(width, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if number < 3 else []
             width = wider

@@ -92,7 +92,7 @@ def test_a_length_that_is_said_wins(tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         "95% last at most" not in said
-        and "the model hears 36 frames, 0.39 s: of longer clips the start" in said
+        and "the model hears 36 frames, 0.38 s: of longer clips the start" in said
     )
 
 
