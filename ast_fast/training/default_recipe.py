@@ -13,8 +13,8 @@ _OVERLAPPING = (
 )
 _SMALL_SET = 2000  # clips up to which the smaller model is the better one
 _BATCH = 32
-_STEPS = 1500  # of a few hundred clips
-_FEWEST_EPOCHS, _MOST_EPOCHS = 15, 200
+_STEPS = 1200  # of a few hundred clips
+_FEWEST_EPOCHS, _MOST_EPOCHS = 15, 240
 
 
 def stride_for(num_frames: int) -> int:
