@@ -65,6 +65,7 @@ FLOORS = (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
         *("run_folder", "run_plots", "run_numbers", "run_report", "run_compare"),
         "run_data",
+        "run_settings",
     ),
     (
         *("cli", "cli_options", "commands", "train_command", "ensemble_command", "infer_command"),
