@@ -2,26 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+from ._checks import Checks
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def register(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as `torch.ops.ast_fast.<name>` with kernels for CUDA and CPU."""
+def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as `torch.ops.ast_fast.<name>` with kernels for CUDA and CPU.
+
+    Whoever comes through the dispatcher is checked, with real tensors and with fake ones; `call` goes
+    around it for the wrappers, which have checked before.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        checks.bind(name, function)
+
+        @functools.wraps(function)
+        def checked(*arguments: Any) -> Any:
+            checks(arguments)
+            _refuse_tangents(name, arguments)
+            return function(*arguments)
+
         op = torch.library.custom_op(
-            f"ast_fast::{name}", function, mutates_args=(), device_types="cuda"
+            f"ast_fast::{name}",
+            checked,
+            mutates_args=(),
+            device_types="cuda",
+            schema=torch.library.infer_schema(function, mutates_args=()),
         )
-        op.register_kernel("cpu")(function)
+        op.register_kernel("cpu")(checked)
+        plain = op.register_fake
+
+        def register_fake(fake: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(fake)
+            def checked_fake(*arguments: Any) -> Any:
+                checks.fake(arguments)
+                return fake(*arguments)
+
+            return plain(checked_fake)
+
+        op.register_fake = register_fake
+        op.body = function
         return op
 
     return decorate
+
+
+def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+    """Raise where a derivative would be lost in silence: a registered op has none in forward mode."""
+    if not in_forward_mode():
+        return
+    for each in arguments:
+        if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+            raise RuntimeError(
+                f"ast_fast::{name} has no forward-mode derivative: call ast_fast.ops or a model, which "
+                "take plain PyTorch for it under use_backend('auto') and use_backend('reference')"
+            )
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents: inside `forward_ad.dual_level` or `torch.func.jvp`."""
+    return bool(forward_ad._current_level >= 0)
 
 
 def call(op: Any, *arguments: Any) -> Any:
@@ -36,7 +85,7 @@ def call(op: Any, *arguments: Any) -> Any:
     for argument in arguments:
         if recording and isinstance(argument, Tensor) and argument.requires_grad:
             return op(*arguments)
-    return op._init_fn(*arguments)
+    return op.body(*arguments)
 
 
 def traced() -> bool:
@@ -54,7 +103,7 @@ def watched(*arguments: Any) -> bool:
     return (
         traced()
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(each, Tensor) and type(each) not in _PLAIN for each in arguments)
+        or any(isinstance(each, Tensor) and type(each) not in PLAIN for each in arguments)
     )
 
 
@@ -109,6 +158,13 @@ def needs_gradient(*tensors: Tensor) -> bool:
 def allow_tf32(device_type: str) -> bool:
     """Whether the user allowed TF32 in float32 matrix products on this device."""
     return device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def int32_lengths(lengths: Tensor, limit: int) -> Tensor:
+    """Lengths [B] as int32, those beyond `limit` cut to it: a wider integer must not wrap."""
+    if lengths.dtype == torch.int64:
+        lengths = lengths.clamp(0, limit)
+    return lengths.to(torch.int32)
 
 
 def require(condition: bool, message: str) -> None:

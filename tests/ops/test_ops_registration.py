@@ -133,6 +133,7 @@ def op_calls(backend, dtype):
 
 def fp8_calls(backend, dtype):
     """Direct calls of the FP8 layers, with and without a norm in front."""
+    backend = "reference" if backend == "cpp" else backend  # which has no FP8, and says so
     registry = torch.ops.ast_fast
     for variant, rows in enumerate((1, 5, 64)):
         x, dy = rand(rows, 32, dtype=dtype), rand(rows, 32, seed=1, dtype=dtype, grad=False)
