@@ -48,7 +48,7 @@ class Checks:
     Args:
         tensors: for each tensor its dims and its dtype, as "* C float": `*` stands for any leading dims, a letter or
             a name for one size, the same wherever it stands; dtypes are those of `_KINDS`, "=x" for that of x, and
-            "~x" for that of the statistics of x.
+            "~x" for that of the statistics of x, which may be float32 for float64 too.
         finite: numbers that must not be infinite or NaN.
         at_least: least values of numbers; they must not be NaN either.
         floats: dtypes that must be floating.
@@ -119,7 +119,7 @@ class Checks:
             dtypes[name] = dtype
             if like:
                 wanted = dtypes[like]
-                if statistics and wanted != torch.float64:
+                if statistics and (wanted != torch.float64 or dtype == torch.float32):
                     wanted = torch.float32
                 if dtype != wanted:
                     raise ValueError(

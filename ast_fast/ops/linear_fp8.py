@@ -346,7 +346,10 @@ def norm_gradients(ctx, dx, dtotal, norm):  # type: ignore[no-untyped-def]
         return dx, None, None, None
     if dx is None:
         return (None,) * 4 if dtotal is None else (dtotal.to(ctx.x_dtype), dtotal, None, None)
-    dsum, dweight, dbias = add_layer_norm_backward_op(dx, dtotal, *norm, ctx.backend)
+    total, weight, mean, rstd = norm
+    rows = total.shape[:-1]
+    saved = (total, weight, mean.view(rows), rstd.view(rows))
+    dsum, dweight, dbias = add_layer_norm_backward_op(dx, dtotal, *saved, ctx.backend)
     return dsum.to(ctx.x_dtype), dsum, dweight, dbias.to(ctx.norm_bias_dtype)
 
 
