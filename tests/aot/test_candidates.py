@@ -70,9 +70,9 @@ def test_the_gate_compiles_a_case_for_every_candidate():
 
 
 def limited_case():
-    """The one candidate that compiles without spills under Triton 3.6 alone."""
+    """The candidate with a limit on registers, which only Triton 3.6 compiles without spills."""
     cases = _candidates.aot_cases(90)
-    (index,) = [i for i, case in enumerate(cases) if case.triton == "3.6" and not case.twin]
+    (index,) = [i for i, case in enumerate(cases) if case.maxnreg and not case.twin]
     return index, cases[index]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_the_name_of_a_cache_entry_does_not_depend_on_what_was_launched_before(t
     last = python(tmp_path, str(HERE / "launches.py"), "90", "backwards")["names"]
     differ = [name for name in first if first[name] != last[name]]
     assert len(first) > 100 and differ == []
+
+
+def test_every_file_of_kernels_has_its_functions_hashed_at_import():
+    files = Path(_aot.__file__).parent.glob("*.py")
+    texts = {path.stem: path.read_text() for path in files}
+    unsettled = [
+        name
+        for name, text in texts.items()
+        if re.search(r"^def \w+_kernel\(", text, re.MULTILINE)
+        and not text.endswith("\n\nsettle(globals())\n")
+    ]
+    assert unsettled == []
 
 
 def test_a_launch_after_a_warm_up_compiles_nothing(tmp_path):
