@@ -45,7 +45,10 @@ def _fill_with_nan(ptr, count, program, programs, STEP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "walked_rows", "clips", "block", "entries"],
+    do_not_specialize=[
+        *("halves_0", "halves_1", "halves_2"),
+        *("rows", "walked_rows", "clips", "block", "entries"),
+    ],
     do_not_specialize_on_alignment=["starts_ptr", "walked_ptr", "result_0", "result_1", "result_2"],
 )
 def attention_tile_list_kernel(

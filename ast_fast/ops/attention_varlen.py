@@ -68,8 +68,7 @@ def attention_varlen(
     Raises:
         ValueError: shapes or dtypes do not fit; on a CPU also starts that do not begin with 0, go backwards or do
             not end with the number of rows, and a clip longer than its `max_seqlen`. On a GPU nothing waits for
-            the starts: rows before the first and after the last clip give 0, and starts that go backwards or leave
-            the rows give NaN everywhere; no other memory is touched.
+            the starts: such ones give NaN everywhere, in gradients too, and no other memory is touched.
     """
     require(
         q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:],
@@ -90,6 +89,11 @@ def attention_varlen(
         f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}: "
         "expected one more than there are clips in both",
     )
+    require(
+        q.device == cu_seqlens_q.device == cu_seqlens_k.device,
+        f"q is on {q.device}, cu_seqlens_q on {cu_seqlens_q.device} and cu_seqlens_k on "
+        f"{cu_seqlens_k.device}: move them to one device",
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
     if not traced() and not q.is_meta and type(cu_seqlens_q) in PLAIN:
@@ -98,6 +102,8 @@ def attention_varlen(
     chosen = backend.choose("attention_varlen", _load, q, k, v, cu_seqlens_q, cu_seqlens_k)
     # the reference loops over the clips' ends, which a trace does not know: there it runs as the op
     if chosen == "reference" and not torch.compiler.is_compiling():
+        rows = (q.shape[0], k.shape[0])
+        check_starts(cu_seqlens_q, cu_seqlens_k, *rows, max_seqlen_q, max_seqlen_k, wait=True)
         run = reference.ops.attention_varlen
         return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
     return call(
@@ -134,13 +140,24 @@ def check_starts(
     num_keys: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    wait: bool = False,
 ) -> None:
-    """Raise ValueError unless starts on a CPU bound clips among the rows, none longer than is said."""
+    """Raise ValueError unless starts on a CPU bound clips among the rows, none longer than is said.
+
+    Starts elsewhere are read only with `wait`, by what waits for them anyway.
+    """
     for name, starts, rows, longest in (
         ("q", cu_seqlens_q, num_queries, max_seqlen_q),
         ("k", cu_seqlens_k, num_keys, max_seqlen_k),
     ):
-        if starts.device.type != "cpu":
+        # sizes alone tell these, on any device
+        clips = starts.numel() - 1
+        require(
+            rows <= clips * longest,
+            f"max_seqlen_{name}={longest} for {rows} rows in {clips} clips of cu_seqlens_{name}: expected "
+            "the longest clip, and as many clips as hold all rows",
+        )
+        if starts.device.type != "cpu" and not wait:
             continue
         values = starts.tolist()
         most = max((b - a for a, b in itertools.pairwise(values)), default=0)
@@ -207,6 +224,7 @@ def attention_varlen_op(
 
     def run(name: str) -> tuple[Tensor, Tensor]:
         if name == "reference":
+            check_starts(clips[0], clips[1], q.shape[0], k.shape[0], *clips[2:], wait=True)
             plain = reference.ops.attention_varlen
             return without_autocast(plain, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
         if name.startswith("sdpa"):
@@ -266,6 +284,7 @@ def attention_varlen_backward_op(
 
     def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
         if name == "reference":
+            check_starts(clips[0], clips[1], q.shape[0], k.shape[0], *clips[2:], wait=True)
             return reference_backward.attention_varlen(
                 do, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, scale
             )
