@@ -10,6 +10,7 @@ from ._common import CODES, threads, why_not
 
 WIDTHS = (32, 64, 96, 128)
 LSE_BLOCK = 128
+_SMALLEST_SCALE = 1e-30
 View = tuple[int, int, int, int]
 
 
@@ -36,9 +37,10 @@ def view(x: Tensor) -> View:
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     """An equal problem with a positive scale, as the kernels want: q, scale, and the factor on q."""
     if scale > 0:
-        return q, scale, 1.0
+        # one that float32 rounds to 0 makes every score 0 as surely
+        return q, max(scale, _SMALLEST_SCALE), 1.0
     factor = -1.0 if scale < 0 else 0.0
-    return q * factor, -scale or 1.0, factor
+    return q * factor, max(-scale, _SMALLEST_SCALE) if scale else 1.0, factor
 
 
 def _lengths(key_lengths: Tensor | None) -> Tensor | None:
