@@ -49,8 +49,8 @@ def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
 
             return plain(checked_fake)
 
-        op.register_fake = register_fake
-        op.body = function
+        op.register_fake = register_fake  # type: ignore[method-assign]
+        op.body = function  # type: ignore[attr-defined]
         return op
 
     return decorate

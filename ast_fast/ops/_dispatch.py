@@ -166,7 +166,7 @@ def why_not_named(
     if backend == backends.SDPA and op in backends.SDPA_OPS:
         return None
     if backend not in ("triton", "cpp"):
-        known = ("auto", "triton", "cpp", "reference")
+        known: tuple[str, ...] = ("auto", "triton", "cpp", "reference")
         if op in backends.SDPA_OPS:
             known = (*known, backends.SDPA)
         return f"unknown, expected one of {', '.join(known)}"

@@ -118,6 +118,12 @@ def _check_mask(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
             f"rectangles[{place}] is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} "
             f"{'[R, 6]' if table else '[n]'}, as AttentionMask.rectangles",
         )
+        place_of_q = arguments["q"].device
+        require(
+            tensor.device.type == "cpu" or tensor.device == place_of_q,
+            f"rectangles[{place}] is on {tensor.device} and q on {place_of_q}: expected the CPU, as "
+            "AttentionMask has them",
+        )
     if "Tpad" in sizes:
         check_lse(arguments, sizes)
 

@@ -96,7 +96,9 @@ def layer_norm_op(
     y, mean, rstd = dispatch(
         "layer_norm", "forward", backend, x, run, lambda: Plan((f"width {x.shape[-1]}",))
     )
-    return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+    # the reference's follow the strides of x
+    y = y.contiguous().view(x.shape)
+    return y, mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 @layer_norm_op.register_fake
@@ -138,7 +140,8 @@ def layer_norm_backward_op(
     dx, dweight, dbias = dispatch(
         "layer_norm", "backward", backend, x, run, lambda: Plan((f"width {width}",))
     )
-    return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dx = dx.contiguous().view(x.shape)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 @layer_norm_backward_op.register_fake

@@ -314,8 +314,9 @@ def _check_setting(setting: tuple[float, ...]) -> None:
         f"setting is {list(setting)}: expected whole numbers for rate, bins and samples",
     )
     # sizes first: they bound what the tables take
-    beyond = [value or None for value in numbers[least:][:3]]
-    mel_sizes(*numbers[:4], *beyond)
+    rate, bins, window_ms, hop_ms = numbers[:4]
+    n_fft, window, hop = ([int(value) for value in numbers[least:][:3]] + [0, 0, 0])[:3]
+    mel_sizes(int(rate), int(bins), window_ms, hop_ms, n_fft or None, window or None, hop or None)
 
 
 def _check_frames(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
