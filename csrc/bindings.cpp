@@ -248,24 +248,25 @@ void patch_scatter(uintptr_t columns, uintptr_t dx, int dtype, int64_t clips, in
 }
 
 void patch_project(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t weight, uintptr_t table,
-                   uintptr_t y, int64_t clips, int64_t width, py::tuple grid, int threads) {
+                   uintptr_t y, int64_t clips, int64_t frames, int64_t bins, int64_t width, py::tuple grid,
+                   int threads) {
   PatchProjectArgs a{};
   a.x = memory<float>(x, clips, "x"), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
   a.weight = memory<float>(weight, clips, "weight"), a.table = memory<float>(table, clips, "table");
   a.y = memory<float>(y, clips, "y"), a.clips = clips, a.width = width, a.threads = team(threads);
   sizes({stride_clip, stride_frame}, "stride_clip, stride_frame");
-  read_grid(a, grid), blocks_of(a);
+  read_grid(a, grid), grid_within(a, frames, bins), blocks_of(a);
   call(kernels->patch_project, a);
 }
 
 void patch_weight_gradient(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t dy, uintptr_t dweight,
-                           int64_t clips, int64_t width, py::tuple grid, int threads) {
+                           int64_t clips, int64_t frames, int64_t bins, int64_t width, py::tuple grid, int threads) {
   PatchWeightGradientArgs a{};
   a.x = memory<float>(x, clips, "x"), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
   a.dy = memory<float>(dy, clips, "dy"), a.dweight = memory<float>(dweight, width, "dweight");
   a.clips = clips, a.width = width, a.threads = team(threads);
   sizes({stride_clip, stride_frame}, "stride_clip, stride_frame");
-  read_grid(a, grid), blocks_of(a);
+  read_grid(a, grid), grid_within(a, frames, bins), blocks_of(a);
   call(kernels->patch_weight_gradient, a);
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import backend
 from ._checks import Checks
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -28,7 +29,7 @@ def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(function)
         def checked(*arguments: Any) -> Any:
             checks(arguments)
-            _refuse_tangents(name, arguments)
+            _refuse_derivatives(name)
             return function(*arguments)
 
         op = torch.library.custom_op(
@@ -56,21 +57,28 @@ def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
-    """Raise where a derivative would be lost in silence: a registered op has none in forward mode."""
-    if not in_forward_mode():
-        return
-    for each in arguments:
-        if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
-            raise RuntimeError(
-                f"ast_fast::{name} has no forward-mode derivative: call ast_fast.ops or a model, which "
-                "take plain PyTorch for it under use_backend('auto') and use_backend('reference')"
-            )
+def _refuse_derivatives(name: str) -> None:
+    """Raise where a derivative would be lost in silence: a registered op has none in forward mode.
+
+    A transform hands its levels' tensors to a kernel one by one, without their tangents, so that nothing
+    tells which of them matter.
+    """
+    taken = backend.transformed()
+    if taken is not None:
+        raise RuntimeError(
+            f"ast_fast::{name} has no derivative {taken}: call it by ast_fast.ops or a model under "
+            "ast_fast.use_backend('reference'), or 'auto', which takes plain PyTorch there"
+        )
 
 
-def in_forward_mode() -> bool:
-    """Whether tensors may carry tangents: inside `forward_ad.dual_level` or `torch.func.jvp`."""
-    return bool(forward_ad._current_level >= 0)
+def no_transform(name: str) -> None:
+    """Raise for an op that plain PyTorch does not replace."""
+    taken = backend.transformed()
+    if taken is not None:
+        raise RuntimeError(
+            f"ast_fast.ops.{name} has no derivative {taken}: take its layers without FP8, under "
+            "ast_fast.use_backend('reference')"
+        )
 
 
 def call(op: Any, *arguments: Any) -> Any:
@@ -95,6 +103,7 @@ def traced() -> bool:
         or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 

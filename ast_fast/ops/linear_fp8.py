@@ -22,6 +22,7 @@ from ._common import (
     cast_for_autocast,
     needs_gradient,
     no_second_gradient,
+    no_transform,
     register,
     require,
 )
@@ -76,6 +77,7 @@ def linear_fp8(
         [..., K], in the dtype of x, or autocast's under autocast.
     """
     _check(x, weight, bias)
+    no_transform("linear_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("linear_fp8", _load, x, weight)
     save = needs_gradient(x, weight, *(() if bias is None else (bias,)))
@@ -94,6 +96,7 @@ def add_norm_linear_fp8(
     """`total = x + residual`, LayerNorm of it, and `linear_fp8` of that; returns y and total."""
     _check_norm(x, residual, norm_weight, norm_bias)
     _check(x, weight, bias)
+    no_transform("add_norm_linear_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("linear_fp8", _load, x, weight)
     inputs = (x, residual, norm_weight, norm_bias, weight, *(() if bias is None else (bias,)))

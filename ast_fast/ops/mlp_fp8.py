@@ -15,6 +15,7 @@ from ._common import (
     cast_for_autocast,
     needs_gradient,
     no_second_gradient,
+    no_transform,
     register,
     require,
 )
@@ -60,6 +61,7 @@ def mlp_fp8(
     """
     _check(x, w1, b1, "w1")
     _check(w1.new_empty(0, w1.shape[0]), w2, b2, "w2")
+    no_transform("mlp_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("mlp_fp8", _load, x, w1, w2)
     save = needs_gradient(x, w1, b1, w2, b2)
@@ -81,6 +83,7 @@ def add_norm_mlp_fp8(
     _check_norm(x, residual, norm_weight, norm_bias)
     _check(x, w1, b1, "w1")
     _check(w1.new_empty(0, w1.shape[0]), w2, b2, "w2")
+    no_transform("add_norm_mlp_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("mlp_fp8", _load, x, w1, w2)
     save = needs_gradient(x, residual, norm_weight, norm_bias, w1, b1, w2, b2)
