@@ -256,6 +256,8 @@ def choose(op: str, load: Callable[[str], Any], lead: Tensor, *inputs: object) -
             "use_backend('reference'), or use_backend('auto'), which does so by itself"
         )
     device_type, dtype = lead.device.type, lead.dtype
+    if device_type == "meta":  # shapes and dtypes are those of any backend
+        return "reference"
     if request == "auto":
         if dtype == torch.float64:
             return "reference"

@@ -87,7 +87,7 @@ def call(op: Any, *arguments: Any) -> Any:
     The dispatcher costs several times what a small kernel does. It is needed for gradients, for the
     compiler, and for whoever watches or transforms ops (modes, subclasses, functorch, profilers).
     """
-    if watched(*arguments):
+    if watched(*arguments) or arguments[0].is_meta:
         return op(*arguments)
     recording = torch.is_grad_enabled()
     for argument in arguments:
@@ -130,7 +130,7 @@ def no_second_gradient(op: Any) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -83,7 +83,7 @@ def attention_masked(
     q, k, v = cast_for_autocast(q, k, v)
     rectangles = mask.rectangles
     chosen = backend.choose("attention_masked", _load, q, k, v, rectangles)
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    if chosen == "reference" and not torch.compiler.is_compiling() and not q.is_meta:
         run = reference.ops.attention_masked
         o, lse = without_autocast(run, q, k, v, mask.dense(), scale)
         lse = lse.detach()

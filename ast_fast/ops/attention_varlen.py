@@ -100,8 +100,9 @@ def attention_varlen(
         rows = (q.shape[0], k.shape[0])
         check_starts(cu_seqlens_q, cu_seqlens_k, *rows, max_seqlen_q, max_seqlen_k)
     chosen = backend.choose("attention_varlen", _load, q, k, v, cu_seqlens_q, cu_seqlens_k)
-    # the reference loops over the clips' ends, which a trace does not know: there it runs as the op
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    # the reference loops over the clips' ends, which a trace or a tensor without memory does not know:
+    # there it runs as the op
+    if chosen == "reference" and not torch.compiler.is_compiling() and not q.is_meta:
         rows = (q.shape[0], k.shape[0])
         check_starts(cu_seqlens_q, cu_seqlens_k, *rows, max_seqlen_q, max_seqlen_k, wait=True)
         run = reference.ops.attention_varlen
