@@ -50,7 +50,7 @@ FLOORS = (
     ),
     ("models",),
     ("equivalence",),
-    ("testing", "sample_sets"),
+    ("testing", "testing_calls", "sample_sets"),
     ("training", "recipes", "inference", "streaming", "integrations"),
     (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
@@ -164,3 +164,17 @@ def test_every_setting_default_lives_in_config() -> None:
         assert type(settings).from_dict(settings.to_dict()) == settings
         with pytest.raises(ValueError, match="has no setting"):
             type(settings).from_dict({"no_such_setting": 1})
+
+
+def test_profiles_alone_say_how_many_cases_are_drawn():
+    # 25 in a quick run, 200 in `make test-slow`: see tests/conftest.py
+    rooms = ("fuzz", "kernels", "ops", "cpp", "streaming")
+    files = [path for room in rooms for path in (ROOT / "tests" / room).rglob("*.py")]
+    assert not [path.name for path in files if "max_examples" in path.read_text()]
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    assert re.search(r'"quick", max_examples=25\b', conftest)
+    assert re.search(r'"ci", max_examples=200\b', conftest)
+    makefile = (ROOT / "Makefile").read_text()
+    assert "test-slow: export AST_FAST_HYPOTHESIS := ci" in makefile
+    slow = makefile[makefile.index("\ntest-slow: setup") :].split("\n\n")[0]
+    assert slow.count("slow or hypothesis") == slow.count("$(PYTEST)") == 2
