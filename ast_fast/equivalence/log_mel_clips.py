@@ -17,7 +17,9 @@ from .measures import Errors, measure
 
 # none a power of two: such a gain rounds nothing anew
 GAINS = (1.0, *(0.5 + (2 * k + 1) / 28 for k in range(7)))
-FEW_FRAMES = 16  # below, the mean over a clip is as much a matter of chance, and is taken over many clips
+FEW_FRAMES = (
+    16  # below, the mean over a clip is as much a matter of chance, and is taken over many clips
+)
 
 
 def exact_log_mel(wave: Tensor, sample_rate_hz: int, num_mel_bins: int) -> Tensor:  # [S, F]

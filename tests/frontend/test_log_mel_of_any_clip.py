@@ -128,9 +128,9 @@ def test_one_run_of_torchaudio_is_a_lottery_on_short_clips():
     for seed in range(1000, 1012):
         wave, rate, bins = drawn(seed, 2000)
         floats = wave.float() / 32768.0
-        made = kaldi_fbank(
-            floats[None], sample_rate_hz=rate, num_mel_bins=bins, mean=0.0, std=0.5
-        )[0]
+        made = kaldi_fbank(floats[None], sample_rate_hz=rate, num_mel_bins=bins, mean=0.0, std=0.5)[
+            0
+        ]
         once = measure(made, exact_log_mel(floats, rate, bins)).max_abs
         ratios.append(torchaudio_errors(floats, rate, bins).max_abs / max(once, 1e-30))
     assert min(ratios) >= 1.0 and max(ratios) > 3.0
