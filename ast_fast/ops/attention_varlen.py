@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
 from typing import Any
 
 import torch
@@ -153,24 +153,26 @@ def check_starts(
     ):
         # sizes alone tell these, on any device
         clips = starts.numel() - 1
-        require(
-            rows <= clips * longest,
-            f"max_seqlen_{name}={longest} for {rows} rows in {clips} clips of cu_seqlens_{name}: expected "
-            "the longest clip, and as many clips as hold all rows",
-        )
+        if rows > clips * longest:
+            raise ValueError(
+                f"max_seqlen_{name}={longest} for {rows} rows in {clips} clips of cu_seqlens_{name}: "
+                "expected the longest clip, and as many clips as hold all rows"
+            )
         if starts.device.type != "cpu" and not wait:
             continue
         values = starts.tolist()
-        most = max((b - a for a, b in itertools.pairwise(values)), default=0)
-        require(
-            values[0] == 0 and values[-1] == rows and values == sorted(values),
-            f"cu_seqlens_{name} is {_short(values)}: expected where each clip starts, from 0 on, never "
-            f"going backwards, and then the number of rows, {rows}",
-        )
-        require(
-            most <= longest,
-            f"max_seqlen_{name}={longest}: expected {most} or more, the longest clip in cu_seqlens_{name}",
-        )
+        lengths = list(map(operator.sub, values[1:], values))
+        if values[0] != 0 or values[-1] != rows or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{name} is {_short(values)}: expected where each clip starts, from 0 on, "
+                f"never going backwards, and then the number of rows, {rows}"
+            )
+        most = max(lengths, default=0)
+        if most > longest:
+            raise ValueError(
+                f"max_seqlen_{name}={longest}: expected {most} or more, the longest clip in "
+                f"cu_seqlens_{name}"
+            )
 
 
 def _short(values: list[int]) -> str:
