@@ -89,11 +89,11 @@ def attention_varlen(
         f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}: "
         "expected one more than there are clips in both",
     )
-    require(
-        q.device == cu_seqlens_q.device == cu_seqlens_k.device,
-        f"q is on {q.device}, cu_seqlens_q on {cu_seqlens_q.device} and cu_seqlens_k on "
-        f"{cu_seqlens_k.device}: move them to one device",
-    )
+    if not q.device == cu_seqlens_q.device == cu_seqlens_k.device:
+        raise ValueError(
+            f"q is on {q.device}, cu_seqlens_q on {cu_seqlens_q.device} and cu_seqlens_k on "
+            f"{cu_seqlens_k.device}: move them to one device"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
     if not traced() and not q.is_meta and type(cu_seqlens_q) in PLAIN:
@@ -147,10 +147,11 @@ def check_starts(
 
     Starts elsewhere are read only with `wait`, by what waits for them anyway.
     """
-    for name, starts, rows, longest in (
-        ("q", cu_seqlens_q, num_queries, max_seqlen_q),
-        ("k", cu_seqlens_k, num_keys, max_seqlen_k),
-    ):
+    sides = [("q", cu_seqlens_q, num_queries, max_seqlen_q)]
+    keys = (cu_seqlens_k, num_keys, max_seqlen_k)
+    if cu_seqlens_k is not cu_seqlens_q or keys[1:] != sides[0][2:]:
+        sides.append(("k", *keys))
+    for name, starts, rows, longest in sides:
         # sizes alone tell these, on any device
         clips = starts.numel() - 1
         if rows > clips * longest:
