@@ -7,6 +7,8 @@ many there are stands before them when they are decoded.
 
 from __future__ import annotations
 
+import functools
+import struct
 from typing import NamedTuple
 
 from ._pieces import Piece, Survey, Windowed
@@ -23,6 +25,9 @@ _KBITS = {
 _RATES_HZ = (44100, 48000, 32000)
 # of a header: sync, version, layer, rate; and, apart, whether there is one channel
 _KIND, _MONO = 0xFFFE0C00, 0xC0
+_FORM = _KIND | 0xF200 | _MONO  # and bit rate and padding: all that a frame's length hangs on
+_MARKS = b"XI"  # of the Xing and the Info frame, their first letters
+_header_at = struct.Struct(">I").unpack_from
 _LAME_BYTES = 24  # of an Info frame, behind its own: up to delay and padding
 _DECODER_DELAY = 529  # samples that a decoder of layer III is late
 _SEARCH = 1 << 16  # bytes of something else that may stand before and between frames
@@ -37,16 +42,20 @@ class _Kind(NamedTuple):
     samples: int  # of a frame
     layer: int
     side: int  # bytes between header and a Xing mark
-    lengths: tuple[int, ...]  # in bytes, by the seven bits of bit rate, rate and padding; 0: none
+    lengths: dict[int, int]  # in bytes, of each form that frames of this kind have
 
     def length(self, header: int) -> int:
         """Bytes of a frame; 0 if the header is of another kind."""
-        if header & _KIND != self.key or (header & _MONO == _MONO) != self.mono:
-            return 0
-        return self.lengths[header >> 9 & 127]
+        return self.lengths.get(header & _FORM, 0)
 
 
 def _kind(header: int) -> _Kind | None:
+    """The kind of frame that a header begins; None if it begins none."""
+    return _kind_of(header & (_KIND | _MONO))
+
+
+@functools.lru_cache(256)
+def _kind_of(header: int) -> _Kind | None:
     version, layer = header >> 19 & 3, 4 - (header >> 17 & 3)
     rate = header >> 10 & 3
     if header >> 21 != 0x7FF or version == 1 or layer == 4 or rate == 3:
@@ -54,17 +63,19 @@ def _kind(header: int) -> _Kind | None:
     first = version == 3
     rate_hz = _RATES_HZ[rate] >> (0 if first else 1 if version == 2 else 2)
     samples = 384 if layer == 1 else 576 if layer == 3 and not first else 1152
-    lengths = [0] * 128
+    mono = header & _MONO == _MONO
+    modes = (_MONO,) if mono else (0, 0x40, 0x80)
+    lengths: dict[int, int] = {}
     for index, kbits in enumerate(_KBITS[first, layer], start=1):
         for pad in (0, 1):
             if layer == 1:
                 length = (12000 * kbits // rate_hz + pad) * 4
             else:
                 length = samples // 8 * 1000 * kbits // rate_hz + pad
-            lengths[index << 3 | rate << 1 | pad] = length
-    mono = header & _MONO == _MONO
+            form = header & _KIND | index << 12 | pad << 9
+            lengths.update((form | mode, length) for mode in modes)
     side = (17 if mono else 32) if first else (9 if mono else 17)
-    return _Kind(header & _KIND, mono, rate_hz, samples, layer, side, tuple(lengths))
+    return _Kind(header & _KIND, mono, rate_hz, samples, layer, side, lengths)
 
 
 def is_header(head: bytes) -> bool:
@@ -148,55 +159,52 @@ def _differs(kind: _Kind, other: _Kind, frames: int, place: int) -> str:
 def _run(data: Windowed, place: int, end: int, kind: _Kind, streams: list[_Stream]) -> int:
     """Take the frames that follow one another; gives where the first thing lies that is none."""
     begin, frames = place, 0
-    mask = _KIND
+    lengths, mark = kind.lengths, 4 + kind.side
     while place + 4 <= end:
-        content = data.from_(place)
-        base, last = place, len(content) - 4
-        at = 0
+        content, at = data.from_(place, mark + 4), 0
+        if place + len(content) >= data.size or len(content) < mark + 4:
+            content += bytes(mark + 4)  # room to look for a mark in the last frame
+        last = min(len(content) - (mark + 4), end - place - 4)
+        length = 0
+        info = False
+        # a fraction of a microsecond a frame: files have thousands
         while at <= last:
-            header = int.from_bytes(content[at : at + 4], "big")
-            length = kind.lengths[header >> 9 & 127]
-            if header & mask != kind.key or (header & _MONO == _MONO) != kind.mono or not length:
+            length = lengths.get(_header_at(content, at)[0] & _FORM, 0)
+            info = content[at + mark] in _MARKS and _is_info(content, at, kind)
+            if not length or info or not streams:
                 break
-            if base + at + length > end:
-                break
-            info = kind.layer == 3 and _info(content, at, base, kind, data)
-            if info or not streams:
-                if frames:
-                    streams[-1].runs.append((begin, base + at))
-                    streams[-1].frames += frames
-                begin, frames = base + at, 0
-                streams.append(_Stream(content[at : at + 4]))
-            if info:
-                frame = data.get(base + at, length)
-                streams[-1].info, streams[-1].promised = frame, _stated(frame, kind)
-                begin = base + at + length
-                at += length
-                # the window may have moved
-                content, base, at = data.from_(base + at), base + at, 0
-                last = len(content) - 4
-                continue
             frames += 1
             at += length
         else:
-            place = base + at
+            if place + at > end:  # the last one is cut
+                frames -= 1
+                place += at - length
+                break
+            place += at
             continue
-        place = base + at
-        break
+        place += at
+        if not length or place + length > end:
+            break
+        if frames:
+            streams[-1].runs.append((begin, place))
+            streams[-1].frames += frames
+        begin, frames = place, 0
+        streams.append(_Stream(content[at : at + 4]))
+        if info:
+            frame = data.get(place, length)
+            streams[-1].info, streams[-1].promised = frame, _stated(frame, kind)
+            begin = place = place + length
     if frames:
         streams[-1].runs.append((begin, place))
         streams[-1].frames += frames
     return place
 
 
-def _info(content: bytes, at: int, base: int, kind: _Kind, data: Windowed) -> bool:
+def _is_info(content: bytes, at: int, kind: _Kind) -> bool:
     """Whether a frame is one that states how many follow, and not sound."""
-    mark = content[at + 4 + kind.side : at + 8 + kind.side]
-    if len(mark) < 4:
-        mark = data.get(base + at + 4 + kind.side, 4)
-    if mark in (b"Xing", b"Info"):
-        return not data.get(base + at + 4, kind.side).strip(b"\0")
-    return False
+    mark = at + 4 + kind.side
+    found = kind.layer == 3 and content[mark : mark + 4] in (b"Xing", b"Info")
+    return found and not content[at + 4 : mark].strip(b"\0")
 
 
 def _stated(frame: bytes, kind: _Kind) -> int:

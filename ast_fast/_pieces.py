@@ -47,10 +47,10 @@ class Windowed:
             self._begin, begin = offset, 0
         return self._content[begin : begin + count]
 
-    def from_(self, offset: int) -> bytes:
-        """As many bytes from an offset as are at hand, four at least but at the end."""
+    def from_(self, offset: int, least: int = 4) -> bytes:
+        """As many bytes from an offset as are at hand, so many at least but at the end."""
         begin = offset - self._begin
-        if not 0 <= begin <= len(self._content) - 4:
+        if not 0 <= begin <= len(self._content) - least:
             self._content = self._read_at(offset, _WINDOW)
             self._begin, begin = offset, 0
         return self._content[begin:] if begin else self._content
