@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ._text import one_line
 from .audio import AudioReport
 from .config import AudioConfig, ModelFacts
 from .inference import (
@@ -30,7 +31,6 @@ from .inference.rows import TagRows, encode_embedding
 from .inference.sources import Unit, units_of
 from .inference.writers import embedding_writer, tag_writer
 from .labels import read_labels
-from .names import printable
 from .optimized import Precision
 from .training.logs import say
 
@@ -222,8 +222,7 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
             print(json.dumps(row))
             continue
         print(
-            printable(output.source)
-            + (f" ({row['windows']} windows)" if row["windows"] > 1 else "")
+            one_line(output.source) + (f" ({row['windows']} windows)" if row["windows"] > 1 else "")
         )
         _print_labels(row["labels"])
         for part in row.get("parts", ()):
@@ -240,4 +239,4 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
 
 def _print_labels(found: Sequence[dict[str, Any]], indent: str = "") -> None:
     for label in found:
-        print(f"{indent}  {label['score']:8.4f}  {printable(label['label'])}")
+        print(f"{indent}  {label['score']:8.4f}  {one_line(label['label'])}")

@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ._text import one_line
 from .config import ModelFacts
 from .inference import Activation, load_for_inference
 from .labels import read_labels
-from .names import printable
 from .streaming import StreamingTagger, StreamPrediction
 
 _READ_BYTES = 1 << 16
@@ -133,7 +133,7 @@ def _print(results: list[StreamPrediction], as_json: bool) -> None:
                 }
             )
         else:
-            found = ", ".join(f"{printable(name)} {score:.4f}" for name, score in result.labels)
+            found = ", ".join(f"{one_line(name)} {score:.4f}" for name, score in result.labels)
             share = "" if result.filled == 1.0 else f"  ({100 * result.filled:.0f} % filled)"
             line = f"{result.start_s:9.2f} -{result.end_s:9.2f} s  {found}{share}"
         print(line, flush=True)

@@ -36,18 +36,6 @@ def part_name(text: str) -> str:
     return small if small in SPLIT_NAMES else text
 
 
-def printable(text: str) -> str:
-    """A name as it may go to a terminal: control characters, and what turns text around, escaped."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char
-        if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
-
-
 def check_names(names: Sequence[str], what: str) -> None:
     """Refuse names of classes that cannot tell classes apart.
 

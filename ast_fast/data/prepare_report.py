@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .._text import one_line
 from ..audio import AudioReport
-from ..names import printable
 from .dataset import ClipSet
 from .examine import SILENT_PEAK, Moments
 from .reading import clip_name
@@ -269,7 +269,7 @@ def _classes(classes: dict[str, int] | None) -> list[str]:
     if not classes:
         return []
     lines = ["", f"clips of each of {len(classes)} classes:"]
-    return lines + [f"  {count:>8}  {printable(name)}" for name, count in classes.items()]
+    return lines + [f"  {count:>8}  {one_line(name)}" for name, count in classes.items()]
 
 
 def _figures(statistics: dict[str, Any] | None) -> list[str]:

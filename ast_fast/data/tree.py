@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._text import one_line
 from ..audio import SUFFIXES
-from ..names import printable
 
 _EXAMPLES = 3
 
@@ -59,7 +59,7 @@ class Tree:
 def suffixes(found: Counter[str]) -> str:
     """Suffixes and how many files have them."""
     most = found.most_common(12)
-    text = ", ".join(f"{printable(name) or 'none'} {count}" for name, count in most)
+    text = ", ".join(f"{one_line(name) or 'none'} {count}" for name, count in most)
     return text + (", ..." if len(found) > len(most) else "")
 
 

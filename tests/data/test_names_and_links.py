@@ -15,6 +15,7 @@ import safetensors.torch
 import soundfile as sf
 
 from ast_fast import ASTModel, cli, create_model
+from ast_fast._text import one_line
 from ast_fast.config import AudioConfig, DataConfig
 from ast_fast.data import (
     BatchSampler,
@@ -39,7 +40,6 @@ from ast_fast.names import (
     in_order,
     part_name,
     plain_cell,
-    printable,
     safe_cell,
     safe_path,
     same_name,
@@ -245,8 +245,8 @@ def test_classes_that_are_numbers_stand_in_one_order_in_every_layout(tmp_path):
 
 
 def test_names_are_printed_without_control_characters(tmp_path, capsys):
-    assert printable("a\x1b[31mb\n\u202ec") == "a\\x1b[31mb\\n\\u202ec"
-    assert printable(NFC) == NFC and printable("\u4e2d") == "\u4e2d"
+    assert one_line("a\x1b[31mb\n\u202ec") == "a\\x1b[31mb\\n\\u202ec"
+    assert one_line(NFC) == NFC and one_line("\u4e2d") == "\u4e2d"
     evil = "do\x1b]0;x\x07g"
     model = create_model("ast_tiny_p16_s10", 2, labels=(evil, "cat"), input_tdim=64)
     model.save_pretrained(tmp_path / "model")
