@@ -43,6 +43,8 @@ class _Kind(NamedTuple):
     layer: int
     side: int  # bytes between header and a Xing mark
     lengths: dict[int, int]  # in bytes, of each form that frames of this kind have
+    shortest: int
+    longest: int
 
     def length(self, header: int) -> int:
         """Bytes of a frame; 0 if the header is of another kind."""
@@ -75,7 +77,11 @@ def _kind_of(header: int) -> _Kind | None:
             form = header & _KIND | index << 12 | pad << 9
             lengths.update((form | mode, length) for mode in modes)
     side = (17 if mono else 32) if first else (9 if mono else 17)
-    return _Kind(header & _KIND, mono, rate_hz, samples, layer, side, lengths)
+    return _Kind(header & _KIND, mono, rate_hz, samples, layer, side, lengths, *_ends(lengths))
+
+
+def _ends(lengths: dict[int, int]) -> tuple[int, int]:
+    return min(lengths.values()), max(lengths.values())
 
 
 def is_header(head: bytes) -> bool:
@@ -105,17 +111,19 @@ class _Stream:
         self.runs: list[tuple[int, int]] = []  # bytes of whole frames
 
 
-def survey(data: Windowed) -> Survey | None:
-    """See `containers.survey`; None for streams of another kind, which libsndfile is left with."""
-    place = after_id3(data, 0)
+def survey(data: Windowed, begin: int, deep: bool) -> Survey | None:
+    """See `containers.survey`; None for a file that is as it says, or of another kind."""
+    end = _without_tags(data)
+    place = begin
     first = _next_frame(data, place, None)
     if first is None:
         return None
     junk = first[0] - place
     place, kind = first
+    if not deep and not junk and _is_as_stated(data, place, end, kind):
+        return None
     streams: list[_Stream] = []
     cut = ""
-    end = _without_tags(data)
     while place < end:
         place = _run(data, place, end, kind, streams)
         if place >= end:
@@ -146,6 +154,22 @@ def survey(data: Windowed) -> Survey | None:
     return _judged(streams, kind, cut, junk)
 
 
+def _is_as_stated(data: Windowed, place: int, end: int, kind: _Kind) -> bool:
+    """Whether an Info frame states the bytes that are there, and as many frames as these can be.
+
+    Files that were joined, cut or edited hold other bytes than it states. What is damaged within them decodes
+    to fewer samples, which is noticed then.
+    """
+    length, at = kind.length(int.from_bytes(data.get(place, 4), "big")), 4 + kind.side
+    frame = data.get(place, length)
+    if len(frame) < at + 16 or not _is_info(frame, 0, kind):
+        return False
+    frames, num_bytes = _stated(frame, kind), _stated_bytes(frame, kind)
+    sound = end - place - length
+    possible = kind.shortest * frames <= sound <= kind.longest * frames
+    return 0 < frames and num_bytes == end - place and possible
+
+
 def _differs(kind: _Kind, other: _Kind, frames: int, place: int) -> str:
     def words(of: _Kind) -> str:
         return f"{of.rate_hz} Hz {'mono' if of.mono else 'stereo'} layer {of.layer}"
@@ -159,19 +183,21 @@ def _differs(kind: _Kind, other: _Kind, frames: int, place: int) -> str:
 def _run(data: Windowed, place: int, end: int, kind: _Kind, streams: list[_Stream]) -> int:
     """Take the frames that follow one another; gives where the first thing lies that is none."""
     begin, frames = place, 0
-    lengths, mark = kind.lengths, 4 + kind.side
+    mark, length_of, header_at = 4 + kind.side, kind.lengths.get, _header_at
     while place + 4 <= end:
         content, at = data.from_(place, mark + 4), 0
         if place + len(content) >= data.size or len(content) < mark + 4:
             content += bytes(mark + 4)  # room to look for a mark in the last frame
         last = min(len(content) - (mark + 4), end - place - 4)
-        length = 0
+        length: int | None = None
         info = False
         # a fraction of a microsecond a frame: files have thousands
         while at <= last:
-            length = lengths.get(_header_at(content, at)[0] & _FORM, 0)
-            info = content[at + mark] in _MARKS and _is_info(content, at, kind)
-            if not length or info or not streams:
+            length = length_of(header_at(content, at)[0] & _FORM)
+            if not length or not streams:
+                break
+            if content[at + mark] in _MARKS and _is_info(content, at, kind):
+                info = True
                 break
             frames += 1
             at += length
@@ -190,7 +216,7 @@ def _run(data: Windowed, place: int, end: int, kind: _Kind, streams: list[_Strea
             streams[-1].frames += frames
         begin, frames = place, 0
         streams.append(_Stream(content[at : at + 4]))
-        if info:
+        if info or _is_info(content, at, kind):
             frame = data.get(place, length)
             streams[-1].info, streams[-1].promised = frame, _stated(frame, kind)
             begin = place = place + length
@@ -212,6 +238,14 @@ def _stated(frame: bytes, kind: _Kind) -> int:
     at = 4 + kind.side
     flags = int.from_bytes(frame[at + 4 : at + 8], "big")
     return int.from_bytes(frame[at + 8 : at + 12], "big") if flags & 1 else 0
+
+
+def _stated_bytes(frame: bytes, kind: _Kind) -> int:
+    """Bytes that an Info frame promises, itself among them; 0 if it does not say."""
+    at = 4 + kind.side
+    if frame[at + 7] & 3 != 3:
+        return 0
+    return int.from_bytes(frame[at + 12 : at + 16], "big")
 
 
 def _next_frame(
@@ -258,6 +292,10 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
     missing, notes = cut or None, []
     whole = len(streams) == 1 and not junk
     for stream in streams:
+        if _counts_itself(stream, kind):
+            stream.promised = stream.frames
+            stream.info = _with_count(stream, kind)
+            whole = False
         if stream.promised > stream.frames:
             missing = (
                 f"the header promises {stream.promised} MPEG frames, {stream.frames} are there"
@@ -282,18 +320,37 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
     return Survey(missing, streams=pieces, notes=tuple(notes))
 
 
+def _counts_itself(stream: _Stream, kind: _Kind) -> bool:
+    """Whether nothing is missing but one frame, and not a byte: some writers count the Info frame too."""
+    if stream.info is None or stream.promised != stream.frames + 1:
+        return False
+    return _stated_bytes(stream.info, kind) == len(stream.info) + _num_bytes(stream)
+
+
+def _num_bytes(stream: _Stream) -> int:
+    return sum(end - begin for begin, end in stream.runs)
+
+
+def _with_count(stream: _Stream, kind: _Kind) -> bytes:
+    """The Info frame with the number of frames that are there."""
+    at = 4 + kind.side + 8
+    frame = stream.info or b""
+    return frame[:at] + stream.frames.to_bytes(4, "big") + frame[at + 4 :]
+
+
 def _pieces(stream: _Stream, kind: _Kind) -> tuple[Piece, ...]:
     """The frames of a stream under an Info frame that tells the truth."""
-    num_bytes = sum(end - begin for begin, end in stream.runs)
+    num_bytes = _num_bytes(stream)
     if stream.info is None or not stream.promised:
         silent = _silent(stream.header, kind)
         info = _blank(stream.header, kind, stream.frames + 1, num_bytes + len(silent))
         return (info, silent, *stream.runs)
-    frame = bytearray(stream.info)
-    at = 4 + kind.side
-    flags = int.from_bytes(frame[at + 4 : at + 8], "big")
-    if stream.promised != stream.frames:
-        frame[at + 8 : at + 12] = stream.frames.to_bytes(4, "big")
+    if stream.promised == stream.frames:
+        frame = bytearray(stream.info)
+    else:
+        frame = bytearray(_with_count(stream, kind))
+        at = 4 + kind.side
+        flags = int.from_bytes(frame[at + 4 : at + 8], "big")
         _untrim(frame, at, flags)
         if flags & 2:
             frame[at + 12 : at + 16] = (num_bytes + len(frame)).to_bytes(4, "big")
