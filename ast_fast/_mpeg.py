@@ -167,7 +167,7 @@ def _is_as_stated(data: Windowed, place: int, end: int, kind: _Kind) -> bool:
     frames, num_bytes = _stated(frame, kind), _stated_bytes(frame, kind)
     sound = end - place - length
     possible = kind.shortest * frames <= sound <= kind.longest * frames
-    return 0 < frames and num_bytes == end - place and possible
+    return frames > 0 and num_bytes == end - place and possible
 
 
 def _differs(kind: _Kind, other: _Kind, frames: int, place: int) -> str:
@@ -189,11 +189,11 @@ def _run(data: Windowed, place: int, end: int, kind: _Kind, streams: list[_Strea
         if place + len(content) >= data.size or len(content) < mark + 4:
             content += bytes(mark + 4)  # room to look for a mark in the last frame
         last = min(len(content) - (mark + 4), end - place - 4)
-        length: int | None = None
+        length = 0
         info = False
         # a fraction of a microsecond a frame: files have thousands
         while at <= last:
-            length = length_of(header_at(content, at)[0] & _FORM)
+            length = length_of(header_at(content, at)[0] & _FORM, 0)
             if not length or not streams:
                 break
             if content[at + mark] in _MARKS and _is_info(content, at, kind):

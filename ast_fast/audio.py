@@ -394,7 +394,7 @@ def _decode_flac(
     return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
 
 
-class _FewerSamples(Exception):  # noqa: N818 - it does not leave this file
+class _FewerSamples(Exception):
     """Of a file that was taken as it stands: fewer samples decode than it states."""
 
 
