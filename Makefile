@@ -15,7 +15,7 @@ QUICK := not slow and not gpu and not interpret and not aot
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-interpret test-aot test-slow lint verify bench docs wheel clean
+.PHONY: help setup demo test test-quick test-interpret test-aot test-slow lint verify bench soak docs wheel clean
 
 help:
 	@echo "make demo            train, evaluate and tag real audio; writes runs/demo/report.html"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint            ruff and mypy"
 	@echo "make verify          the table of errors and budgets on this machine"
 	@echo "make bench           the CPU benchmark suites (about 15 minutes)"
+	@echo "make soak            10,000 training steps twice: memory flat, losses finite (about ten minutes)"
 	@echo "make docs            the pages of docs/ as a site in build/site"
 	@echo "make wheel           a wheel in dist/, checked"
 	@echo "make clean           remove what these commands made, except runs/"
@@ -94,6 +95,10 @@ verify: setup
 
 bench: setup
 	@PYTHON=$(BIN)/python benchmarks/cpu.sh
+
+soak: setup
+	@echo "==> soak: 10,000 steps alone, 10,000 of the trainer"
+	@$(BIN)/python -m benchmarks.soak --json build/soak.json
 
 docs: setup
 	@$(BIN)/mkdocs build --strict

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 # controls, what turns text around or joins it unseen, halves of pairs, other ends of lines
@@ -43,3 +45,16 @@ def named(name: Any) -> str:
     if isinstance(name, str) and name.isprintable() and name and len(name) <= _LONGEST:
         return name
     return shown(name)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values with None for every number that JSON lacks: NaN and the infinities.
+
+    >>> without_nan({"loss": float("nan"), "each": (1.0, float("inf"))})
+    {'loss': None, 'each': [1.0, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -71,7 +71,7 @@ _BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together
 _MAX_CHANNELS = 256
 _FULL_SCALE = 1.0 - 1.5 / 32768.0
 _CLIPPED_SHARE = 0.01
-_LARGEST_SAMPLE = 1e12
+LARGEST_SAMPLE = 1e12
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,10 +123,10 @@ def load(
 
 
 def from_samples(samples: np.ndarray, rate_hz: int, name: str, config: AudioConfig) -> AudioClip:
-    """What `load` makes of int16 samples [N] that lie in memory already.
+    """What `load` makes of samples [N] that lie in memory already.
 
     Args:
-        samples: [N] int16.
+        samples: [N] int16, or float32 in [-1, 1].
         rate_hz: their rate.
         name: for messages.
         config: rate, limits and what to do with clips that are not as expected.
@@ -142,6 +142,8 @@ def from_samples(samples: np.ndarray, rate_hz: int, name: str, config: AudioConf
         raise AudioEmptyError(name, "holds no samples; record it again or drop it")
     _check_limits(name, samples.shape[0], 1, rate_hz, config)
     report = AudioReport(clips=1)
+    if samples.dtype != np.int16:
+        return _finished(samples[:, None], rate_hz, "FLOAT", name, config, report)
     return _finished(_as_asked(samples, rate_hz, config), rate_hz, "PCM_16", name, config, report)
 
 
@@ -493,13 +495,13 @@ def _check_samples(
     else:
         size = np.abs(samples)
         # NaN is not below anything; squares of larger values overflow float32 in the front end
-        finite = size < _LARGEST_SAMPLE
+        finite = size < LARGEST_SAMPLE
         bad = samples.size - int(np.count_nonzero(finite))
         if bad and config.non_finite == "error":
             raise AudioNonFiniteError(
                 name,
                 f"{bad} of {samples.size} samples are NaN, infinite or beyond "
-                f"{_LARGEST_SAMPLE:g}; repair the file, or set "
+                f"{LARGEST_SAMPLE:g}; repair the file, or set "
                 "non_finite='zero'",
             )
         if bad:

@@ -115,6 +115,28 @@ def roll_frames(features: Tensor, max_shift: int = 10, generator: Source = None)
     return features.gather(1, index[:, :, None].expand_as(features))
 
 
+def place_frames(
+    features: Tensor,  # [B, S, F]
+    num_frames: Tensor,  # [B]
+    generator: Source = None,
+) -> Tensor:  # [B, S, F]
+    """Let each clip that is shorter than its window begin anywhere in it; padding comes on both sides.
+
+    Nothing of a clip is lost or wraps around. Clips that fill the window stay where they are.
+
+    Args:
+        features: [B, S, F], clips at their beginning.
+        num_frames: frames of each clip before padding.
+        generator: source of the draws.
+    """
+    frames = features.shape[1]
+    room = (frames - num_frames.to(features.device)).clamp(min=0)
+    draws = _draw((features.shape[0],), generator, features, "place frames")
+    shifts = torch.minimum((draws * (room + 1)).floor().long(), room)
+    index = (torch.arange(frames, device=features.device) - shifts[:, None]) % frames
+    return features.gather(1, index[:, :, None].expand_as(features))
+
+
 def draw_mixup(
     num_clips: int,
     probability: float,

@@ -64,13 +64,15 @@ def train(
     seeds: tuple[int, ...] = (),
     folds: tuple[int, ...] = (),
     holdout_seed: int | None = None,
+    keep: Literal["best", "last"] | None = None,
     how: How = AS_FOUND,
 ) -> int:
     """Train on a manifest, a folder per class, tar shards, or a data set as it is distributed.
 
     Args:
         recipe: audioset, audioset-balanced, esc50, speechcommands, music-emotion, or a TOML file with
-            model, [frontend], [audio], [train], [train.augment]...; default: a small model from scratch.
+            model, [frontend], [audio], [train], [train.augment]...; default: a small model from scratch,
+            whose length, masks and epochs follow from the clips.
         data: what to train on: manifest (.csv, .jsonl, .json), AudioSet's list, folder, shards, Hugging
             Face dataset, or the folder of ESC-50, Speech Commands or DEAM. Parts of a set, where it
             has some, are trained and evaluated on as they say.
@@ -86,13 +88,15 @@ def train(
         folds: train once with each held out, and the same.
         holdout_seed: of the draw of what is held out, and of the clips that statistics are measured of;
             default: train.seed, and one draw for all of seeds.
+        keep: the epoch whose model is saved: best on the clips held out (the default, but for recipes that say
+            otherwise), or last.
         how: what the data are, where that does not follow from what lies there.
     """
     from . import train_command
 
     return train_command.train(
         *(data, run, eval_data, holdout, root, labels, recipe, tuple(set_), resume, how),
-        *(seeds, folds, holdout_seed),
+        *(seeds, folds, holdout_seed, keep),
     )
 
 

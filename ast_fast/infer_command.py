@@ -213,13 +213,15 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
             report.skip(output.error)
             print(f"ast-fast: skipped {output.error}", file=sys.stderr, flush=True)
             if as_json:
-                print(json.dumps({"file": output.path, "error": output.error.reason}))
+                print(
+                    json.dumps({"file": output.path, "error": output.error.reason}, allow_nan=False)
+                )
             continue
         tagged += 1
         report.merge(output.report)
         row = rows.row(rows.encode(output))
         if as_json:
-            print(json.dumps(row))
+            print(json.dumps(row, allow_nan=False))
             continue
         print(
             one_line(output.source) + (f" ({row['windows']} windows)" if row["windows"] > 1 else "")

@@ -130,7 +130,8 @@ def _print(results: list[StreamPrediction], as_json: bool) -> None:
                     "end_s": result.end_s,
                     "filled": result.filled,
                     "labels": [{"label": name, "score": score} for name, score in result.labels],
-                }
+                },
+                allow_nan=False,
             )
         else:
             found = ", ".join(f"{one_line(name)} {score:.4f}" for name, score in result.labels)

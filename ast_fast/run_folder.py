@@ -82,7 +82,10 @@ class RunFolder:
 
     @property
     def final(self) -> dict[str, float]:
-        """Figures of the last evaluation: of averaged weights, if the run averaged some."""
+        """Figures of the run's model; of one that is not finished, of the last evaluation."""
+        kept = self.result.get("figures")
+        if kept:
+            return _figures(kept)
         evals = [row for row in self.rows if row.get("kind") in ("eval", "average")]
         return _figures(evals[-1]) if evals else {}
 
@@ -95,13 +98,23 @@ class RunFolder:
         sign = -1.0 if name == "loss" else 1.0
         return max(evals, key=lambda row: sign * row.get(name, -sign * math.inf))
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json: which epoch became the model, and its figures; empty until the run is finished."""
+        try:
+            found = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def model_folder(self, which: Literal["final", "best"] = "final") -> Path:
-        """The model after the last step (or the newest checkpoint), or that of the best evaluation.
+        """The run's model (until there is one the newest checkpoint), or that of the best evaluation.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        if which == "final" and (self.folder / "model").is_dir():
+        kept = which == "final" or self.result.get("kept") == "best"
+        if kept and (self.folder / "model").is_dir():
             return self.folder / "model"
         pointer = self.folder / "checkpoints" / ("latest" if which == "final" else "best")
         if pointer.is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +10,22 @@ from typing import Any
 
 import torch
 
-from .audio import AudioReport
 from .config import AudioConfig, DataConfig, LogMelConfig
-from .data import Collate, Data, dataset_of
-from .data.dataset import max_samples
-from .data.examine import Moments
+from .data import Data, dataset_of
+from .data.dataset import max_samples, read_for
 from .data.layouts import DRAW
-from .data.prepare import CLIPS
-from .data.prepared_figures import prepared_moments
 from .data.split_file import SPLIT
-from .frontend import log_mel_features
 from .models.ast import ASTModel
 from .models.pretrained import start_from_weights
 from .models.registry import create_model, list_models
 from .run_data import run_clips
+from .run_settings import measured, settle
 from .training import RunConfig, Trainer, TrainingInterrupted
+from .training.best import Keep, save_kept
 from .training.logs import figures_text, say
 from .training.processes import by_torchrun, is_first
 from .training.recipe import read_config
 from .training.several import read_result, summary_lines, together, variants, write_json
-
-_MEASURED_CLIPS = 500  # enough for mean and std to the second digit
 
 
 def train(
@@ -48,6 +42,7 @@ def train(
     seeds: tuple[int, ...],
     folds: tuple[int, ...],
     holdout_seed: int | None = None,
+    keep: Keep | None = None,
 ) -> int:
     """See `cli.train`."""
     file = run / "run.json"
@@ -63,9 +58,12 @@ def train(
                 f"{str(run)!r} holds no run to resume: give --data to start one"
             )
         plan = json.loads(file.read_text(encoding="utf-8"))
+        if keep is not None:  # what is learnt is the same
+            plan["settings"]["keep"] = keep
     else:
         if data is None:
             raise ValueError("--data is missing: expected a manifest, a folder per class or shards")
+        overrides = [*overrides, *([] if keep is None else [f"keep={keep}"])]
         settings = read_config(recipe, overrides)
         plan = {
             "data": str(data.resolve()),
@@ -79,6 +77,8 @@ def train(
             "folds": list(folds),
             "holdout_seed": settings.train.seed if holdout_seed is None else holdout_seed,
             "draw": DRAW,
+            # what the clips decide is settled when they are read; None of the recipe: what follows from them
+            "unsettled": {"overrides": None if recipe is not None else overrides},
         }
     if plan.get("seeds") or plan.get("folds"):
         return _train_several(plan, run, resume)
@@ -110,6 +110,7 @@ def _train_several(plan: dict[str, Any], run: Path, resume: bool) -> int:
         if first:
             say(f"run {number} of {len(several)}: {folder}")
         if read_result(folder) is None:
+            one |= _settled_before(one, folder, run / next(iter(several)))
             like = earlier.get(fold), next(iter(earlier.values()), None)
             _train_one(one, folder, (folder / "run.json").is_file(), f"--run {run}", like)
         if (folder / SPLIT).is_file():
@@ -156,6 +157,11 @@ def _train_one(
             f"{plan['data']}: all clips are of one class, {train_data.classes[0]!r}: expected two or "
             "more; of folders, give the one that holds a folder for each class"
         )
+    if plan.get("unsettled"):
+        settings = settle(
+            settings, train_data, plan["holdout_seed"], plan["unsettled"]["overrides"]
+        )
+        plan |= {"settings": settings.to_dict(), "unsettled": None}
     torch.manual_seed(settings.train.seed)
     model, audio = _build(settings, train_data, plan)
     trainer = Trainer(
@@ -182,12 +188,13 @@ def _train_one(
         raise KeyboardInterrupt(
             f"{interrupt}; go on with: ast-fast train {whole or f'--run {run}'} --resume"
         ) from None
-    trainer.save_model(run / "model")
+    kept = save_kept(trainer, run / "model", settings.keep, evaluation)
     if not first:
         return
-    figures = {} if evaluation is None else evaluation.figures
-    write_json(run / "result.json", {"steps": trainer.step, "figures": figures})
-    if evaluation is not None:
+    figures = {} if kept.evaluation is None else kept.evaluation.figures
+    result = {"steps": trainer.step, "kept": kept.what, "epoch": kept.epoch, "figures": figures}
+    write_json(run / "result.json", result)
+    if kept.evaluation is not None:
         say(f"evaluation: {figures_text(figures)}")
     say(f"files, each once an epoch: {trainer.audio_report.summary()}")
     for note in trainer.audio_report.notes:
@@ -199,7 +206,25 @@ def _train_one(
             f"  the model hears {front.num_frames} frames, {heard:.2f} s: of longer clips the start; "
             "--set frontend.num_frames=... makes it hear more"
         )
-    say(f"model: {run / 'model'}; a page on the run: ast-fast report {shlex.quote(str(run))}")
+    say(f"model: {run / 'model'}, {kept.text}")
+    say(f"a page on the run: ast-fast report {shlex.quote(str(run))}")
+
+
+def _settled_before(plan: dict[str, Any], *folders: Path) -> dict[str, Any]:
+    """What the clips of one of several runs decided, for those after it and for itself when it goes on.
+
+    Folds differ by a few clips, and are to be runs of one setting.
+    """
+    for folder in folders:
+        if plan.get("unsettled") and (folder / "run.json").is_file():
+            found = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+            mine = plan["settings"]
+            train = {**found["train"], "seed": mine["train"]["seed"]}
+            return {
+                "settings": {**found, "train": train, "keep": mine["keep"]},
+                "unsettled": None,
+            }
+    return {}
 
 
 def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, AudioConfig]:
@@ -213,6 +238,7 @@ def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, 
     }
     model: Any
     if settings.model in list_models():
+        sizes |= settings.sizes or {}
         model = create_model(settings.model, len(classes), labels=classes, **sizes)
         start_from_weights(model, settings.weights)
     else:
@@ -226,41 +252,14 @@ def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, 
             settings.model, label_dim=len(classes), labels=classes, **sizes, **known
         )
     front: LogMelConfig = model.frontend_config.replace(**said)
-    audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
+    audio = read_for(front, settings.audio)
     if settings.statistics == "measure":
         if "measured" not in plan:
             # runs of several seeds have the same clips, and the same front end; older ones had not
             seed = settings.train.seed if plan.get("draw", 1) == 1 else plan["holdout_seed"]
-            plan["measured"] = _measured(front, data, audio, seed, Path(plan["data"]))
+            plan["measured"] = measured(front, data, audio, seed, Path(plan["data"]))
         found = plan["measured"]
         say(f"statistics of {found['of']}: mean {found['mean']:.4f}, std {found['std']:.4f}")
         front = front.replace(mean=found["mean"], std=found["std"])
     model.frontend_config = front
     return model, audio
-
-
-def _measured(
-    front: LogMelConfig, data: Data, audio: AudioConfig, seed: int, path: Path
-) -> dict[str, Any]:
-    """Mean and std of the energies of training clips, padding left out, and of which clips they are."""
-    exact = prepared_moments(path, data, front)
-    if isinstance(exact, Moments):
-        of = f"all {len(data)} training clips, from {path / CLIPS}"
-        return {"mean": exact.mean, "std": exact.std(), "of": of}
-    dataset = dataset_of(data, audio)
-    chosen = random.Random(seed).sample(range(len(dataset)), min(_MEASURED_CLIPS, len(dataset)))
-    raw = front.replace(num_frames=None, mean=0.0, std=0.5)
-    report, count, total, squares = AudioReport(), 0, 0.0, 0.0
-    for index in chosen:
-        batch = Collate(len(dataset.classes), multi_label=True)([dataset[index]])
-        report.merge(batch.report)
-        if len(batch):
-            energies = log_mel_features(batch.wave, raw).double()
-            count += energies.numel()
-            total += float(energies.sum())
-            squares += float(energies.square().sum())
-    if not count:
-        raise ValueError(f"no clip could be read to measure statistics: {report.summary()}")
-    mean = total / count
-    of = f"{report.clips} of {len(dataset)} training clips" + (f" ({exact})" if exact else "")
-    return {"mean": mean, "std": max(squares / count - mean * mean, 1e-8) ** 0.5, "of": of}

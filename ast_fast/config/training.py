@@ -27,6 +27,7 @@ class AugmentConfig(Config):
     noise: bool = False  # U[0, 1) * U[0, 1) / 10 added after normalisation
     roll_frames: int = 0  # largest circular shift in time
     roll_waveforms: bool = False  # clips start anywhere and continue at their beginning
+    place: bool = False  # clips shorter than the model's length begin anywhere in it
     gain_db: float = 0.0  # louder or softer by up to so many decibels
     snr_db: tuple[float, float] | None = None  # white noise, so many decibels below the clip
     patchout_time: int = 0  # columns of the patch grid left out of each step (PaSST: 40 of 99)
@@ -130,6 +131,7 @@ class TrainConfig(Config):
     # auto: of the loss; cross_entropy one label a clip, binary_cross_entropy several
     task: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
     loss: Literal["cross_entropy", "binary_cross_entropy", "mean_squared_error"] = "cross_entropy"
+    label_smoothing: float = 0.0  # share of a label spread over all classes (cross-entropy alone)
     # adam: decay is added to the gradient of every weight (L2); adamw: to matrices alone, apart
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = 5e-4
@@ -217,6 +219,15 @@ class TrainConfig(Config):
         check(value in allowed, f"{name}={value!r}: expected one of {', '.join(allowed)}")
 
     def _check_task(self) -> None:
+        check(
+            0.0 <= self.label_smoothing < 1.0,
+            f"label_smoothing={self.label_smoothing}: expected 0 (off) to below 1",
+        )
+        check(
+            self.label_smoothing == 0.0
+            or (self.loss == "cross_entropy" and "truncated_labels" not in self.reproduce),
+            f"label_smoothing={self.label_smoothing} smooths loss='cross_entropy' alone: leave it at 0",
+        )
         fitting = {
             "cross_entropy": ("single_label",),
             "binary_cross_entropy": ("multi_label", "single_label"),

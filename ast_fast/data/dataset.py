@@ -130,6 +130,23 @@ def max_samples(front: LogMelConfig) -> int | None:
     return sizes.window_samples + front.num_frames * sizes.hop_samples - 1
 
 
+def read_for(front: LogMelConfig, audio: AudioConfig | None = None) -> AudioConfig:
+    """How clips for a front end are read: at its rate, and padded, with a note, where they fill no frame of it.
+
+    Args:
+        front: of the model.
+        audio: the rest; its rate does not count.
+    """
+    audio = audio or AudioConfig()
+    sizes, rate = mel_sizes(**front.framing), front.sample_rate_hz
+    least = {"none": sizes.window_samples, "reflect": sizes.n_fft // 2 + 1, "zeros": 1}
+    # half a sample more, which rounding down takes away again
+    least_ms = (least[sizes.padding] + 0.5) * 1000.0 / rate
+    if int(rate * audio.min_ms * 0.001) >= least[sizes.padding]:
+        least_ms = audio.min_ms
+    return audio.replace(sample_rate_hz=rate, min_ms=least_ms)
+
+
 class ClipSet(Protocol):
     """What training and evaluation need of a dataset.
 

@@ -75,7 +75,10 @@ class ManifestStore:
         """The manifest as JSON lines and, where it can say the same, as CSV; and the classes."""
         classes, values = self._dataset.classes, getattr(self._dataset, "values", None)
         rows = self._rows(clips)
-        replace(self._folder / MANIFEST, (json.dumps(row).encode() + b"\n" for row in rows))
+        replace(
+            self._folder / MANIFEST,
+            (json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows),
+        )
         # a label that would not come back as it is, a file whose name is no text: JSON lines alone
         text = all(_is_text(row["path"]) for row in self._rows(clips))
         if text and all(";" not in name and name == safe_cell(name).strip() for name in classes):

@@ -14,11 +14,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..names import in_order, part_name, same_name
+from .manifest_blocks import Block, are_plain, mapped
 from .tree import Walk
 
 MAX_FIELD_CHARS = 64 * 1024
@@ -132,7 +133,7 @@ def audio_paths(folder: Path) -> list[str]:
 
 
 def collect(
-    rows: Iterable[Row],
+    rows: Iterable[Row | Block],
     source: Path,
     root: Path,
     *,
@@ -148,7 +149,7 @@ def collect(
     """A manifest of rows, every one of them checked.
 
     Args:
-        rows: what a reader found.
+        rows: what a reader found, one by one or by the thousand.
         source: where, for messages.
         root: folder of the paths.
         classes: class names in order; by default the labels found, sorted.
@@ -173,7 +174,33 @@ def collect(
     known = _known(classes, aliases)
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple per distinct label set
     parts: dict[str, str] = {}
-    for line, path, labels, key, split, numbers in rows:
+
+    def took(block: Block) -> bool:
+        """Take a block by its columns, if nothing in it asks for a look at single rows."""
+        if check_files or not are_plain(block.paths):
+            return False
+        for new in set(block.labels).difference(shared):
+            names = tuple(map(same_name, new))
+            if known is not None and not known.keys() >= set(names):
+                return False
+            shared[new] = tuple(dict.fromkeys(names))
+        paths.extend(block.paths)
+        texts.extend(map(shared.__getitem__, block.labels))
+        lines.extend(range(block.line, block.line + len(block.paths)))
+        if any(block.splits):
+            splits.extend(mapped(block.splits, parts, part_name))
+        else:
+            splits.extend([""] * len(block.paths))
+        return True
+
+    def singly() -> Iterator[tuple[Any, ...]]:
+        for found in rows:
+            if not isinstance(found, Block):
+                yield found
+            elif not took(found):
+                yield from found.rows()
+
+    for line, path, labels, key, split, numbers in singly():
         # a million times: what is only said of errors is not made before there is one
         if _PLAIN(path) is None:
             check_path(path, _where(source, line))

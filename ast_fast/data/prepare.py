@@ -337,7 +337,7 @@ class _Ledger:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append the line of the next clip."""
-        self._file.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
+        self._file.write(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n")
         self._written += 1
 
     def commit(self) -> None:
@@ -351,7 +351,7 @@ class _Ledger:
             "bytes": self._size(),
             "store": stored,
         }
-        replace(self._progress, json.dumps(state).encode())
+        replace(self._progress, json.dumps(state, allow_nan=False).encode())
 
     def finish(self) -> Path:
         """The last commit; the lines get their name and the store its description."""

@@ -179,4 +179,4 @@ def settings_for_transformers(
 
 def as_json(values: Mapping[str, Any]) -> str:
     """Readable JSON with a final newline."""
-    return json.dumps(values, indent=2, ensure_ascii=True) + "\n"
+    return json.dumps(values, indent=2, ensure_ascii=True, allow_nan=False) + "\n"

@@ -15,9 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..audio import Source
+from ..audio_memory import EXPECTED, AnyClip, described, is_clip
 from ..data.manifest import MAX_FIELD_CHARS, ManifestError
 from ..data.manifest_files import read_manifest
 from ..data.shard_index import is_shards
@@ -29,7 +27,7 @@ _log = logging.getLogger("ast_fast.inference")
 FILES_A_UNIT = 4  # files that one task reads, so that a task is worth its message
 _MANIFESTS = (".csv", ".jsonl", ".json")
 
-AnySource = Source | Tensor
+AnySource = AnyClip  # or what stands for several: a folder, list, manifest or shard
 
 
 class OneFile(os.PathLike[str]):
@@ -93,12 +91,13 @@ def units_of(
     file for its clips; any other path is a file, whether it can be read or not.
 
     Args:
-        sources: paths, bytes of files, open files, or waveforms [N].
+        sources: paths, and clips in memory: see `audio_memory.load_clip`.
         root: folder that the paths of manifests and lists start from; theirs by default.
 
     Raises:
         ManifestError: a manifest, list or shard index cannot be used.
         FileNotFoundError: a manifest, list or shard is not there.
+        TypeError: a source is no clip, and nothing that holds some.
     """
     files: list[tuple[str, str | None]] = []
     count = 0
@@ -112,6 +111,10 @@ def units_of(
 
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
+            if not is_clip(source):
+                raise TypeError(
+                    f"source {count + len(files)} is {described(source)}: expected {EXPECTED}"
+                )
             if files:
                 yield gathered()
             yield Unit((count,), memory=source)

@@ -115,7 +115,7 @@ class SafetensorsRows(NumpyRows):
         }
         self._file.seek(0)
         self._file.write((_HEADER_BYTES - 8).to_bytes(8, "little"))
-        self._file.write(json.dumps(header).encode().ljust(_HEADER_BYTES - 8))
+        self._file.write(json.dumps(header, allow_nan=False).encode().ljust(_HEADER_BYTES - 8))
 
     def _span(self, begin: float, end: float) -> None:
         self._spans.write(np.asarray((begin, end), "<f8").tobytes())

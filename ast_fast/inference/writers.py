@@ -80,7 +80,7 @@ class JsonLines:
 
     def add(self, record: Record) -> None:
         """The next clip."""
-        self._file.write(json.dumps(self._row(record)).encode() + b"\n")
+        self._file.write(json.dumps(self._row(record), allow_nan=False).encode() + b"\n")
 
     def position(self) -> int:
         """See `OutputWriter`: bytes."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import augment
 from ..config import AugmentConfig, LogMelConfig
+from ..reference.mel import mel_sizes
 from ..seeding import ClipSeeds, clip_seeds
 
 __all__ = [
@@ -65,16 +66,24 @@ def augment_waveforms(
 
 
 def augment_features(
-    x: Tensor, settings: AugmentConfig, front: LogMelConfig, seeds: ClipSeeds
+    x: Tensor,
+    settings: AugmentConfig,
+    front: LogMelConfig,
+    seeds: ClipSeeds,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Masks, noise and roll on normalised features [B, S, F].
+    """Place, masks, noise and roll on normalised features [B, S, F].
 
     Args:
         x: [B, S, F].
         settings: which, and how strong.
         front: mean and std of the normalisation; masks hold raw 0.
         seeds: source of every draw.
+        lengths: [B] samples of the clips, for `place`; of all the window if None.
     """
+    if settings.place and lengths is not None:
+        counts = mel_sizes(**front.framing).frames_of(lengths)
+        x = augment.place_frames(x, counts, seeds)
     x = augment.spec_augment(
         x,
         settings.freq_mask_bins,

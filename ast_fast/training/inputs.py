@@ -74,5 +74,5 @@ class BatchFeatures:
             )
         front = self._model.frontend_config
         features = log_mel_features(wave, front, batch.lengths)
-        features = augment_features(features, settings, front, placed)
+        features = augment_features(features, settings, front, placed, batch.lengths)
         return features.to(next(self._model.parameters()).dtype), targets

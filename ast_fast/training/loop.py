@@ -90,6 +90,8 @@ class Trainer:
         divergence: watches the loss.
         step: optimiser steps done.
         best: the best main figure so far.
+        best_loss: the loss of the same evaluation.
+        store: the run's checkpoints.
         epoch_clips: clips learnt from in this epoch.
         epoch_loss: the sum of their losses.
         total_steps: steps of the whole run.
@@ -158,25 +160,26 @@ class Trainer:
         self.total_steps = config.epochs * len(self.sampler)
         self.step = 0
         self.best: float | None = None
+        self.best_loss: float | None = None
         self.audio_report = self._report = AudioReport()
         self._said = ""
         self.epoch_clips, self.epoch_loss = 0, 0.0
         self._stop = False
         self._overflows = 0
         self._progress_wanted = progress and self.fabric.is_global_zero
-        self._store = CheckpointStore(
+        self.store = CheckpointStore(
             self.run_dir / "checkpoints", config.keep_checkpoints, self.fabric.is_global_zero
         )
         if resume:
             try:
-                checkpoint = self._store.load()
+                checkpoint = self.store.load()
                 if checkpoint is not None:
                     restore(self, checkpoint)
             except BaseException:
-                self._store.close()
+                self.store.close()
                 raise
-        elif self._store.pointer("latest") is not None:
-            self._store.close()
+        elif self.store.pointer("latest") is not None:
+            self.store.close()
             raise TrainingError(
                 f"{self.run_dir} holds a run already: resume it, delete it or choose another folder"
             )
@@ -265,7 +268,7 @@ class Trainer:
             bar.close()
             if log is not None:
                 log.close()
-            self._store.close()
+            self.store.close()
         return self._evaluation
 
     def _finish(self, log: RunLog | None, bar: Progress) -> None:
@@ -354,8 +357,7 @@ class Trainer:
             figures = self._evaluation.figures
             skipped = self._evaluation.report.num_skipped
             score = figures.get(MAIN_FIGURE[self.task], -figures["loss"])
-            best = self.best is None or score > self.best
-            self.best = score if best else self.best
+            best = self._is_best(score, figures["loss"])
             if self.config.average.cumulative:
                 metrics = self._evaluation.metrics
                 together = metrics.figures(self.cumulative.add(metrics.scores()))
@@ -376,6 +378,15 @@ class Trainer:
         self._save(best)
         if self.sampler.epoch < self.config.epochs and self._should_stop():
             raise TrainingInterrupted(self.run_dir, self.step)
+
+    def _is_best(self, score: float, loss: float) -> bool:
+        """Whether an evaluation is the best so far, which is noted; of equal scores the lower loss is."""
+        if self.best is not None:
+            equal = score == self.best and self.best_loss is not None and loss < self.best_loss
+            if not (score > self.best or equal):
+                return False
+        self.best, self.best_loss = score, loss
+        return True
 
     def _mean_loss(self) -> float:
         """Of the clips of the epoch, in all processes; brings their reports together on the way."""
@@ -418,6 +429,10 @@ class Trainer:
                 rank=self.fabric.global_rank,
                 world_size=self.fabric.world_size,
             )
+
+    def evaluate_weights(self, weights: dict[str, Tensor]) -> Evaluation:
+        """Evaluate whole weights, by the model's names, in place of its own; all processes call it."""
+        return self._evaluate({n: self.weights.part(n, value) for n, value in weights.items()})
 
     def _train_step(self, fed: Fed, log: RunLog | None) -> dict[str, float]:
         config, batch = self.config, fed.batch
@@ -491,7 +506,7 @@ class Trainer:
         weights, tensors = self.weights.whole_of(self.weights.here()), tensors_of(self)
         if self.fabric.is_global_zero:
             write = functools.partial(self.model.save_pretrained, state_dict=weights)
-            self._store.save(self.step, write, tensors, state_of(self), best)
+            self.store.save(self.step, write, tensors, state_of(self), best)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
 

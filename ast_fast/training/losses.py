@@ -32,7 +32,7 @@ def task_loss(config: TrainConfig) -> Loss:
     if "truncated_labels" in config.reproduce:
         return truncated_cross_entropy
     losses: dict[str, Loss] = {
-        "cross_entropy": F.cross_entropy,
+        "cross_entropy": functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing),
         "binary_cross_entropy": F.binary_cross_entropy_with_logits,
         "mean_squared_error": F.mse_loss,
     }

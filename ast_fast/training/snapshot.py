@@ -46,6 +46,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "best": trainer.best,
+        "best_loss": trainer.best_loss,
         "epoch_clips": trainer.epoch_clips,
         "epoch_loss": trainer.epoch_loss,
         "sampler": trainer.sampler.state_dict(),
@@ -75,6 +76,15 @@ def check_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
         )
 
 
+def averages_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Averaged weights by name; none if the run does not average."""
+    return {
+        name.removeprefix(AVERAGE): value
+        for name, value in checkpoint.tensors.items()
+        if name.startswith(AVERAGE)
+    }
+
+
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a trainer where a checkpoint was made.
 
@@ -96,11 +106,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.scaler.load_state(
             {name: tensors[f"scaler.{name}"].to(device) for name in trainer.scaler.state()}
         )
-    averages = {
-        name.removeprefix(AVERAGE): value
-        for name, value in tensors.items()
-        if name.startswith(AVERAGE)
-    }
+    averages = averages_of(checkpoint)
     parts = {name: trainer.weights.part(name, value) for name, value in averages.items()}
     trainer.average.load(parts, int(state.get("averaged", 0)), device)
     trainer.cumulative.load(tensors, int(state.get("cumulated", 0)))
@@ -112,6 +118,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.sampler.load_state_dict(state["sampler"])
     trainer.step = int(state["step"])
     trainer.best = state["best"]
+    trainer.best_loss = state.get("best_loss")
     trainer.epoch_clips = int(state["epoch_clips"])
     trainer.epoch_loss = float(state.get("epoch_loss", 0.0))
 

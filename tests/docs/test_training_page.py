@@ -51,7 +51,7 @@ def test_every_command_runs(place, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(place)
     commands = [line for line in lines_of("sh") if line.startswith("ast-fast")]
-    assert len(commands) == 11
+    assert len(commands) == 13
     for line in commands:
         _, *arguments = shlex.split(line)
         small = QUICK if arguments[0] == "train" and "--resume" not in arguments else ()

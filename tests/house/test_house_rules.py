@@ -15,11 +15,13 @@ PACKAGE = ROOT / "ast_fast"
 GROUND = (
     "kernels",
     "cpp",
+    "finite",
     "reference",
     "backend",
     "positions",
     "config",
     "audio",
+    "audio_memory",
     "audio_report",
     "audio_spans",
     "attention_mask",
@@ -63,6 +65,7 @@ FLOORS = (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
         *("run_folder", "run_plots", "run_numbers", "run_report", "run_compare"),
         "run_data",
+        "run_settings",
     ),
     (
         *("cli", "cli_options", "commands", "train_command", "ensemble_command", "infer_command"),
@@ -171,3 +174,13 @@ def test_every_setting_default_lives_in_config() -> None:
         assert type(settings).from_dict(settings.to_dict()) == settings
         with pytest.raises(ValueError, match="has no setting"):
             type(settings).from_dict({"no_such_setting": 1})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_json_is_written_without_nan(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            home = node.func.value
+            if node.func.attr in ("dump", "dumps") and getattr(home, "id", "").startswith("json"):
+                given = {key.arg: ast.unparse(key.value) for key in node.keywords}
+                assert given.get("allow_nan") == "False", f"{path.name}, line {node.lineno}"

@@ -120,3 +120,19 @@ def test_settings_that_do_not_fit_are_named():
     ):
         AugmentConfig(snr_db=(9.0, 3.0))
     assert AugmentConfig.from_dict({"snr_db": [3.0, 9.0]}).snr_db == (3.0, 9.0)
+
+
+def test_short_clips_are_placed_anywhere_in_their_window_and_whole():
+    x = torch.randn(200, 40, 32, generator=seeded(1))
+    # 25 ms windows every 10 ms: 3120 samples are 18 frames, 7000 more than the window holds
+    lengths = torch.tensor([3120, 7000] * 100)
+    x[::2, 18:] = 7.0  # padding
+    settings = AugmentConfig(place=True)
+    y = augment_features(x, settings, FRONT, clips(200), lengths)
+    assert torch.equal(y[1::2], x[1::2])
+    starts = [int((row != 7.0).all(1).nonzero()[0]) for row in y[::2]]
+    assert min(starts) == 0 and max(starts) == 22 and len(set(starts)) > 15
+    for before, after, start in zip(x[::2], y[::2], starts, strict=True):
+        assert torch.equal(after[start : start + 18], before[:18])
+        assert int((after == 7.0).all(1).sum()) == 22
+    assert torch.equal(augment_features(x, settings, FRONT, clips(200)), x)  # lengths are not known

@@ -84,3 +84,25 @@ def test_a_nested_section_keeps_the_defaults_of_its_owner():
     # cepstra are made of energies that are not normalised, by Povey's window
     made = MfccConfig.from_dict({"log_mel": {"num_mel_bins": 40}})
     assert made.log_mel == MfccConfig().log_mel.replace(num_mel_bins=40)
+
+
+def test_sizes_are_those_of_the_model_that_is_built():
+    model, _ = built(None, ["sizes.depth=2", "sizes.tstride=8", "frontend.num_frames=48"])
+    assert (model.config.depth, model.config.tstride, model.config.embed_dim) == (2, 8, 128)
+    assert model.config.input_tdim == model.frontend_config.num_frames == 48
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sizes.colour=1"], "ModelConfig has no setting colour"),
+        (["sizes.input_tdim=64"], "sizes.input_tdim: follows from the data or the front end"),
+        (["sizes.depth=2.5"], "depth=2.5: expected a whole number"),
+        (["sizes=3"], "sizes=3: expected a section"),
+        (["sizes.depth=2", "model=some/folder"], "named by its architecture"),
+        (["sizes.depth=2", "weights=imagenet"], "that starts from random weights"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_the_data_are_read(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(None, overrides)

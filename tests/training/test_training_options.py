@@ -473,3 +473,27 @@ def test_events_for_tensorboard_hold_what_the_log_holds(tmp_path):
     assert [e.step for e in found] == [r["step"] for r in rows]
     assert [e.value for e in found] == pytest.approx([r["loss"] for r in rows])
     assert len(events.Scalars("eval/accuracy")) == 3
+
+
+def test_smoothed_labels_are_spread_over_all_classes():
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.tensor([0, 3, 1, 1, 2])
+    soft = 0.8 * F.one_hot(targets, 4) + 0.2 / 4
+    expected = -(soft * logits.log_softmax(1)).sum(1).mean()
+    loss = task_loss(TrainConfig(label_smoothing=0.2))
+    torch.testing.assert_close(loss(logits, targets), expected)
+    # labels that mixup has mixed are smoothed alike
+    torch.testing.assert_close(loss(logits, F.one_hot(targets, 4).double()), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 1.0}, "expected 0 .off. to below 1"),
+        ({"label_smoothing": 0.1, "loss": "binary_cross_entropy"}, "cross_entropy' alone"),
+        ({"label_smoothing": 0.1, "reproduce": ("truncated_labels",)}, "cross_entropy' alone"),
+    ],
+)
+def test_label_smoothing_that_would_do_nothing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
