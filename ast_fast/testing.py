@@ -20,7 +20,13 @@ from .equivalence.cases import OpCase, Tensors, normal
 from .equivalence.measures import Errors, measure
 
 GUARD = 4096  # elements on either side of a guarded tensor
-_SENTINEL = {torch.int16: -21555, torch.int32: -1431655766, torch.int64: -6148914691236517206}
+_SENTINEL = {
+    torch.uint8: 171,
+    torch.int8: -85,
+    torch.int16: -21555,
+    torch.int32: -1431655766,
+    torch.int64: -6148914691236517206,
+}
 _FLOAT_SENTINEL = -24672.0  # exact in every floating dtype
 
 
