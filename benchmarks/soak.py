@@ -192,7 +192,7 @@ def soak_run(steps: int, folder: Path) -> Held:
     return held
 
 
-def rows_of(what: str, held: Held, device: str, seconds: float) -> Iterator[Row]:
+def rows_of(what: str, held: Held, device: str) -> Iterator[Row]:
     """A check for each thing held, and one for the losses."""
     found = [
         ("resident_mib", BUDGET_MIB, "MiB of resident memory more"),
@@ -211,7 +211,6 @@ def rows_of(what: str, held: Held, device: str, seconds: float) -> Iterator[Row]
             provider="ast_fast", status="ok" if ok else "wrong",
             reason="" if ok else f"{text}: {value:g}, allowed {budget:g}",
             error=value, budget=budget, worst=text, clock="host",
-            clips_per_second=_CLIPS * held.steps[-1] / seconds,
         )  # fmt: skip
 
 
@@ -236,13 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.json or record.RESULTS / record.file_name(environment, "soak")
     kinds = [options.only] if options.only else ["step"] if device == "cuda" else ["step", "run"]
     for kind in kinds:
-        started = time.monotonic()
         if kind == "step":
             held = soak_step(options.steps, device, options.minutes)
         else:
             with tempfile.TemporaryDirectory(prefix="soak-") as folder:
                 held = soak_run(options.steps, Path(folder))
-        for row in rows_of(kind, held, device, time.monotonic() - started):
+        for row in rows_of(kind, held, device):
             content.rows.append(row)
             print(
                 f"{row.case}, {row.shape['steps']} steps: {row.error:.4g} {row.worst} {row.status}"

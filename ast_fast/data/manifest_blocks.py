@@ -125,29 +125,33 @@ def _quoted(text: str, find: Callable[[str], list[Any]]) -> list[list[str]] | No
 
 
 def uniform_columns(text: str) -> list[list[str]] | None:
-    r"""What stands in quotes, by place in the line, where all lines are alike but for that; None if they are not.
+    r"""The second and the fourth text in quotes of every line, where all lines are alike but for these; else None.
 
-    The texts between quotes have to be the first line's on every line; no escape and no control character may be
-    among those inside.
+    So are the values of `{"path": ..., "labels": ...}`; no escape and no control character may be among them.
 
-    >>> uniform_columns('{"a": "1"}\n{"a": "2"}')
-    [['a', 'a'], ['1', '2']]
+    >>> uniform_columns('{"a": "1", "b": ["2"]}\n{"a": "3", "b": ["4"]}')
+    [['1', '3'], ['2', '4']]
     """
     first, _, _ = text.partition("\n")
-    width = first.count('"')
-    pieces = text.split('"')
-    count, rest = divmod(len(pieces) - 1, width) if width else (0, 1)
-    if rest or width % 2 or text.count("\n") != count - 1 or "\\" in text:
-        return None
-    if not text.replace("\n", "").isprintable():
-        return None
     shape = first.split('"')
-    between = f"{shape[-1]}\n{shape[0]}"
-    if pieces[0] != shape[0] or pieces[-1] != shape[-1] or {*pieces[width:-1:width]} - {between}:
+    if len(shape) != 9 or "\\" in text or not text.replace("\n", "").isprintable():
         return None
-    if any({*pieces[place::width]} != {shape[place]} for place in range(2, width, 2)):
+    before, between, behind = ('"'.join(part) for part in (shape[:3], shape[4:7], shape[8:]))
+    before, between, behind = f'{before}"', f'"{between}"', f'"{behind}'
+    if not text.startswith(before) or not text.endswith(behind):
         return None
-    return [pieces[place::width] for place in range(1, width, 2)]
+    rows = text[len(before) : len(text) - len(behind)].split(f"{behind}\n{before}")
+    # as many quotes in every row as between two cells, and none inside of one
+    if {*map(_QUOTES, rows)} != {between.count('"')} or text.count("\n") != len(rows) - 1:
+        return None
+    joined = between.join(rows)
+    cells = joined.split(between)
+    if len(cells) != 2 * len(rows) or joined.count('"') != (len(cells) - 1) * between.count('"'):
+        return None
+    return [cells[::2], cells[1::2]]
+
+
+_QUOTES = operator.methodcaller("count", '"')
 
 
 def mapped(texts: Sequence[str], seen: dict[str, Any], make: Callable[[str], Any]) -> list[Any]:

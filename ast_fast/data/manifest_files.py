@@ -211,13 +211,11 @@ def _plain_jsonl(
         text = text.replace("\r\n", "\n").removesuffix("\n")
         first = _PLAIN_JSON(text.partition("\n")[0])
         columns = uniform_columns(text) if first else None
-        if columns is None or len(columns) != 4:
+        if columns is None:
             return None
-        if max(map(len, itertools.chain(columns[1], {*columns[3]}))) > _PLAIN_CHARS:
+        paths, labels = columns
+        if max(map(len, itertools.chain(paths, {*labels}))) > _PLAIN_CHARS:
             return None
-        if any(len({*keys}) > 1 for keys in columns[::2]):
-            return None
-        _, paths, _, labels = columns
         listed = bool(first[0][2])
         made = mapped(labels, alone if listed else spelled, (lambda t: (t,)) if listed else of_text)
         if within in text:

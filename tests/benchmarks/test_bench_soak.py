@@ -40,14 +40,14 @@ def test_growth_leaves_out_what_fills_up_at_first_and_single_peaks():
 
 def test_what_grows_or_is_not_finite_is_wrong():
     flat = [400.0] * 30
-    kept = list(soak.rows_of("step", held(flat), "cpu", 1.0))
+    kept = list(soak.rows_of("step", held(flat), "cpu"))
     assert [row.status for row in kept] == ["ok"] * 4
     for found, index in (
         (held([400.0 + index for index in range(30)]), 0),
         (held(flat, files=[9] * 20 + [10] * 10), 1),
         (held(flat, bad_losses=1), 3),
     ):
-        rows = list(soak.rows_of("step", found, "cpu", 1.0))
+        rows = list(soak.rows_of("step", found, "cpu"))
         assert [row.status for row in rows] == ["wrong" if i == index else "ok" for i in range(4)]
         assert "allowed" in rows[index].reason
 
@@ -61,7 +61,7 @@ def leak(values):
     kept.append(bytearray(os.urandom(1)) * 100_000)
     open_files.append(os.open(os.devnull, os.O_RDONLY))
 for after in (lambda values: None, leak):
-    rows = soak.rows_of("step", soak.soak_step(300, after=after), "cpu", 1.0)
+    rows = soak.rows_of("step", soak.soak_step(300, after=after), "cpu")
     print(json.dumps([[row.status, row.error] for row in rows]))
 """
 

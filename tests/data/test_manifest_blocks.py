@@ -87,18 +87,20 @@ def test_columns_are_found_only_where_every_line_is_alike():
     line = '{"path": "%s", "label": "%s"}'
     alike = "\n".join(line % (f"{i}.wav", i % 3) for i in range(9))
     columns = uniform_columns(alike)
-    assert (
-        columns[0] == ["path"] * 9 and columns[1][8] == "8.wav" and columns[3][:4] == list("0120")
-    )
+    assert columns[0][8] == "8.wav" and columns[1][:4] == list("0120")
     for other in (
         alike + "\n{}",
         alike.replace('"4.wav", ', '"4.wav",'),
         alike.replace('"4.wav"', '"4\\u0041.wav"'),
         alike.replace('"4.wav"', '"4\t.wav"'),
         alike.replace('"4.wav"', '"4\n.wav"'),
-        alike.replace('"4.wav"}\n', '"4.wav"}'),
+        alike.replace('"1"}\n', '"1"}', 1),
         alike + "\n",
         "\n" + alike,
+        alike.replace('"4.wav"', '"4"wav"'),
+        alike.replace('"4.wav", "label": "1"', '"4.wav", "label": "1", "label": "1"'),
+        alike.replace('"5.wav", "label": "2"', '"5.wav"').replace('"4.wav"', '"4", "label": "1"'),
         "",
     ):
-        assert other == alike or uniform_columns(other) is None, other
+        assert other != alike
+        assert uniform_columns(other) is None, other

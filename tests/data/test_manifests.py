@@ -287,7 +287,7 @@ def test_a_million_rows_open_within_300_mb(tmp_path, suffix):
         best = min(best, time.process_time() - start)
         assert len(manifest) == 10**6
         del manifest
-    assert best < 2.0  # 0.5 s (JSON lines and CSV) on a quiet core
+    assert best < 2.0  # 1.5 s (JSON lines) and 1.2 s (CSV) on a busy one
     tracemalloc.start()
     manifest = read_manifest(path, check_files=False)
     peak = tracemalloc.get_traced_memory()[1]

@@ -59,7 +59,7 @@ FLOORS = (
     ),
     ("models",),
     ("equivalence",),
-    ("testing", "sample_sets"),
+    ("testing", "testing_calls", "sample_sets"),
     ("training", "recipes", "inference", "streaming", "integrations"),
     (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
@@ -184,3 +184,17 @@ def test_json_is_written_without_nan(path: Path) -> None:
             if node.func.attr in ("dump", "dumps") and getattr(home, "id", "").startswith("json"):
                 given = {key.arg: ast.unparse(key.value) for key in node.keywords}
                 assert given.get("allow_nan") == "False", f"{path.name}, line {node.lineno}"
+
+
+def test_profiles_alone_say_how_many_cases_are_drawn():
+    # 25 in a quick run, 200 in `make test-slow`: see tests/conftest.py
+    rooms = ("fuzz", "kernels", "ops", "cpp", "streaming")
+    files = [path for room in rooms for path in (ROOT / "tests" / room).rglob("*.py")]
+    assert not [path.name for path in files if "max_examples" in path.read_text()]
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    assert re.search(r'"quick", max_examples=25\b', conftest)
+    assert re.search(r'"ci", max_examples=200\b', conftest)
+    makefile = (ROOT / "Makefile").read_text()
+    assert "test-slow: export AST_FAST_HYPOTHESIS := ci" in makefile
+    slow = makefile[makefile.index("\ntest-slow: setup") :].split("\n\n")[0]
+    assert slow.count("slow or hypothesis") == slow.count("$(PYTEST)") == 2

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -276,7 +276,6 @@ def test_wrong_starts_give_nan_everywhere_and_touch_no_other_memory(arena, broke
     assert all(bool(x.isnan().all()) for x in out)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_lengths_width_and_path(arena, data):
     lengths_q = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=3), "lengths_q")
