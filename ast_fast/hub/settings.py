@@ -124,6 +124,9 @@ def _labels(file: Path, id2label: Any) -> tuple[str, ...] | None:
         raise CheckpointError(
             f"{str(file)!r} has an unreadable id2label: expected index to name"
         ) from error
+    unnamed = [index for index, name in id2label.items() if not isinstance(name, (str, int))]
+    if unnamed:
+        raise CheckpointError(f"{str(file)!r} has no name for class {unnamed[0]} in its id2label")
     if sorted(by_index) != list(range(len(by_index))):
         raise CheckpointError(
             f"{str(file)!r} has an id2label with gaps: expected 0 to {len(by_index) - 1}"
