@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ._pieces import Piece, ReadAt, Survey
 
+HEAD_BYTES = 128  # of a file, read at once; most headers are shorter
 _MAX_CHUNKS = 4096
 _UNKNOWN_64 = 1 << 62
 _NAME = re.compile(rb"[ -~]{4}")
@@ -38,12 +39,22 @@ class _Sound(NamedTuple):
     align: int = 2
 
 
+def is_chunked(magic: bytes) -> bool:
+    """Whether a file that begins so is one of those."""
+    return _kind_of(magic) is not None or magic[:7] == b"NIST_1A"
+
+
 def survey_chunks(read_at: ReadAt, size: int, magic: bytes) -> Survey | None:
-    """See `containers.survey`; None for other kinds of file too."""
+    """See `containers.survey`; of a file that begins with `magic`, `HEAD_BYTES` if it has so many."""
+
+    def near(offset: int, count: int) -> bytes:
+        end = offset + count
+        return magic[offset:end] if end <= len(magic) else read_at(offset, count)
+
     if magic[:7] == b"NIST_1A":
         return _nist(read_at, size)
     kind = _kind_of(magic)
-    sound = None if kind is None else kind(read_at, size)
+    sound = None if kind is None else kind(near, magic)
     return None if sound is None else _judged(read_at, size, sound, magic)
 
 
@@ -69,9 +80,8 @@ def _chunks(read_at: ReadAt, begin: int, order: str, wide: bool = False):  # typ
         begin += head + length + (0 if wide else length & 1)
 
 
-def _wave(read_at: ReadAt, size: int) -> _Sound | None:
-    magic = read_at(0, 4)
-    order = "big" if magic == b"RIFX" else "little"
+def _wave(read_at: ReadAt, magic: bytes) -> _Sound | None:
+    order = "big" if magic[:4] == b"RIFX" else "little"
     large: tuple[int, int] | None = None  # place and value of ds64's size
     for name, place, length in _chunks(read_at, 12, order):
         if name == b"ds64":
@@ -88,7 +98,7 @@ def _wave(read_at: ReadAt, size: int) -> _Sound | None:
     return None
 
 
-def _form(read_at: ReadAt, size: int) -> _Sound | None:
+def _form(read_at: ReadAt, magic: bytes) -> _Sound | None:
     frames: tuple[tuple[int, int, int], ...] = ()
     for name, place, length in _chunks(read_at, 12, "big"):
         if name in (b"SSND", b"BODY"):
@@ -99,7 +109,7 @@ def _form(read_at: ReadAt, size: int) -> _Sound | None:
     return None
 
 
-def _wave64(read_at: ReadAt, size: int) -> _Sound | None:
+def _wave64(read_at: ReadAt, magic: bytes) -> _Sound | None:
     if read_at(24, 16) != _W64_WAVE:
         return None
     place = 40
@@ -119,7 +129,7 @@ def _wave64(read_at: ReadAt, size: int) -> _Sound | None:
     return None
 
 
-def _au(read_at: ReadAt, size: int) -> _Sound | None:
+def _au(read_at: ReadAt, magic: bytes) -> _Sound | None:
     head = read_at(0, 12)
     order = "big" if head[:4] == b".snd" else "little"
     begin, length = (int.from_bytes(head[at : at + 4], order) for at in (4, 8))  # type: ignore[arg-type]
@@ -129,7 +139,7 @@ def _au(read_at: ReadAt, size: int) -> _Sound | None:
     return _Sound(begin, stated, ((8, 4, 0),), order, 0)
 
 
-def _caf(read_at: ReadAt, size: int) -> _Sound | None:
+def _caf(read_at: ReadAt, magic: bytes) -> _Sound | None:
     for name, place, length in _chunks(read_at, 8, "big", wide=True):
         if name == b"data":
             stated = None if length < 0 else max(0, length - 4)

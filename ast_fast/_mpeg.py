@@ -7,6 +7,8 @@ many there are stands before them when they are decoded.
 
 from __future__ import annotations
 
+import functools
+import struct
 from typing import NamedTuple
 
 from ._pieces import Piece, Survey, Windowed
@@ -23,6 +25,9 @@ _KBITS = {
 _RATES_HZ = (44100, 48000, 32000)
 # of a header: sync, version, layer, rate; and, apart, whether there is one channel
 _KIND, _MONO = 0xFFFE0C00, 0xC0
+_FORM = _KIND | 0xF200 | _MONO  # and bit rate and padding: all that a frame's length hangs on
+_MARKS = b"XI"  # of the Xing and the Info frame, their first letters
+_header_at = struct.Struct(">I").unpack_from
 _LAME_BYTES = 24  # of an Info frame, behind its own: up to delay and padding
 _DECODER_DELAY = 529  # samples that a decoder of layer III is late
 _SEARCH = 1 << 16  # bytes of something else that may stand before and between frames
@@ -37,16 +42,22 @@ class _Kind(NamedTuple):
     samples: int  # of a frame
     layer: int
     side: int  # bytes between header and a Xing mark
-    lengths: tuple[int, ...]  # in bytes, by the seven bits of bit rate, rate and padding; 0: none
+    lengths: dict[int, int]  # in bytes, of each form that frames of this kind have
+    shortest: int
+    longest: int
 
     def length(self, header: int) -> int:
         """Bytes of a frame; 0 if the header is of another kind."""
-        if header & _KIND != self.key or (header & _MONO == _MONO) != self.mono:
-            return 0
-        return self.lengths[header >> 9 & 127]
+        return self.lengths.get(header & _FORM, 0)
 
 
 def _kind(header: int) -> _Kind | None:
+    """The kind of frame that a header begins; None if it begins none."""
+    return _kind_of(header & (_KIND | _MONO))
+
+
+@functools.lru_cache(256)
+def _kind_of(header: int) -> _Kind | None:
     version, layer = header >> 19 & 3, 4 - (header >> 17 & 3)
     rate = header >> 10 & 3
     if header >> 21 != 0x7FF or version == 1 or layer == 4 or rate == 3:
@@ -54,17 +65,23 @@ def _kind(header: int) -> _Kind | None:
     first = version == 3
     rate_hz = _RATES_HZ[rate] >> (0 if first else 1 if version == 2 else 2)
     samples = 384 if layer == 1 else 576 if layer == 3 and not first else 1152
-    lengths = [0] * 128
+    mono = header & _MONO == _MONO
+    modes = (_MONO,) if mono else (0, 0x40, 0x80)
+    lengths: dict[int, int] = {}
     for index, kbits in enumerate(_KBITS[first, layer], start=1):
         for pad in (0, 1):
             if layer == 1:
                 length = (12000 * kbits // rate_hz + pad) * 4
             else:
                 length = samples // 8 * 1000 * kbits // rate_hz + pad
-            lengths[index << 3 | rate << 1 | pad] = length
-    mono = header & _MONO == _MONO
+            form = header & _KIND | index << 12 | pad << 9
+            lengths.update((form | mode, length) for mode in modes)
     side = (17 if mono else 32) if first else (9 if mono else 17)
-    return _Kind(header & _KIND, mono, rate_hz, samples, layer, side, tuple(lengths))
+    return _Kind(header & _KIND, mono, rate_hz, samples, layer, side, lengths, *_ends(lengths))
+
+
+def _ends(lengths: dict[int, int]) -> tuple[int, int]:
+    return min(lengths.values()), max(lengths.values())
 
 
 def is_header(head: bytes) -> bool:
@@ -94,17 +111,19 @@ class _Stream:
         self.runs: list[tuple[int, int]] = []  # bytes of whole frames
 
 
-def survey(data: Windowed) -> Survey | None:
-    """See `containers.survey`; None for streams of another kind, which libsndfile is left with."""
-    place = after_id3(data, 0)
+def survey(data: Windowed, begin: int, deep: bool) -> Survey | None:
+    """See `containers.survey`; None for a file that is as it says, or of another kind."""
+    end = _without_tags(data)
+    place = begin
     first = _next_frame(data, place, None)
     if first is None:
         return None
     junk = first[0] - place
     place, kind = first
+    if not deep and not junk and _is_as_stated(data, place, end, kind):
+        return None
     streams: list[_Stream] = []
     cut = ""
-    end = _without_tags(data)
     while place < end:
         place = _run(data, place, end, kind, streams)
         if place >= end:
@@ -135,6 +154,22 @@ def survey(data: Windowed) -> Survey | None:
     return _judged(streams, kind, cut, junk)
 
 
+def _is_as_stated(data: Windowed, place: int, end: int, kind: _Kind) -> bool:
+    """Whether an Info frame states the bytes that are there, and as many frames as these can be.
+
+    Files that were joined, cut or edited hold other bytes than it states. What is damaged within them decodes
+    to fewer samples, which is noticed then.
+    """
+    length, at = kind.length(int.from_bytes(data.get(place, 4), "big")), 4 + kind.side
+    frame = data.get(place, length)
+    if len(frame) < at + 16 or not _is_info(frame, 0, kind):
+        return False
+    frames, num_bytes = _stated(frame, kind), _stated_bytes(frame, kind)
+    sound = end - place - length
+    possible = kind.shortest * frames <= sound <= kind.longest * frames
+    return frames > 0 and num_bytes == end - place and possible
+
+
 def _differs(kind: _Kind, other: _Kind, frames: int, place: int) -> str:
     def words(of: _Kind) -> str:
         return f"{of.rate_hz} Hz {'mono' if of.mono else 'stereo'} layer {of.layer}"
@@ -148,55 +183,54 @@ def _differs(kind: _Kind, other: _Kind, frames: int, place: int) -> str:
 def _run(data: Windowed, place: int, end: int, kind: _Kind, streams: list[_Stream]) -> int:
     """Take the frames that follow one another; gives where the first thing lies that is none."""
     begin, frames = place, 0
-    mask = _KIND
+    mark, length_of, header_at = 4 + kind.side, kind.lengths.get, _header_at
     while place + 4 <= end:
-        content = data.from_(place)
-        base, last = place, len(content) - 4
-        at = 0
+        content, at = data.from_(place, mark + 4), 0
+        if place + len(content) >= data.size or len(content) < mark + 4:
+            content += bytes(mark + 4)  # room to look for a mark in the last frame
+        last = min(len(content) - (mark + 4), end - place - 4)
+        length = 0
+        info = False
+        # a fraction of a microsecond a frame: files have thousands
         while at <= last:
-            header = int.from_bytes(content[at : at + 4], "big")
-            length = kind.lengths[header >> 9 & 127]
-            if header & mask != kind.key or (header & _MONO == _MONO) != kind.mono or not length:
+            length = length_of(header_at(content, at)[0] & _FORM, 0)
+            if not length or not streams:
                 break
-            if base + at + length > end:
+            if content[at + mark] in _MARKS and _is_info(content, at, kind):
+                info = True
                 break
-            info = kind.layer == 3 and _info(content, at, base, kind, data)
-            if info or not streams:
-                if frames:
-                    streams[-1].runs.append((begin, base + at))
-                    streams[-1].frames += frames
-                begin, frames = base + at, 0
-                streams.append(_Stream(content[at : at + 4]))
-            if info:
-                frame = data.get(base + at, length)
-                streams[-1].info, streams[-1].promised = frame, _stated(frame, kind)
-                begin = base + at + length
-                at += length
-                # the window may have moved
-                content, base, at = data.from_(base + at), base + at, 0
-                last = len(content) - 4
-                continue
             frames += 1
             at += length
         else:
-            place = base + at
+            if place + at > end:  # the last one is cut
+                frames -= 1
+                place += at - length
+                break
+            place += at
             continue
-        place = base + at
-        break
+        place += at
+        if not length or place + length > end:
+            break
+        if frames:
+            streams[-1].runs.append((begin, place))
+            streams[-1].frames += frames
+        begin, frames = place, 0
+        streams.append(_Stream(content[at : at + 4]))
+        if info or _is_info(content, at, kind):
+            frame = data.get(place, length)
+            streams[-1].info, streams[-1].promised = frame, _stated(frame, kind)
+            begin = place = place + length
     if frames:
         streams[-1].runs.append((begin, place))
         streams[-1].frames += frames
     return place
 
 
-def _info(content: bytes, at: int, base: int, kind: _Kind, data: Windowed) -> bool:
+def _is_info(content: bytes, at: int, kind: _Kind) -> bool:
     """Whether a frame is one that states how many follow, and not sound."""
-    mark = content[at + 4 + kind.side : at + 8 + kind.side]
-    if len(mark) < 4:
-        mark = data.get(base + at + 4 + kind.side, 4)
-    if mark in (b"Xing", b"Info"):
-        return not data.get(base + at + 4, kind.side).strip(b"\0")
-    return False
+    mark = at + 4 + kind.side
+    found = kind.layer == 3 and content[mark : mark + 4] in (b"Xing", b"Info")
+    return found and not content[at + 4 : mark].strip(b"\0")
 
 
 def _stated(frame: bytes, kind: _Kind) -> int:
@@ -204,6 +238,14 @@ def _stated(frame: bytes, kind: _Kind) -> int:
     at = 4 + kind.side
     flags = int.from_bytes(frame[at + 4 : at + 8], "big")
     return int.from_bytes(frame[at + 8 : at + 12], "big") if flags & 1 else 0
+
+
+def _stated_bytes(frame: bytes, kind: _Kind) -> int:
+    """Bytes that an Info frame promises, itself among them; 0 if it does not say."""
+    at = 4 + kind.side
+    if frame[at + 7] & 3 != 3:
+        return 0
+    return int.from_bytes(frame[at + 12 : at + 16], "big")
 
 
 def _next_frame(
@@ -250,6 +292,10 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
     missing, notes = cut or None, []
     whole = len(streams) == 1 and not junk
     for stream in streams:
+        if _counts_itself(stream, kind):
+            stream.promised = stream.frames
+            stream.info = _with_count(stream, kind)
+            whole = False
         if stream.promised > stream.frames:
             missing = (
                 f"the header promises {stream.promised} MPEG frames, {stream.frames} are there"
@@ -274,18 +320,37 @@ def _judged(streams: list[_Stream], kind: _Kind, cut: str, junk: int) -> Survey:
     return Survey(missing, streams=pieces, notes=tuple(notes))
 
 
+def _counts_itself(stream: _Stream, kind: _Kind) -> bool:
+    """Whether nothing is missing but one frame, and not a byte: some writers count the Info frame too."""
+    if stream.info is None or stream.promised != stream.frames + 1:
+        return False
+    return _stated_bytes(stream.info, kind) == len(stream.info) + _num_bytes(stream)
+
+
+def _num_bytes(stream: _Stream) -> int:
+    return sum(end - begin for begin, end in stream.runs)
+
+
+def _with_count(stream: _Stream, kind: _Kind) -> bytes:
+    """The Info frame with the number of frames that are there."""
+    at = 4 + kind.side + 8
+    frame = stream.info or b""
+    return frame[:at] + stream.frames.to_bytes(4, "big") + frame[at + 4 :]
+
+
 def _pieces(stream: _Stream, kind: _Kind) -> tuple[Piece, ...]:
     """The frames of a stream under an Info frame that tells the truth."""
-    num_bytes = sum(end - begin for begin, end in stream.runs)
+    num_bytes = _num_bytes(stream)
     if stream.info is None or not stream.promised:
         silent = _silent(stream.header, kind)
         info = _blank(stream.header, kind, stream.frames + 1, num_bytes + len(silent))
         return (info, silent, *stream.runs)
-    frame = bytearray(stream.info)
-    at = 4 + kind.side
-    flags = int.from_bytes(frame[at + 4 : at + 8], "big")
-    if stream.promised != stream.frames:
-        frame[at + 8 : at + 12] = stream.frames.to_bytes(4, "big")
+    if stream.promised == stream.frames:
+        frame = bytearray(stream.info)
+    else:
+        frame = bytearray(_with_count(stream, kind))
+        at = 4 + kind.side
+        flags = int.from_bytes(frame[at + 4 : at + 8], "big")
         _untrim(frame, at, flags)
         if flags & 2:
             frame[at + 12 : at + 16] = (num_bytes + len(frame)).to_bytes(4, "big")

@@ -43,15 +43,19 @@ class Windowed:
         """Bytes at an offset; fewer at the end."""
         begin = offset - self._begin
         if begin < 0 or begin + count > len(self._content):
-            self._content = self._read_at(offset, max(count, _WINDOW))
+            self._content = self._window(offset, count)
             self._begin, begin = offset, 0
         return self._content[begin : begin + count]
 
-    def from_(self, offset: int) -> bytes:
-        """As many bytes from an offset as are at hand, four at least but at the end."""
+    def _window(self, offset: int, least: int) -> bytes:
+        # of a small file no more memory is asked for than it fills
+        return self._read_at(offset, min(max(least, _WINDOW), max(0, self.size - offset)))
+
+    def from_(self, offset: int, least: int = 4) -> bytes:
+        """As many bytes from an offset as are at hand, so many at least but at the end."""
         begin = offset - self._begin
-        if not 0 <= begin <= len(self._content) - 4:
-            self._content = self._read_at(offset, _WINDOW)
+        if not 0 <= begin <= len(self._content) - least:
+            self._content = self._window(offset, least)
             self._begin, begin = offset, 0
         return self._content[begin:] if begin else self._content
 

@@ -258,13 +258,17 @@ def _decode(
         found = _surveyed(read_at, size, name, config, report)
         try:
             try:
-                return _decode_as(found, handle, read_at, name, config, report)
-            except soundfile.LibsndfileError:
-                # a FLAC file that is cut short, as opposed to one that is damaged
+                return _decode_as(found, handle, read_at, name, config, report, found is None)
+            except (soundfile.LibsndfileError, _FewerSamples) as error:
+                # a FLAC file that is cut short, as opposed to one that is damaged; an MP3 that was believed
                 deep = survey(read_at, size, deep=True) if found is None else None
-                if deep is None or deep.missing is None:
+                known = deep is not None and deep.missing is not None
+                if not known and not isinstance(error, _FewerSamples):
                     raise
-                _truncated(name, deep.missing, config, report)
+                if deep is not None:
+                    tell_survey(deep, name, config, report)
+                if isinstance(handle, int):
+                    os.lseek(handle, 0, os.SEEK_SET)
                 return _decode_as(deep, handle, read_at, name, config, report)
         except soundfile.LibsndfileError as error:
             reason = str(error.error_string).strip().rstrip(".")
@@ -319,8 +323,14 @@ def _decode_as(
     name: str,
     config: AudioConfig,
     report: AudioReport,
+    again: bool = False,
 ) -> tuple[np.ndarray, int, str]:
-    """Decode a file as it stands, or the streams found in it."""
+    """Decode a file as it stands, or the streams found in it.
+
+    Raises:
+        AudioError: one of its subclasses.
+        _FewerSamples: it is shorter than it states, and there is to be another look at it.
+    """
     soundfile = require_package("soundfile", "reading audio files", "audio")
     samples = None if found is None else found.samples
     with open_streams(soundfile, found, handle, read_at, name) as file:
@@ -329,7 +339,7 @@ def _decode_as(
                 name,
                 f"holds {samples} samples, and the decoder finds {file.frames}; convert it to WAV",
             )
-        return _read(file, name, config, report, samples)
+        return _read(file, name, config, report, samples, again)
 
 
 def open_streams(
@@ -386,8 +396,17 @@ def _decode_flac(
     return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
 
 
+class _FewerSamples(Exception):
+    """Of a file that was taken as it stands: fewer samples decode than it states."""
+
+
 def _read(
-    file: Any, name: str, config: AudioConfig, report: AudioReport, samples: int | None
+    file: Any,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+    samples: int | None,
+    again: bool,
 ) -> tuple[np.ndarray, int, str]:
     (rate_hz, channels), promised = _check_header(file, name), int(file.frames)
     promised = promised if samples is None else samples
@@ -406,6 +425,8 @@ def _read(
     if not total:
         raise AudioEmptyError(name, "holds no samples (header only); record it again or drop it")
     if total < promised < 1 << 40:  # beyond: unknown length
+        if again:
+            raise _FewerSamples
         _truncated(name, f"the header promises {promised} samples, {total} decode", config, report)
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks)), rate_hz, str(file.subtype)
 

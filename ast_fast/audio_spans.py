@@ -108,7 +108,9 @@ def _surveyed(handle: int, read_at: ReadAt, size: int) -> tuple[Survey | None, l
     if found is None:
         while len(_SURVEYS) >= _MAX_SURVEYS:
             _SURVEYS.pop(next(iter(_SURVEYS)), None)
-        found = _SURVEYS[key] = (survey(read_at, size), [])
+        # an MP3 is walked whatever it states: once for all of its spans, and each is to be in its place
+        deep = read_at(0, 4) != b"fLaC"
+        found = _SURVEYS[key] = (survey(read_at, size, deep=deep), [])
     return found
 
 

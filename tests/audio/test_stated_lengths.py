@@ -131,6 +131,52 @@ def test_what_is_no_frame_in_an_mp3_is_left_out_and_said_and_tags_are_not():
     assert clip.report.restated == 1 and "240 bytes" in clip.report.notes[0]
 
 
+def with_mp3_frames(mp3, more):
+    """The file with another number of frames in its Xing frame."""
+    at = mp3.index(b"Xing") + 8
+    return (
+        mp3[:at]
+        + (int.from_bytes(mp3[at : at + 4], "big") + more).to_bytes(4, "big")
+        + mp3[at + 4 :]
+    )
+
+
+def test_an_mp3_that_states_its_bytes_is_not_walked(monkeypatch):
+    content, wave = vbr(), audio.load(vbr()).wave
+    monkeypatch.setattr(_mpeg, "_run", lambda *_: pytest.fail("walked"))
+    assert torch.equal(audio.load(content).wave, wave)
+    assert torch.equal(audio.load(content + b"TAG" + bytes(125)).wave, wave)
+
+
+def test_an_mp3_that_counts_its_info_frame_too_is_whole(tmp_path):
+    content = with_mp3_frames(vbr(), 1)
+    wave = audio.load(vbr()).wave
+    for file, expected in ((content, wave), (content + content, torch.cat([wave, wave]))):
+        clip = audio.load(file)
+        assert clip.wave.shape == expected.shape and not clip.report.truncated
+        assert float((clip.wave - expected).abs().max()) < 1e-6
+        check_spans(file, tmp_path)
+    for file in (with_mp3_frames(vbr(), 2), with_mp3_frames(vbr(), 2) + vbr()):
+        with pytest.raises(
+            audio.AudioTruncatedError, match="promises 88 MPEG frames, 86 are there"
+        ):
+            audio.load(file)
+
+
+def test_an_mp3_with_a_broken_frame_that_states_its_bytes_is_refused_or_kept():
+    content = bytearray(vbr())
+    at = 0
+    for _ in range(40):
+        at += _mpeg._kind(int.from_bytes(content[at : at + 4], "big")).length(
+            int.from_bytes(content[at : at + 4], "big")
+        )
+    content[at : at + 4] = b"\0\0\0\0"
+    with pytest.raises(audio.AudioTruncatedError, match="promises 86 MPEG frames, 85 are there"):
+        audio.load(bytes(content))
+    kept = audio.load(bytes(content), truncated="keep").report
+    assert kept.truncated == 1 and "no MPEG frame" in " ".join(kept.notes)
+
+
 def test_frames_behind_those_that_xing_promises_are_read_and_said():
     clip = audio.load(vbr() + without_xing(vbr()))
     assert len(clip.wave) > 1.9 * len(audio.load(vbr()).wave)
