@@ -178,5 +178,14 @@ def settings_for_transformers(
 
 
 def as_json(values: Mapping[str, Any]) -> str:
-    """Readable JSON with a final newline."""
-    return json.dumps(values, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+    """Readable JSON with a final newline.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, which JSON lacks.
+    """
+    try:
+        return json.dumps(values, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise CheckpointError(
+            f"what is to be written holds NaN or infinity, which JSON lacks ({error}): {values!r:.300}"
+        ) from error

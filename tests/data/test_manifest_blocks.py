@@ -94,7 +94,7 @@ def test_columns_are_found_only_where_every_line_is_alike():
         alike.replace('"4.wav"', '"4\\u0041.wav"'),
         alike.replace('"4.wav"', '"4\t.wav"'),
         alike.replace('"4.wav"', '"4\n.wav"'),
-        alike.replace('"4.wav"}\n', '"4.wav"}'),
+        alike.replace('"1"}\n', '"1"}', 1),
         alike + "\n",
         "\n" + alike,
         alike.replace('"4.wav"', '"4"wav"'),
