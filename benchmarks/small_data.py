@@ -108,8 +108,10 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 
-def table(content: dict[str, Any]) -> str:
-    """The table of a result file, for the docs."""
+def table(content: dict[str, Any] | None) -> str:
+    """The table of a result file, for the docs; of none that there is nothing yet."""
+    if content is None:
+        return "Not measured yet (`python -m benchmarks.small_data --out docs/small_data.json`)."
     rows, lines = content["rows"], []
     facts = content["environment"]
     lines.append(
@@ -140,7 +142,7 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def put_table(content: dict[str, Any], place: Path = DOCS) -> str:
+def put_table(content: dict[str, Any] | None, place: Path = DOCS) -> str:
     """The text of a page with its table made anew."""
     before, rest = place.read_text(encoding="utf-8").split(MARKS[0])
     _, after = rest.split(MARKS[1])
@@ -161,7 +163,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.table:
-        content = json.loads(options.out.read_text(encoding="utf-8"))
+        known = options.out.is_file()
+        content = json.loads(options.out.read_text(encoding="utf-8")) if known else None
         DOCS.write_text(put_table(content), encoding="utf-8")
         return
     if options.threads:
