@@ -30,6 +30,7 @@ _HOMES = {
     "embed": "inference",
     "list_models": "models.registry",
     "optimize_for_inference": "optimized",
+    "refresh_packed": "optimized",
     "predict": "inference",
     "restore": "integrations.transformers",
     "tag": "inference",
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import accelerate, restore
     from .models.ast import ASTModel
     from .models.registry import create_model, list_models
-    from .optimized import optimize_for_inference
+    from .optimized import optimize_for_inference, refresh_packed
     from .resample import Resample
     from .streaming import StreamingLogMel, StreamingTagger
 
@@ -116,6 +117,7 @@ __all__ = [
     "optimize_for_inference",
     "predict",
     "reference",
+    "refresh_packed",
     "resample",
     "restore",
     "seeding",

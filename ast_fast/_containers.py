@@ -1,64 +1,49 @@
-"""Does an audio file hold all the audio that its header promises?
+"""What an audio file holds, told by walking it, beside what its header states.
 
-libsndfile corrects lengths silently: a WAV cut in half reads as a shorter WAV. The containers that
-state their size are checked here, from a few bytes at either end.
+libsndfile believes lengths: a WAV cut in half reads as a shorter WAV, an MP3 without a table of contents by a
+guess, of two files joined only the first. So chunks, pages and frames are walked here, and where the stated
+length is not what the file holds, the decoder gets the same bytes under a header that tells the truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from . import _flac_frames, _mpeg, _ogg
+from ._chunks import HEAD_BYTES, is_chunked, survey_chunks
+from ._pieces import Pieces, ReadAt, Survey, Windowed
 
-ReadAt = Callable[[int, int], bytes]  # (offset, count) -> at most count bytes
-
-# writers that cannot seek back leave the size at one of these or above, or at 0
-_UNKNOWN_SIZE = 0x7FFFF000
-_MAX_CHUNKS = 4096
-_OGG_TAIL_BYTES = 1 << 17  # an Ogg page is at most 65,307 bytes
+__all__ = ["Pieces", "ReadAt", "Survey", "survey"]
 
 
-def missing_audio(read_at: ReadAt, size: int) -> str | None:
-    """Why the file is known to be cut short, or None.
+def survey(read_at: ReadAt, size: int, *, deep: bool = False) -> Survey | None:
+    """What is to be decoded of a file, and what is to be said of it; None: as it stands.
 
     Args:
         read_at: reads bytes at an offset.
         size: bytes in the file.
+        deep: it did not decode, or to fewer samples than it states: walk all of a FLAC file, and not only to
+            its end, and of an MP3 file, though it states as many bytes as it holds.
     """
-    magic = read_at(0, 12)
-    if magic[:4] in (b"RIFF", b"RIFX") and magic[8:12] == b"WAVE":
-        return _missing_chunk(read_at, size, b"data", "big" if magic[3:4] == b"X" else "little")
-    if magic[:4] == b"FORM" and magic[8:12] in (b"AIFF", b"AIFC"):
-        return _missing_chunk(read_at, size, b"SSND", "big")
+    magic = read_at(0, HEAD_BYTES)
+    if _is_plain_wav(magic, size):
+        return None
+    if is_chunked(magic):
+        return survey_chunks(read_at, size, magic)
+    data = Windowed(read_at, size)
     if magic[:4] == b"OggS":
-        return _missing_ogg_end(read_at, size)
+        return _ogg.survey(data)
+    begin = _mpeg.after_id3(data, 0)
+    if data.get(begin, 4) == b"fLaC":
+        return _flac_frames.survey(data, begin, deep)
+    if magic[:3] == b"ID3" or _mpeg.is_header(magic[:4]):
+        return _mpeg.survey(data, begin, deep)
     return None
 
 
-def _missing_chunk(read_at: ReadAt, size: int, name: bytes, order: str) -> str | None:
-    offset = 12
-    for _ in range(_MAX_CHUNKS):
-        header = read_at(offset, 8)
-        if len(header) < 8:
-            return None
-        length = int.from_bytes(header[4:], "big" if order == "big" else "little")
-        if header[:4] == name:
-            held = size - offset - 8
-            if length <= held or length >= _UNKNOWN_SIZE:
-                return None
-            return f"the header promises {length} bytes of audio, the file holds {held}"
-        offset += 8 + length + (length & 1)
-    return None
-
-
-def _missing_ogg_end(read_at: ReadAt, size: int) -> str | None:
-    start = max(0, size - _OGG_TAIL_BYTES)
-    tail = read_at(start, size - start)
-    page = tail.rfind(b"OggS")
-    header = tail[page : page + 27]
-    if page < 0 or len(header) < 27:
-        return "the last Ogg page is incomplete"
-    segments = tail[page + 27 : page + 27 + header[26]]
-    if len(segments) < header[26] or page + 27 + len(segments) + sum(segments) > len(tail):
-        return "the last Ogg page is incomplete"
-    if not header[5] & 4:
-        return "the Ogg stream has no last page"
-    return None
+def _is_plain_wav(magic: bytes, size: int) -> bool:
+    """Whether a file is a WAV of two chunks that holds what it states: nearly all are, and are soon read."""
+    return (
+        magic[36:40] == b"data"
+        and magic[:4] == b"RIFF"
+        and magic[8:20] == b"WAVEfmt \x10\0\0\0"
+        and 0 < int.from_bytes(magic[40:44], "little") == size - 44
+    )

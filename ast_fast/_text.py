@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
+# controls, what turns text around or joins it unseen, halves of pairs, other ends of lines
+_OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _LONGEST = 200  # characters of a value in a message
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "\n\t") -> str:
     """The text with everything spelled out that a terminal would obey rather than show.
-
-    Line ends and tabs stay.
 
     >>> printable(chr(27) + "[2J").isprintable()
     True
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(
+        repr(char)[1:-1] if unicodedata.category(char) in _OBEYED and char not in keep else char
+        for char in text
+    )
+
+
+def one_line(text: str) -> str:
+    """A name as it may go to a terminal: `printable`, and on one line."""
+    return printable(text, keep="")
 
 
 def shown(value: Any) -> str:
@@ -34,3 +45,16 @@ def named(name: Any) -> str:
     if isinstance(name, str) and name.isprintable() and name and len(name) <= _LONGEST:
         return name
     return shown(name)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values with None for every number that JSON lacks: NaN and the infinities.
+
+    >>> without_nan({"loss": float("nan"), "each": (1.0, float("inf"))})
+    {'loss': None, 'each': [1.0, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Tokens = np.ndarray  # int32 [n]
 
@@ -118,6 +119,59 @@ def dense_pairs(by_query: Rectangles, queries: int, keys: int) -> Tensor:
         else:
             seen = by_query.seen[offset : offset + num_rows * num_columns]
             pairs[tile, other] |= seen.view(num_rows, num_columns).bool()
+    return pairs
+
+
+_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def check_rectangles(rectangles: Sequence[Tensor], queries: int, keys: int) -> None:
+    """Raise ValueError unless both sides' tensors stay within q and k of these lengths; once a mask.
+
+    Kernels take addresses from them. That no pair is covered twice or is missing on one side is
+    `AttentionMask`'s to promise; the numbers of visible pairs are compared.
+    """
+    table = rectangles[2]
+    if _checked.get(table) == (queries, keys):
+        return
+    for tensor in rectangles:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"rectangles lie on {tensor.device}: expected the CPU, as AttentionMask has them"
+            )
+    pairs = [
+        _pairs_within(Rectangles(*rectangles[:4]), queries, keys),
+        _pairs_within(Rectangles(*rectangles[4:]), keys, queries),
+    ]
+    if pairs[0] is None or pairs[0] != pairs[1]:
+        raise ValueError(
+            f"the mask's rectangles do not fit {queries} x {keys} tokens: expected the rectangles of an "
+            "AttentionMask of that size"
+        )
+    _checked[table] = (queries, keys)
+
+
+def _pairs_within(side: Rectangles, rows: int, columns: int) -> int | None:
+    """Visible pairs of one side, or None where a number leaves what it points into."""
+    for tokens, limit in ((side.rows, rows), (side.columns, columns)):
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
+            return None
+    seen = side.seen.numpy()
+    pairs, last = 0, 0
+    for row, num_rows, column, num_columns, offset, index in side.table.tolist():
+        inside = (
+            0 <= row <= row + num_rows <= side.rows.numel()
+            and 0 <= column <= column + num_columns <= side.columns.numel()
+            and num_rows >= 0
+            and num_columns >= 0
+            and index >= last
+            and offset >= -1
+        )
+        area = num_rows * num_columns
+        if not inside or (offset >= 0 and offset + area > len(seen)):
+            return None
+        pairs += area if offset < 0 else int(np.count_nonzero(seen[offset : offset + area]))
+        last = index
     return pairs
 
 

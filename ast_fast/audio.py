@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._containers import ReadAt, missing_audio
+from ._containers import Pieces, ReadAt, Survey, survey
 from ._optional import optional_import, require_package
+from ._streams import Streams
 from .audio_report import (
     AudioDecodeError,
     AudioEmptyError,
@@ -62,14 +63,15 @@ Source = str | os.PathLike[str] | bytes | BinaryIO
 # fmt: off
 SUFFIXES = frozenset((
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf",
-    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm",
+    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".webm", ".wave", ".bwf", ".snd", ".sph", ".mp1", ".mp2",
+    ".mpga", ".wma",
 ))
 # fmt: on
 _BLOCK_VALUES = 1 << 19  # values decoded at a time, all channels together
 _MAX_CHANNELS = 256
 _FULL_SCALE = 1.0 - 1.5 / 32768.0
 _CLIPPED_SHARE = 0.01
-_LARGEST_SAMPLE = 1e12
+LARGEST_SAMPLE = 1e12
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,10 +123,10 @@ def load(
 
 
 def from_samples(samples: np.ndarray, rate_hz: int, name: str, config: AudioConfig) -> AudioClip:
-    """What `load` makes of int16 samples [N] that lie in memory already.
+    """What `load` makes of samples [N] that lie in memory already.
 
     Args:
-        samples: [N] int16.
+        samples: [N] int16, or float32 in [-1, 1].
         rate_hz: their rate.
         name: for messages.
         config: rate, limits and what to do with clips that are not as expected.
@@ -140,6 +142,8 @@ def from_samples(samples: np.ndarray, rate_hz: int, name: str, config: AudioConf
         raise AudioEmptyError(name, "holds no samples; record it again or drop it")
     _check_limits(name, samples.shape[0], 1, rate_hz, config)
     report = AudioReport(clips=1)
+    if samples.dtype != np.int16:
+        return _finished(samples[:, None], rate_hz, "FLOAT", name, config, report)
     return _finished(_as_asked(samples, rate_hz, config), rate_hz, "PCM_16", name, config, report)
 
 
@@ -248,16 +252,24 @@ def _decode(
     with _opened(source, name) as (handle, read_at, size):
         if size == 0:
             raise AudioEmptyError(name, "the file is empty (0 bytes)")
-        missing = missing_audio(read_at, size)
-        if missing is not None:
-            _truncated(name, missing, config, report)
         own = _decode_flac(read_at, size, config)
         if own is not None:
             return own
+        found = _surveyed(read_at, size, name, config, report)
         try:
-            target = handle() if callable(handle) else handle
-            with soundfile.SoundFile(target, closefd=False) as file:
-                return _read(file, name, config, report)
+            try:
+                return _decode_as(found, handle, read_at, name, config, report, found is None)
+            except (soundfile.LibsndfileError, _FewerSamples) as error:
+                # a FLAC file that is cut short, as opposed to one that is damaged; an MP3 that was believed
+                deep = survey(read_at, size, deep=True) if found is None else None
+                known = deep is not None and deep.missing is not None
+                if not known and not isinstance(error, _FewerSamples):
+                    raise
+                if deep is not None:
+                    tell_survey(deep, name, config, report)
+                if isinstance(handle, int):
+                    os.lseek(handle, 0, os.SEEK_SET)
+                return _decode_as(deep, handle, read_at, name, config, report)
         except soundfile.LibsndfileError as error:
             reason = str(error.error_string).strip().rstrip(".")
             with_codec = _decode_with_torchcodec(source, read_at, size)
@@ -275,6 +287,93 @@ def _decode(
             raise AudioDecodeError(name, f"cannot be decoded: {error}") from error
 
 
+def _surveyed(
+    read_at: ReadAt, size: int, name: str, config: AudioConfig, report: AudioReport
+) -> Survey | None:
+    """What walking a file finds; what is to be said of it is said.
+
+    Raises:
+        AudioError: it is cut short, or cannot be read as one sound.
+    """
+    found = survey(read_at, size)
+    if found is not None:
+        tell_survey(found, name, config, report)
+    return found
+
+
+def tell_survey(found: Survey, name: str, config: AudioConfig, report: AudioReport) -> None:
+    """Refuse, or count and note, what walking a file found.
+
+    Raises:
+        AudioError: it is cut short, or cannot be read as one sound.
+    """
+    if found.refused is not None:
+        raise AudioDecodeError(name, found.refused)
+    if found.missing is not None:
+        _truncated(name, found.missing, config, report)
+    for note in found.notes:
+        report.restated = 1
+        report.note(f"{name}: {note}")
+
+
+def _decode_as(
+    found: Survey | None,
+    handle: Any,
+    read_at: ReadAt,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+    again: bool = False,
+) -> tuple[np.ndarray, int, str]:
+    """Decode a file as it stands, or the streams found in it.
+
+    Raises:
+        AudioError: one of its subclasses.
+        _FewerSamples: it is shorter than it states, and there is to be another look at it.
+    """
+    soundfile = require_package("soundfile", "reading audio files", "audio")
+    samples = None if found is None else found.samples
+    with open_streams(soundfile, found, handle, read_at, name) as file:
+        if samples is not None and file.frames < samples:
+            raise AudioDecodeError(
+                name,
+                f"holds {samples} samples, and the decoder finds {file.frames}; convert it to WAV",
+            )
+        return _read(file, name, config, report, samples, again)
+
+
+def open_streams(
+    soundfile: Any,
+    found: Survey | None,
+    handle: Any,
+    read_at: ReadAt,
+    name: str,
+    frames: tuple[int, ...] | None = None,
+    seeking: bool = False,
+) -> Any:
+    """Libsndfile's view of a file, or of the streams that were found in it.
+
+    Args:
+        soundfile: the library.
+        found: by walking the file.
+        handle: of the file, or what opens it.
+        read_at: reads its bytes.
+        name: for messages.
+        frames: of each stream, if they are known.
+        seeking: samples will be read from anywhere.
+
+    Raises:
+        AudioDecodeError: these are not of one rate and as many channels.
+    """
+    if found is None or found.streams is None:
+        target = handle() if callable(handle) else handle
+        if not seeking or found is None or found.tails is None:
+            return soundfile.SoundFile(target, closefd=False)
+        return Streams([target], name, frames, found.tails)
+    targets = [Pieces(read_at, pieces) for pieces in found.streams]
+    return Streams(targets, name, frames, found.tails)
+
+
 def _decode_flac(
     read_at: ReadAt, size: int, config: AudioConfig
 ) -> tuple[np.ndarray, int, str] | None:
@@ -290,15 +389,27 @@ def _decode_flac(
     if samples > min(config.max_seconds * rate_hz, config.max_decoded_bytes / 4):
         return None
     decoded = flac.decode(read_at(0, size))
-    if decoded is None:
+    if (
+        decoded is None
+    ):  # damaged; or more follows than the header promises, which is to be looked at
         return None
     return _as_asked(decoded, rate_hz, config), rate_hz, "PCM_16"
 
 
+class _FewerSamples(Exception):
+    """Of a file that was taken as it stands: fewer samples decode than it states."""
+
+
 def _read(
-    file: Any, name: str, config: AudioConfig, report: AudioReport
+    file: Any,
+    name: str,
+    config: AudioConfig,
+    report: AudioReport,
+    samples: int | None,
+    again: bool,
 ) -> tuple[np.ndarray, int, str]:
     (rate_hz, channels), promised = _check_header(file, name), int(file.frames)
+    promised = promised if samples is None else samples
     whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and config.sample_rate_hz in (None, rate_hz) else "float32"
     blocks, total = [], 0
@@ -314,6 +425,8 @@ def _read(
     if not total:
         raise AudioEmptyError(name, "holds no samples (header only); record it again or drop it")
     if total < promised < 1 << 40:  # beyond: unknown length
+        if again:
+            raise _FewerSamples
         _truncated(name, f"the header promises {promised} samples, {total} decode", config, report)
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks)), rate_hz, str(file.subtype)
 
@@ -382,13 +495,13 @@ def _check_samples(
     else:
         size = np.abs(samples)
         # NaN is not below anything; squares of larger values overflow float32 in the front end
-        finite = size < _LARGEST_SAMPLE
+        finite = size < LARGEST_SAMPLE
         bad = samples.size - int(np.count_nonzero(finite))
         if bad and config.non_finite == "error":
             raise AudioNonFiniteError(
                 name,
                 f"{bad} of {samples.size} samples are NaN, infinite or beyond "
-                f"{_LARGEST_SAMPLE:g}; repair the file, or set "
+                f"{LARGEST_SAMPLE:g}; repair the file, or set "
                 "non_finite='zero'",
             )
         if bad:

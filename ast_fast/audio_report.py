@@ -61,6 +61,8 @@ class AudioReport:
         downmixed: clips of several channels made mono.
         padded: clips shorter than the minimum, filled with zeros.
         truncated: clips kept although audio is missing from the file.
+        restated: clips whose file states another length than it holds, or holds more than sound, read by
+            what is there.
         zeroed_clips: clips in which NaN or Inf became 0.
         zeroed_samples: how many samples that were.
         clipped: clips with more than 1 % of their samples at full scale (left as they are).
@@ -75,6 +77,7 @@ class AudioReport:
     downmixed: int = 0
     padded: int = 0
     truncated: int = 0
+    restated: int = 0
     zeroed_clips: int = 0
     zeroed_samples: int = 0
     clipped: int = 0
@@ -126,6 +129,7 @@ class AudioReport:
             (self.downmixed, "mixed down to mono"),
             (self.padded, "padded to one window"),
             (self.truncated, "kept although truncated"),
+            (self.restated, "read by what they hold, not by the length they state"),
             (self.zeroed_clips, f"with NaN or Inf zeroed ({self.zeroed_samples} samples)"),
             (self.clipped, "clipped"),
             (self.over_scale, "with a peak above 1"),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._containers import missing_audio
+from ._containers import ReadAt, Survey, survey
 from ._optional import require_package
 from .audio import (
     AudioDecodeError,
@@ -30,14 +30,17 @@ from .audio import (
     _to_mono,
     _truncated,
     load,
+    open_streams,
     resample,
     source_name,
+    tell_survey,
 )
 from .config import AudioConfig
 from .cpp import available, flac
 
 # soxr's filters are shorter at any ratio: in samples of the lower rate
 _MARGIN = 1024
+_MPEG_EARLY = 100 * 1152  # samples; at the lowest bit rates bits come from some 90 frames before
 _UNKNOWN_FRAMES = 1 << 40  # and above: a stream that does not tell its length
 
 
@@ -78,27 +81,53 @@ def read_span(path: str | os.PathLike[str], start: int, count: int, config: Audi
         # a FLAC file tells its length in its first bytes: opening a decoder takes a while
         info = flac.stream_info(read_at(0, flac.HEAD_BYTES)) if available() and not start else None
         short = info is not None and 0 < _at_rate(info[1], info[0], rate_hz) <= count
-        file = None if short else stack.enter_context(_decoder(handle, size))
+        found, each = (None, None) if short else _surveyed(handle, read_at, size)
+        file = None
+        if not short and size and (found is None or found.refused is None):
+            file = stack.enter_context(_decoder(handle, read_at, name, found, each))
         if start or _total(file, rate_hz) > count:
             report = AudioReport(clips=0 if start else 1)
-            missing = None if start else missing_audio(read_at, size)
-            if missing is not None:
-                _truncated(name, missing, config, report)
+            if found is not None:
+                # what is found is told of with the first part; what is refused is refused at any
+                tell_survey(found, name, config, AudioReport() if start else report)
             return _read(file, name, start, count, config, report)
     clip = load(path, config, name)
     return Span(clip.wave, clip.wave.shape[0], clip.report)
 
 
+# of files read in spans, a few at a time
+_SURVEYS: dict[tuple[int, ...], tuple[Survey | None, list[int]]] = {}
+_MAX_SURVEYS = 16
+
+
+def _surveyed(handle: int, read_at: ReadAt, size: int) -> tuple[Survey | None, list[int]]:
+    """What walking a file finds, and room for the samples of its streams; kept for its next spans."""
+    status = os.fstat(handle)
+    key = (status.st_dev, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns)
+    found = _SURVEYS.get(key)
+    if found is None:
+        while len(_SURVEYS) >= _MAX_SURVEYS:
+            _SURVEYS.pop(next(iter(_SURVEYS)), None)
+        # an MP3 is walked whatever it states: once for all of its spans, and each is to be in its place
+        deep = read_at(0, 4) != b"fLaC"
+        found = _SURVEYS[key] = (survey(read_at, size, deep=deep), [])
+    return found
+
+
 @contextlib.contextmanager
-def _decoder(handle: Any, size: int) -> Iterator[Any]:
+def _decoder(
+    handle: Any, read_at: ReadAt, name: str, found: Survey | None, each: list[int] | None
+) -> Iterator[Any]:
     """Libsndfile's view of a file; None if it cannot open it: `load` then says why, or can."""
     soundfile = require_package("soundfile", "reading audio files", "audio")
     file = None
-    if size:
-        with contextlib.suppress(
-            soundfile.LibsndfileError, RuntimeError, TypeError, ValueError, OverflowError
-        ):
-            file = soundfile.SoundFile(handle, closefd=False)
+    with contextlib.suppress(
+        soundfile.LibsndfileError, RuntimeError, TypeError, ValueError, OverflowError
+    ):
+        known = tuple(each or ()) or None
+        file = open_streams(soundfile, found, handle, read_at, name, known, seeking=True)
+        if each is not None and not each and hasattr(file, "each"):
+            each.extend(file.each)
     try:
         yield file
     finally:
@@ -140,9 +169,11 @@ def _read(
         end = min(int(file.frames), -(-(start + count) * down // up) + margin)
     whole = config.dtype != "float32" and file.subtype == "PCM_16" and channels == 1
     dtype = "int16" if whole and own_hz == wanted_hz else "float32"
+    # a frame of MP3 takes bits from those before it, which after a leap the decoder does not have
+    early = min(begin, _MPEG_EARLY) if str(file.subtype).startswith("MPEG") else 0
     try:
-        file.seek(begin)
-        samples = file.read(end - begin, dtype=dtype, always_2d=True)
+        file.seek(begin - early)
+        samples = file.read(end - begin + early, dtype=dtype, always_2d=True)[early:]
     except (RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
         if isinstance(error, AudioError):
             raise

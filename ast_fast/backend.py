@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 OPS = (
@@ -53,6 +54,22 @@ def constant_when_compiled(function: _Function) -> _Function:
     """What `torch.compiler.assume_constant_result` does, without its import of the compiler (1.3 s)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_when_compiled
+def transformed() -> str | None:
+    """Which derivative is being taken that only plain PyTorch has: one of torch.func, or in forward mode.
+
+    `vmap` alone is none: registered ops have it.
+    """
+    if forward_ad._current_level >= 0:
+        return "in forward mode (torch.func.jvp, forward_ad)"
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack is not None:
+        grad = torch._C._functorch.TransformType.Grad
+        if any(level.key() == grad for level in stack):
+            return "under torch.func (grad, vjp, jacrev, hessian)"
+    return None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -230,7 +247,17 @@ def choose(op: str, load: Callable[[str], Any], lead: Tensor, *inputs: object) -
     request = requested()
     if request == "reference":
         return "reference"
+    taken = transformed()
+    if taken is not None:
+        if request == "auto":
+            return "reference"
+        raise BackendUnavailableError(
+            f"backend {request!r} was asked for and ast_fast.{op} has no derivatives {taken} there: take "
+            "use_backend('reference'), or use_backend('auto'), which does so by itself"
+        )
     device_type, dtype = lead.device.type, lead.dtype
+    if device_type == "meta":  # shapes and dtypes are those of any backend
+        return "reference"
     if request == "auto":
         if dtype == torch.float64:
             return "reference"

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, backend, hub
-from .config import AudioConfig, DataConfig, ModelConfig, ModelFacts, MonitorConfig
+from .config import DataConfig, ModelConfig, ModelFacts, MonitorConfig
 from .data import ClipSet, Collate, class_counts, dataset_of, read_data, reading_notes
-from .data.manifest import safe_cell
+from .data.dataset import read_for
 from .frontend import log_mel_features
 from .inference import class_names, load_for_inference, load_model
 from .labels import read_labels
 from .models.ast import ASTModel
+from .names import safe_cell
 from .optimized import Precision
 from .run_data import trained_on
 from .training import TrainingInterrupted
@@ -84,12 +85,11 @@ def evaluate(
     names = class_names(network, table.names if table else None)
     if table is None and network.labels is None:
         raise ValueError(f"model {model!r} has no class names: give --labels")
-    rate = network.frontend_config.sample_rate_hz
     how = how.one_part()
     clips = read_data(data, root, names, table, how)
     for note in (*reading_notes(clips), *trained_on(model, clips)):
         say(f"  {note}")
-    dataset = dataset_of(clips, AudioConfig(sample_rate_hz=rate))
+    dataset = dataset_of(clips, read_for(network.frontend_config))
     row = _check(network, dataset) if check else None
     result = run_evaluation(
         network,
@@ -104,7 +104,7 @@ def evaluate(
         say(f"  {note}")
     if json_path is not None:
         content = {**result.to_dict(), "check": row, "model": model, "data": str(data)}
-        json_path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        json_path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if per_class is not None:
         with per_class.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -165,7 +165,9 @@ def run_demo(
         results["plain_accuracy"] = plain.figures["accuracy"]
         say(f"      accuracy of plain PyTorch trained alike: {results['plain_accuracy']:.4f}")
     results["seconds"] = time.perf_counter() - started
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (run_dir / "results.json").write_text(
+        json.dumps(results, indent=1, allow_nan=False), encoding="utf-8"
+    )
     report = _write_report(run_dir, results, log, model, evaluation, test)
     say(f"done in {results['seconds']:.0f} s. Report: {report}")
     return results

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .config import AudioConfig, DataConfig
+from .config import DataConfig
 from .data import Data, dataset_of, read_data, reading_notes
+from .data.dataset import read_for
 from .hub import CheckpointError
 from .inference import class_names, load_for_inference
 from .labels import read_labels
@@ -61,7 +62,7 @@ def ensemble(
                     f"{place} has other classes than {places[0]}, or in another order: expected "
                     "models of the same labels"
                 )
-            audio = AudioConfig(sample_rate_hz=network.frontend_config.sample_rate_hz)
+            audio = read_for(network.frontend_config)
             found = evaluate(
                 network,
                 dataset_of(clips, audio),
@@ -84,7 +85,7 @@ def ensemble(
             "ensemble": made.figures,
             "data": "held out by the runs" if data is None else str(data),
         }
-        json.write_text(json_module.dumps(content, indent=1), encoding="utf-8")
+        json.write_text(json_module.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ._text import one_line
 from .audio import AudioReport
 from .config import AudioConfig, ModelFacts
 from .inference import (
@@ -212,15 +213,19 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
             report.skip(output.error)
             print(f"ast-fast: skipped {output.error}", file=sys.stderr, flush=True)
             if as_json:
-                print(json.dumps({"file": output.path, "error": output.error.reason}))
+                print(
+                    json.dumps({"file": output.path, "error": output.error.reason}, allow_nan=False)
+                )
             continue
         tagged += 1
         report.merge(output.report)
         row = rows.row(rows.encode(output))
         if as_json:
-            print(json.dumps(row))
+            print(json.dumps(row, allow_nan=False))
             continue
-        print(output.source + (f" ({row['windows']} windows)" if row["windows"] > 1 else ""))
+        print(
+            one_line(output.source) + (f" ({row['windows']} windows)" if row["windows"] > 1 else "")
+        )
         _print_labels(row["labels"])
         for part in row.get("parts", ()):
             print(f"  {part['start_s']:.2f} to {part['end_s']:.2f} s")
@@ -236,4 +241,4 @@ def _print(engine: Engine, units: Iterator[Unit], rows: TagRows, as_json: bool) 
 
 def _print_labels(found: Sequence[dict[str, Any]], indent: str = "") -> None:
     for label in found:
-        print(f"{indent}  {label['score']:8.4f}  {label['label']}")
+        print(f"{indent}  {label['score']:8.4f}  {one_line(label['label'])}")

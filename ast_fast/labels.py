@@ -12,6 +12,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+from .names import same_name
+
 _HEADER = ["index", "mid", "display_name"]
 _MAX_BYTES = 16 * 2**20
 _MAX_FIELD = 64 * 2**10
@@ -39,8 +41,9 @@ class LabelSet:
             ValueError: no class has it.
         """
         for known in (self.mids, self.names):
-            if label in known:
-                return known.index(label)
+            plain = list(map(same_name, known))
+            if same_name(label) in plain:
+                return plain.index(same_name(label))
         raise ValueError(
             f"label {label!r} is unknown: expected one of {len(self)} classes such as {self.mids[0]!r}"
         )
@@ -91,6 +94,7 @@ def _table(text: str, path: Path) -> LabelSet:
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     names: list[str] = []
     lines_of: dict[str, int] = {}
+    shown: dict[str, int] = {}
     try:
         header = next(reader, [])
         if [cell.strip() for cell in header] != _HEADER:
@@ -118,6 +122,9 @@ def _table(text: str, path: Path) -> LabelSet:
                 raise _wrong(path, line, "mid or display_name is empty")
             if mid in lines_of:
                 raise _wrong(path, line, f"mid {mid!r} is on line {lines_of[mid]} already")
+            first = shown.setdefault(same_name(name), line)
+            if first != line:
+                raise _wrong(path, line, f"display_name {name!r} is on line {first} already")
             lines_of[mid] = line
             names.append(name)
     except csv.Error as error:
@@ -131,14 +138,16 @@ def _table(text: str, path: Path) -> LabelSet:
 
 def _list(text: str, path: Path) -> LabelSet:
     names: dict[str, int] = {}
+    shown: dict[str, int] = {}
     for line, raw in enumerate(text.splitlines(), 1):
         name = raw.strip()
         if not name:
             raise _wrong(path, line, "is empty: expected a class name on each line")
         if len(name) > _MAX_FIELD or "\0" in name:
             raise _wrong(path, line, "is no class name: it holds NUL or more than 64 KiB")
-        if name in names:
-            raise _wrong(path, line, f"{name!r:.200} is on line {names[name]} already")
+        first = shown.setdefault(same_name(name), line)
+        if first != line:
+            raise _wrong(path, line, f"{name!r:.200} is on line {first} already")
         names[name] = line
     if not names:
         raise ValueError(f"labels {str(path)!r} are empty: expected a class name on each line")

@@ -309,7 +309,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig, image_grid: int | None = None) -> None:
         super().__init__()
         dim, num_prefix = config.embed_dim, config.num_prefix_tokens
-        self.num_prefix_tokens = num_prefix
+        self.num_prefix_tokens, self.input_fdim = num_prefix, config.input_fdim
         self.grad_checkpointing = False
         self.runner: Any = None  # computes run_blocks in its place where it can (optimized.py)
         self.patchout: Patchout | None = None  # in training
@@ -364,6 +364,11 @@ class Trunk(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens with positions [B, T, C] of spectrograms [B, S, F]."""
+        if x.shape[-1] != self.input_fdim:
+            # other bands of frequency, even where they give as many patches
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, {x.shape[-1]} mel bins: expected {self.input_fdim}, the model's"
+            )
         patches = self.patch_embed
         if patches.is_plain:
             proj = patches.proj

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ._text import one_line
 from .config import ModelFacts
 from .inference import Activation, load_for_inference
 from .labels import read_labels
@@ -129,10 +130,11 @@ def _print(results: list[StreamPrediction], as_json: bool) -> None:
                     "end_s": result.end_s,
                     "filled": result.filled,
                     "labels": [{"label": name, "score": score} for name, score in result.labels],
-                }
+                },
+                allow_nan=False,
             )
         else:
-            found = ", ".join(f"{name} {score:.4f}" for name, score in result.labels)
+            found = ", ".join(f"{one_line(name)} {score:.4f}" for name, score in result.labels)
             share = "" if result.filled == 1.0 else f"  ({100 * result.filled:.0f} % filled)"
             line = f"{result.start_s:9.2f} -{result.end_s:9.2f} s  {found}{share}"
         print(line, flush=True)

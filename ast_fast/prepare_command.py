@@ -92,7 +92,7 @@ def prepare(
         missing=getattr(clips, "missing", ()),
         notes=getattr(clips, "notes", ()),
     )
-    replace(out / REPORT, json.dumps(report, indent=1).encode())
+    replace(out / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
     replace(out / REPORT_TEXT, as_text(report).encode("utf-8", "backslashreplace"))
     summary = audio_report(read_lines(lines))
     for note in reading_notes(clips):

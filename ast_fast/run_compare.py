@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import run_plots
+from ._text import without_nan
 from .data.split_file import SPLIT, read_head
 from .report import HtmlReport
 from .run_folder import NAMES, RunFolder
@@ -148,7 +149,8 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
         if any(value != values[0] for value in values)
     }
     keys = [
-        json.dumps([values[place] for values in different.values()]) for place in range(len(runs))
+        json.dumps(without_nan([values[place] for values in different.values()]), allow_nan=False)
+        for place in range(len(runs))
     ]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return Comparison(runs, [numbers[key] for key in keys], different)
@@ -182,7 +184,13 @@ def setting_table(comparison: Comparison) -> Table:
     """The settings that differ, a column a run."""
     header = ["setting", *(run.name for run in comparison.runs)]
     rows = [
-        [name, *(value if isinstance(value, str) else json.dumps(value) for value in values)]
+        [
+            name,
+            *(
+                value if isinstance(value, str) else json.dumps(without_nan(value), allow_nan=False)
+                for value in values
+            ),
+        ]
         for name, values in comparison.different.items()
     ]
     return header, rows

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import plots, run_numbers, run_plots
+from ._text import without_nan
 from .calibration import of_classes, reliability
 from .config import Task
 from .data import ClipSet, class_counts
@@ -351,4 +352,4 @@ def _end(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(without_nan(value), allow_nan=False)

@@ -13,7 +13,7 @@ import numpy as np
 from .audio import AudioReport
 from .config import AudioConfig, LogMelConfig
 from .data import Collate, Data, dataset_of
-from .data.dataset import max_samples
+from .data.dataset import max_samples, read_for
 from .data.examine import Moments
 from .data.prepare import CLIPS
 from .data.prepared_figures import prepared_moments
@@ -114,7 +114,7 @@ def settle(
     if wanted is None:
         # what the length is made of, before the model is there
         front = LogMelConfig(num_mel_bins=_BINS).replace(**said)
-        audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
+        audio = read_for(front, settings.audio)
         sample = sample_clips(front, data, audio, seed)
         samples = round(float(np.quantile(sample.seconds, _SHARE)) * front.sample_rate_hz)
         wanted = mel_sizes(**front.framing).num_frames(samples)

@@ -177,7 +177,7 @@ def make_original(folder: Path, clips: int = 8, seconds: float = 1.0, seed: int 
     table = ["index,mid,display_name"]
     table += [f"{index},/m/07rwj{index:02d},{name}" for index, name in enumerate(CATEGORIES)]
     (folder / "class_labels_indices.csv").write_text("\n".join(table) + "\n")
-    (folder / "train.json").write_text(json.dumps({"data": data}, indent=1))
+    (folder / "train.json").write_text(json.dumps({"data": data}, indent=1, allow_nan=False))
     return folder / "train.json"
 
 

@@ -6,12 +6,14 @@ Kept in the package so that kernels can be tested on a machine that has only the
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import backend, ops, reference
 from .equivalence import cases
@@ -20,7 +22,13 @@ from .equivalence.cases import OpCase, Tensors, normal
 from .equivalence.measures import Errors, measure
 
 GUARD = 4096  # elements on either side of a guarded tensor
-_SENTINEL = {torch.int16: -21555, torch.int32: -1431655766, torch.int64: -6148914691236517206}
+_SENTINEL = {
+    torch.uint8: 171,
+    torch.int8: -85,
+    torch.int16: -21555,
+    torch.int32: -1431655766,
+    torch.int64: -6148914691236517206,
+}
 _FLOAT_SENTINEL = -24672.0  # exact in every floating dtype
 
 
@@ -119,6 +127,69 @@ def guarded_memory() -> Iterator[GuardZones]:
     ):
         yield zones
     zones.check()
+
+
+class Guarded:
+    """A function whose tensors lie between guard zones: what it is given, what it allocates, what it writes.
+
+    Whatever it reads outside of them is NaN. Arguments it does not name as outputs must stay as they are.
+
+    Args:
+        function: takes tensors, lists of them, and other things, by place or by name.
+        outputs: names of the parameters that it writes into.
+    """
+
+    def __init__(self, function: Callable[..., Any], outputs: tuple[str, ...] = ()) -> None:
+        self._function, self._outputs = function, outputs
+        self._signature = inspect.signature(function)
+        self.calls = 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the function; raise `GuardZoneError` if it left its memory."""
+        bound = self._signature.bind(*args, **options)
+        held: list[tuple[str, Tensor, Tensor, Tensor]] = []
+
+        def hold(name: str, x: Any) -> Any:
+            if isinstance(x, list | tuple) and x and all(isinstance(each, Tensor) for each in x):
+                return [hold(name, each) for each in x]
+            if not isinstance(x, Tensor) or not x.numel():
+                return x
+            buffer, inside = _between_zones(x)
+            held.append((name, x, buffer, inside))
+            return inside
+
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = hold(name, value)
+        before = [buffer.clone() for _, _, buffer, _ in held]
+        with guarded_memory():
+            made = self._function(*bound.args, **bound.kwargs)
+        for (name, x, buffer, inside), untouched in zip(held, before, strict=True):
+            if name in self._outputs:
+                x.copy_(inside)
+                _at_home(untouched, inside, buffer).copy_(inside)
+            if not torch.equal(buffer.view(torch.uint8), untouched.view(torch.uint8)):
+                raise GuardZoneError(f"{name}, or memory around it, was written to")
+        self.calls += 1
+        # results of their own, not parts of a larger buffer
+        return tree_map_only(Tensor, torch.clone, made)
+
+
+def _between_zones(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A buffer with guard zones, and x's copy in it with the same strides and alignment."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    start = GUARD + x.data_ptr() % 64 // x.element_size()
+    fill = float("nan") if x.is_floating_point() else _SENTINEL.get(x.dtype, 1)
+    buffer = torch.full((start + extent + GUARD,), fill, dtype=x.dtype, device=x.device)
+    # rows that repeat in memory cannot be written one by one
+    buffer[start : start + extent] = x.detach().as_strided((extent,), (1,))
+    inside = buffer.as_strided(x.shape, x.stride(), start)
+    return buffer, inside
+
+
+def _at_home(buffer: Tensor, inside: Tensor, home: Tensor) -> Tensor:
+    """The part of another buffer that lies as `inside` does in `home`."""
+    place = inside.storage_offset() - home.storage_offset()
+    return buffer.as_strided(inside.shape, inside.stride(), place)
 
 
 def random_tensor(

@@ -12,7 +12,7 @@ import torch
 
 from .config import AudioConfig, DataConfig, LogMelConfig
 from .data import Data, dataset_of
-from .data.dataset import max_samples
+from .data.dataset import max_samples, read_for
 from .data.layouts import DRAW
 from .data.split_file import SPLIT
 from .models.ast import ASTModel
@@ -252,7 +252,7 @@ def _build(settings: RunConfig, data: Data, plan: dict[str, Any]) -> tuple[Any, 
             settings.model, label_dim=len(classes), labels=classes, **sizes, **known
         )
     front: LogMelConfig = model.frontend_config.replace(**said)
-    audio = settings.audio.replace(sample_rate_hz=front.sample_rate_hz)
+    audio = read_for(front, settings.audio)
     if settings.statistics == "measure":
         if "measured" not in plan:
             # runs of several seeds have the same clips, and the same front end; older ones had not

@@ -2,3 +2,8 @@
 
 Not installed with the package: run from the root of a checkout (`python -m benchmarks.run --help`).
 """
+
+import time
+
+# of this process, before anything slow is imported: its time limit counts from here
+BEGAN = time.monotonic()

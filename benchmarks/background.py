@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,10 @@ def warming(known: Known) -> list[Command]:
     if known.dry_run or not known.settings.cuda:
         return [(sys.executable, "-c", "import torch")]
     warm = ("-m", "ast_fast.kernels._aot", "--warm", str(known.capability))
+    patient = ("nice", "-n", "10") if shutil.which("nice") else ()
     return [
         # what is waited for goes first
-        ("nice", "-n", "10", sys.executable, *warm, "--jobs", str(_WARMERS)),
+        (*patient, sys.executable, *warm, "--jobs", str(_WARMERS)),
         (sys.executable, "-c", _IMPORTS),
     ]
 
@@ -42,7 +44,8 @@ class Background:
             with (folder / f"background-{number}.txt").open("wb") as log:
                 self._processes.append(
                     subprocess.Popen(
-                        command,
+                        # which ends it if this process is killed
+                        [sys.executable, "-m", "benchmarks.worker", *command],
                         cwd=ROOT,
                         stdin=subprocess.DEVNULL,
                         stdout=log,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from pathlib import Path
 from typing import Any
 
 from . import jobs, record, table, tuned
 
 # lines of each part of the summary: what is kept of a run's output is often its end alone
+_MOST_TEXT = 11_000  # characters of the whole summary: of more, the start is what would be lost
+_MOST_LINE = 160
 _MOST_LINES = {"late": 8, "findings": 16, "not ok": 20, "fastest configurations": 20, "speed": 64}
 
 
@@ -27,6 +31,7 @@ class Book:
         self.digests: dict[str, dict[str, str]] = {}
         self.files: dict[str, record.ResultFile] = {}
         self.steps: list[str] = []  # one line a step of the plan
+        self._unwritten = ""
 
     def add(self, job: jobs.Job, answer: dict[str, Any]) -> None:
         """Keep the answer of one job and write its file."""
@@ -58,11 +63,13 @@ class Book:
 
     def say(self, text: str) -> None:
         """Print a line, and keep it in the log."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
         if self.shown:
             print(text, flush=True)
+        # a full disk must not end a run that can still print
+        with contextlib.suppress(OSError):
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def _head(self, answer: dict[str, Any]) -> None:
         if "environment" not in answer:
@@ -85,11 +92,18 @@ class Book:
 
     def _write(self, group: str) -> None:
         name = record.file_name(self.environment, group)
-        self.files[group].write(self.out / name)
+        try:
+            self.files[group].write(self.out / name)
+        except OSError as error:
+            if not self._unwritten:
+                self._unwritten = f"result files cannot be written, this is all there is: {error}"
+                self.say(self._unwritten)
 
     def summary(self) -> str:
         """What did not fit, what failed, what was found, and last what was fast."""
-        rows = [row for file in self.files.values() for row in file.rows]
+        # a job may end while this is made
+        files = dict(self.files)
+        rows = [row for file in files.values() for row in list(file.rows)]
         parts = {
             "late": _noted(rows, lambda row: row.status == "late"),
             "not ok": _noted(rows, lambda row: row.status in ("wrong", "failed")),
@@ -99,14 +113,18 @@ class Book:
         if "tuned" in self.files:
             plain = [vars(row) for row in self.files["tuned"].rows]
             parts["fastest configurations"] = tuned.fastest(plain)
-        parts["speed"] = _speeds(self.files)
-        lines = ["", "summary"]
-        for group, file in self.files.items():
+        parts["speed"] = _speeds(files)
+        lines = ["", "summary", *([f" {self._unwritten}"] if self._unwritten else [])]
+        for group, file in files.items():
             states = [row.status for row in file.rows]
             counts = (f"{states.count(s)} {s}" for s in record.STATUSES if s in states)
             lines.append(f" {group}: {', '.join(counts)}")
         for name, found in parts.items():
             most = _MOST_LINES.get(name, len(found))
+            if name == "speed":
+                left = _MOST_TEXT - len("\n".join(lines))
+                ends = itertools.accumulate(len(line) + 3 for line in found)
+                most = min(most, sum(end <= left for end in ends))
             if found:
                 lines += [f" {name}", *(f"  {line}" for line in found[:most])]
             if len(found) > most:
@@ -130,7 +148,7 @@ def _speeds(files: dict[str, record.ResultFile]) -> list[str]:
         if group in ("tune", "tuned"):
             continue
         by_case: dict[tuple[str, ...], list[record.Row]] = {}
-        for row in file.rows:
+        for row in list(file.rows):
             if row.ms is not None:
                 shape = " ".join(f"{name}{size}" for name, size in row.shape.items())
                 key = (row.case, row.mode, shape, row.dtype, row.clock)
@@ -160,5 +178,5 @@ def _noted(rows: list[record.Row], wanted: Any) -> list[str]:
     for row in rows:
         if wanted(row):
             line = f"{row.case} {row.mode} {row.dtype} {row.provider}: {row.status}, {row.reason}"
-            found[line[:220]] = found.get(line[:220], 0) + 1
+            found[line[:_MOST_LINE]] = found.get(line[:_MOST_LINE], 0) + 1
     return [line + (f" ({count} times)" if count > 1 else "") for line, count in found.items()]

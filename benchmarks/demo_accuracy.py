@@ -67,7 +67,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['way']:26} seed {row['seed']}: {row['accuracy']:.4f}, loss {row['loss']:.4f}")
     content = {"environment": collect("cpu"), "epochs": options.epochs, "rows": rows}
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

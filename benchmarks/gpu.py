@@ -13,19 +13,19 @@ the end, and the run ends inside its limit by itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import archive, jobs, plan, pool, record, suites
+from . import BEGAN, archive, jobs, plan, pool, record, suites
 from .background import Background, Watchdog, warming
 from .book import Book
-from .case import Settings, texts
+from .case import Settings, listed, texts
 
 Now = Callable[[], float]
 # with --suite, checks may take this share of the time before the first suite is measured; what is left
@@ -34,9 +34,13 @@ _CHECK_SHARE = 0.4
 # how long a job may outlast its step
 _GRACE_S = 2.0
 _DEVICE_GRACE_S = 60.0
+_DEVICE_AGAIN_S = 20.0
 # kept at the end of a run for its summary; less is left when the watchdog bites
 _LAST_S = 6.0
 _WATCHDOG_S = 3.0
+_MOST_MINUTES = 24 * 60
+# what an interrupted or lent machine sends; the first of them packs what was found
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # importing or compiling the others would take longer than everything else of a dry run
 _DRY_RUN_PEERS = ("torch", "sdpa", "sdpa-padded", "loop")
 _DRY_RUN_CASES = 2  # a suite
@@ -54,17 +58,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--minutes", type=float, default=plan.MINUTES, help="time limit (default %(default)s)"
     )
-    made.add_argument("--out", type=Path, default=record.RESULTS, help="folder of results.tar.gz")
-    made.add_argument("--dtype", default="bf16,f16,f32", help="most important first")
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=record.RESULTS,
+        help="folder of results.tar.gz, or of what is unpacked (default benchmarks/results)",
+    )
+    made.add_argument(
+        "--dtype",
+        default="bf16,f16,f32",
+        help="most important first (default %(default)s); the plan takes the first alone",
+    )
     made.add_argument(
         "--only", default="", metavar="TEXT,...", help="jobs whose titles have one of these"
     )
     made.add_argument("--compiled", action="store_true", help="peers under torch.compile too")
-    made.add_argument("--quick", action="store_true", help="fewer shapes")
+    made.add_argument("--quick", action="store_true", help="fewer shapes, with --suite")
     made.add_argument(
         "--dry-run", action="store_true", help="the whole control flow on a CPU, tiny shapes"
     )
-    made.add_argument("--list", action="store_true", help="print the plan's jobs and stop")
+    made.add_argument("--list", action="store_true", help="print the jobs and stop")
     made.add_argument(
         "--unpack", type=Path, metavar="FILE", help="put an archive's result files into --out"
     )
@@ -95,8 +108,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """
     import torch
 
-    if not options.minutes > 0:
-        raise ValueError(f"--minutes {options.minutes}: expected more than 0")
+    if not 0 < options.minutes <= _MOST_MINUTES:
+        raise ValueError(
+            f"--minutes {options.minutes}: expected more than 0 and at most {_MOST_MINUTES}, a day"
+        )
     dtypes = texts(options.dtype)
     unknown = sorted(set(dtypes) - {"bf16", "f16", "f32"})
     if unknown or not dtypes:
@@ -114,7 +129,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
             only=only,
         )
     if options.list and not torch.cuda.is_available():
-        return Settings(device="cuda", dtypes=dtypes, backend="triton", only=only)
+        return Settings(
+            device="cuda", dtypes=dtypes, backend="triton", quick=options.quick, only=only
+        )
     if not torch.cuda.is_available():
         raise ValueError(
             "this PyTorch sees no CUDA device; --dry-run shows the control flow on a CPU, --list "
@@ -122,6 +139,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         )
     if torch.cuda.get_device_capability() < (8, 0):
         dtypes = tuple(dtype for dtype in dtypes if dtype != "bf16")
+        if not dtypes:
+            raise ValueError("--dtype bf16: this GPU has no bfloat16; expected some of f16, f32")
     return Settings(device="cuda", dtypes=dtypes, backend="triton", quick=options.quick, only=only)
 
 
@@ -185,10 +204,15 @@ class Run:
     """One run: its clock, its book, its workers."""
 
     def __init__(
-        self, options: argparse.Namespace, settings: Settings, book: Book, now: Now
+        self,
+        options: argparse.Namespace,
+        settings: Settings,
+        book: Book,
+        now: Now,
+        began: float | None = None,
     ) -> None:
         self.options, self.settings, self.book, self.now = options, settings, book, now
-        self.started = now()
+        self.started = now() if began is None else began
         self.end = self.started + options.minutes * 60 - _LAST_S
         self.known = plan.Known(settings, options.dry_run, _capability(settings))
 
@@ -204,7 +228,16 @@ class Run:
         """
         # a cold disk may take its time over the first import: without an answer there is no run
         asked = [jobs.device_job()]
-        workers.run(asked, self.book.add, slots=1, deadline=deadline, grace_s=_DEVICE_GRACE_S)
+
+        def look(deadline: float) -> None:
+            workers.run(asked, self.book.add, slots=1, deadline=deadline, grace_s=_DEVICE_GRACE_S)
+
+        try:
+            look(deadline)
+        except RuntimeError as error:
+            # everything hangs on this one answer
+            self.book.say(f"{error}; asked once more")
+            look(min(self.end, max(deadline, self.now() + _DEVICE_AGAIN_S)))
         if not self.book.environment:
             raise RuntimeError("no time was left to look at the device: raise --minutes")
         self.known.ceilings = self.book.ceilings
@@ -240,7 +273,8 @@ class Run:
             with make_pool(extra) as own:
                 left = self._in(own, found, slots, deadline)
         self.book.late(left)
-        return f"{len(found) - len(left)} of {len(found)} jobs"
+        note = step.note(self.known)
+        return f"{len(found) - len(left)} of {len(found)} jobs" + (f" ({note})" if note else "")
 
     def _in(self, workers: Any, found: list[jobs.Job], slots: int, deadline: float) -> Any:
         return workers.run(found, self.book.add, slots=slots, deadline=deadline, grace_s=_GRACE_S)
@@ -264,8 +298,9 @@ def execute(
     settings: Settings,
     chosen: Sequence[str] | None,
     now: Now = time.monotonic,
+    began: float | None = None,
 ) -> int:
-    """Run within the time limit; exit status 1 if one of our results was not ok."""
+    """Run within the time limit, which counts from `began`; exit status 1 if one of our results was not ok."""
     asked = {"minutes": options.minutes, "backend": settings.backend, "dry_run": options.dry_run}
     limits = {"seconds": 2.0, "min_rounds": 5, "max_rounds": 25, "sample_ms": 5.0}
     if options.dry_run:
@@ -276,28 +311,31 @@ def execute(
         "limits": limits,
         "threads": 1 if options.dry_run else 0,
     }
-    with tempfile.TemporaryDirectory(prefix="ast_fast_gpu_") as name:
-        folder = Path(name)
+    with archive.run_folder() as folder:
         book = Book(folder, asked | limits)
 
         def make_pool(extra: Any = None) -> pool.Pool:
             return pool.Pool(setup, extra, folder, now)
 
-        run = Run(options, settings, book, now)
+        run = Run(options, settings, book, now, began)
         with archive.Archive(folder, options.out) as packed:
 
             def last_words() -> None:
-                book.say(book.summary())
-                book.say(f"{run.elapsed():.0f} s of {options.minutes * 60:.0f} s; {packed.path}")
-
-                packed.pack()
+                try:
+                    book.say(book.summary())
+                    whole = options.minutes * 60
+                    book.say(f"{run.elapsed():.0f} s of {whole:.0f} s; {packed.path}")
+                finally:
+                    # what cannot be written now is said when the archive is closed
+                    with contextlib.suppress(OSError):
+                        packed.pack()
 
             def cut_off() -> None:
                 book.say("the run did not end by itself and is cut off")
                 last_words()
 
             with (
-                Watchdog(options.minutes * 60 - _WATCHDOG_S, cut_off),
+                Watchdog(options.minutes * 60 - _WATCHDOG_S - run.elapsed(), cut_off),
                 Background(warming(run.known), folder) as background,
                 make_pool() as workers,
             ):
@@ -313,23 +351,38 @@ def execute(
     return 0 if book.good else 1
 
 
-def print_plan(settings: Settings, minutes: float) -> None:
+def print_plan(known: plan.Known, minutes: float) -> None:
     """The steps, their ends, and the titles of their jobs."""
-    known = plan.Known(settings)
-    for step in plan.steps():
+    for step in plan.steps(known.dry_run):
         end = step.end(minutes)
         print(f"until {int(end // 60)}:{int(end % 60):02d}  {step.name}, {step.slots} at a time")
-        for job in plan.chosen(step.jobs(known), settings.only):
+        for job in plan.chosen(step.jobs(known), known.settings.only):
             print(f"    {job['title']}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def print_lists(lists: Sequence[Sequence[jobs.Job]]) -> None:
+    """The titles of chosen suites' jobs."""
+    for name, found in zip(("first", "then", "if time is left"), lists, strict=True):
+        print(name)
+        for job in found:
+            print(f"    {job['title']}")
+
+
+def told_to_end(number: int, _: object) -> None:
+    """End the run as its end would: what was found is packed, and no second signal breaks that off."""
+    for each in _SIGNALS:
+        # not SIG_IGN: of one that is on its way already Python would print a warning, behind the summary
+        signal.signal(each, lambda *_: None)
+    sys.exit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None, began: float | None = None) -> int:
     """Parse, run, return the exit status."""
     made = parser()
     options = made.parse_args(arguments)
     try:
         if options.unpack is not None:
-            for path in archive.unpack(options.unpack, options.out):
+            for path in archive.unpack(options.unpack, options.out, options.dry_run):
                 print(path)
             return 0
         chosen = None if options.suite is None else phases(options.suite)
@@ -340,17 +393,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = plan.settings_of_plan(settings, options.compiled)
     elif not options.compiled:
         settings = dataclasses.replace(settings, without=plan.COMPILED)
-    if options.list:
-        print_plan(settings, options.minutes)
-        return 0
-    # a machine that is taken away asks first: what was found is packed all the same
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if settings.only or options.list:
+        known = plan.Known(settings, options.dry_run, _capability(settings))
+        lists = [] if chosen is None else three_lists(chosen, settings, options.dry_run)
+        steps = plan.steps(options.dry_run) if chosen is None else []
+        found = [*(step.jobs(known) for step in steps), *lists]
+        titles = [job["title"] for some in found for job in some]
+        absent = [text for text in settings.only if not any(listed(t, (text,)) for t in titles)]
+        if absent:
+            made.error(f"--only {', '.join(absent)}: no job's title has it; --list prints them all")
+        if options.list:
+            print_lists(lists) if lists else print_plan(known, options.minutes)
+            return 0
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, told_to_end)
     try:
-        return execute(options, settings, chosen)
+        return execute(options, settings, chosen, began=began)
     except RuntimeError as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(began=BEGAN))

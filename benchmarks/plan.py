@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,8 @@ class Step:
     slots: int = 1
     # environment variables of its workers; None: they share those of the other steps
     extra: Callable[[Known], Mapping[str, str] | None] = lambda known: None
+    # what of it there is not, for the summary
+    note: Callable[[Known], str] = lambda known: ""
     quiet: bool = False  # it measures time: what runs in the background ends before
 
     def end(self, minutes: float, began_s: float = 0.0) -> float:
@@ -110,8 +115,20 @@ class Step:
 def own_ptxas() -> Path | None:
     """The assembler of the machine's CUDA toolkit, which Triton brings its own copy of."""
     found = shutil.which("ptxas")
-    path = Path(found) if found else _OWN_PTXAS
-    return path if path.exists() else None
+    paths = [*([Path(found)] if found else []), _OWN_PTXAS]
+    # where one does not answer, Triton falls back to its own without a word: the same bits would prove nothing
+    return next((path for path in paths if _ptxas_version(path)), None)
+
+
+@functools.cache
+def _ptxas_version(path: Path) -> str:
+    """Such as 13.0; empty where it is none, or does not run."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    release = re.search(r"release ([\d.]+)", said.stdout)
+    return release[1].rstrip(".") if release and said.returncode == 0 else ""
 
 
 def _device(known: Known) -> list[jobs.Job]:
@@ -151,6 +168,18 @@ def _matching(known: Known, wanted: Sequence[str]) -> Iterator[jobs.Job]:
                 yield job
 
 
+def _missing(wanted: Sequence[str]) -> Callable[[Known], str]:
+    """What a step wants and no suite has, as a training step in float16."""
+
+    def note(known: Known) -> str:
+        titles = [] if known.dry_run else [job["title"] for job in _matching(known, wanted)]
+        texts = [pattern.format(d=known.settings.dtypes[0]) for pattern in wanted]
+        absent = [text for text in texts if not fnmatch.filter(titles, text)]
+        return "" if known.dry_run or not absent else f"no such case: {', '.join(absent)}"
+
+    return note
+
+
 def _timed(known: Known, wanted: Sequence[str], limits: Mapping[str, Any], limit_s: float) -> Any:
     own = {} if known.dry_run else {"limits": dict(limits)}
     return [job | own | {"limit_s": limit_s} for job in _matching(known, wanted)]
@@ -162,6 +191,11 @@ def _kernels(known: Known) -> list[jobs.Job]:
 
 def _tune(known: Known) -> list[jobs.Job]:
     return tune_jobs.plan_jobs(known.settings, known.capability, _TUNE_S)
+
+
+def _tune_note(known: Known) -> str:
+    shown = "`python -m benchmarks.tune --dry-run --dtype f32` shows it in the interpreter"
+    return shown if known.settings.backend != "triton" else ""
 
 
 def _models(known: Known) -> list[jobs.Job]:
@@ -200,6 +234,13 @@ def _ptxas_environment(known: Known) -> Mapping[str, str]:
     }
 
 
+def _ptxas_note(known: Known) -> str:
+    path = own_ptxas()
+    if path is None:
+        return "the machine has no ptxas of its own that runs: nothing was compared"
+    return f"{path} {_ptxas_version(path)}"
+
+
 def _probes(known: Known) -> list[jobs.Job]:
     return list(jobs.probe_jobs())
 
@@ -210,11 +251,18 @@ def steps(dry_run: bool = False) -> list[Step]:
         Step(name="device", until_s=20, jobs=_device),
         Step(name="smoke", until_s=70, at_least_s=35, jobs=smoke_jobs, slots=CHECK_SLOTS),
         Step(name="checks", until_s=160, jobs=_checks, slots=CHECK_SLOTS),
-        Step(name="kernels", until_s=280, jobs=_kernels, quiet=True),
-        Step(name="tune", until_s=370, jobs=_tune, quiet=True),
-        Step(name="models", until_s=470, jobs=_models, quiet=True),
+        Step(name="kernels", until_s=280, jobs=_kernels, note=_missing(KERNELS), quiet=True),
+        Step(name="tune", until_s=370, jobs=_tune, note=_tune_note, quiet=True),
+        Step(name="models", until_s=470, jobs=_models, note=_missing(MODELS), quiet=True),
         Step(name="proofs", until_s=520, jobs=_proofs, slots=_PROOF_SLOTS),
-        Step(name="ptxas", until_s=560, jobs=_again, slots=CHECK_SLOTS, extra=_ptxas_environment),
+        Step(
+            name="ptxas",
+            until_s=560,
+            jobs=_again,
+            slots=CHECK_SLOTS,
+            extra=_ptxas_environment,
+            note=_ptxas_note,
+        ),
     ]
     if dry_run:
         found.insert(2, Step(name="probes", until_s=100, jobs=_probes))
@@ -224,7 +272,9 @@ def steps(dry_run: bool = False) -> list[Step]:
 def settings_of_plan(settings: Settings, compiled: bool) -> Settings:
     """Settings under which every step fits: peers that are quick to start."""
     slow = _SLOW_PEERS if settings.cuda else ()
-    return dataclasses.replace(settings, without=(*slow, *(() if compiled else COMPILED)))
+    without = (*slow, *(() if compiled else COMPILED))
+    # it names its own shapes
+    return dataclasses.replace(settings, without=without, quick=False)
 
 
 # compiling a model takes a minute or two

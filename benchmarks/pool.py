@@ -44,7 +44,7 @@ class Worker:
     ) -> None:
         # it lives as long as the process
         self._errors: IO[bytes] = (
-            tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115
+            tempfile.TemporaryFile() if log is None else log.open("x+b")  # noqa: SIM115
         )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
@@ -236,8 +236,11 @@ class Pool:
 
     def _started(self, latest: float) -> Worker:
         """A new worker, if it is there in time."""
-        number = next(self._numbers)
-        log = None if self._logs is None else self._logs / f"worker-{number}.txt"
+        log = None
+        if self._logs is not None:
+            # one pool may follow another in the same folder
+            names = (self._logs / f"worker-{number}.txt" for number in self._numbers)
+            log = next(path for path in names if not path.exists())
         limit_s = min(_START_LIMIT_S, max(1.0, latest - self._now()))
         return Worker(self._setup, self._extra, log, limit_s)
 

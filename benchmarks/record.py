@@ -7,6 +7,7 @@ what it measured. README.md beside this describes the fields for readers.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -157,3 +158,12 @@ def file_name(environment: dict[str, Any], suite: str) -> str:
     """`<device>-<suite>-<date>.json`."""
     device = re.sub(r"[^a-z0-9]+", "_", environment["device_name"].lower()).strip("_")
     return f"{device}-{suite}-{environment['date'][:10]}.json"
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the first of `-2`, `-3`, ... behind its stem that is no file: two runs of a day are two results."""
+    numbers = itertools.count(2)
+    found = path
+    while found.exists():
+        found = path.with_name(f"{path.stem}-{next(numbers)}{path.suffix}")
+    return found

@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace, ops: tuple[str, ...], widths: tuple[int
     facts = environment.collect(device)
     asked = {"seconds": options.seconds, "dtype": options.dtype, "dry_run": dry}
     file = record.ResultFile(suite="tune", environment=facts, settings=asked)
-    path = options.out / record.file_name(facts, "tune")
+    path = record.unused(options.out / record.file_name(facts, "tune"))
 
     lock = threading.Lock()  # two pools report
 
@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ops, widths = wanted_ops(options.op), wanted_widths(options.width)
     except ValueError as error:
         made.error(str(error))
+    if not 0 < options.seconds < float("inf"):
+        made.error(f"--seconds {options.seconds:g}: expected more than 0 and an end")
     if options.files and options.dry_run:
         made.error("--from reads result files: --dry-run makes one")
     if options.dry_run and (options.dtype != "f32" or options.write):

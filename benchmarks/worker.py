@@ -1,7 +1,7 @@
 """A process that runs jobs one at a time, so that a crash or a sticky CUDA error ends only it.
 
 Jobs come as JSON lines on standard input, answers leave as JSON lines on what was standard output;
-anything a library prints goes to standard error.
+anything a library prints goes to standard error. With arguments it runs these as a command instead.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 STICKY = 3  # exit status: the device's context is lost
@@ -72,6 +74,12 @@ def serve() -> int:
     return 0
 
 
+def beside(command: Sequence[str]) -> int:
+    """Run a command that ends, with all it started, once nobody is left who wants it."""
+    end_with_parent()
+    return subprocess.call(command)
+
+
 def _device_answers(torch: Any) -> bool:
     """Whether the device still works; after an illegal access no call does."""
     try:
@@ -83,4 +91,4 @@ def _device_answers(torch: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    sys.exit(beside(sys.argv[1:]) if sys.argv[1:] else serve())

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "api.h"
+#include "arguments.h"
 #include "attention_problem.h"
 #include "log_mel_tables.h"
 
@@ -124,11 +125,16 @@ void layer_norm_forward(uintptr_t x, int x_type, int64_t x_stride, uintptr_t res
                         int64_t residual_stride, uintptr_t weight, uintptr_t bias, double eps, uintptr_t y, int y_type,
                         uintptr_t total, uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, int threads) {
   LayerNormArgs a{};
-  a.x = at(x), a.residual = at(residual), a.weight = at<float>(weight), a.bias = at<float>(bias);
-  a.y = at(y), a.total = at(total), a.mean = at<float>(mean), a.rstd = at<float>(rstd);
+  rows_of(rows, cols, x_stride, "x_stride"), rows_of(rows, cols, residual_stride, "residual_stride");
+  const int64_t count = rows && cols;
+  a.x = memory(x, count, "x"), a.residual = at(residual);
+  a.weight = memory<float>(weight, count, "weight"), a.bias = memory<float>(bias, count, "bias");
+  a.y = memory(y, count, "y"), a.total = memory(total, residual && count, "total");
+  a.mean = memory<float>(mean, count, "mean"), a.rstd = memory<float>(rstd, count, "rstd");
   a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride, a.eps = eps;
-  a.x_type = type(x_type), a.residual_type = type(residual_type), a.y_type = type(y_type), a.threads = team(threads);
-  call(kernels->layer_norm_forward, a);
+  a.x_type = floating(x_type, "x_type"), a.residual_type = floating(residual_type, "residual_type");
+  a.y_type = floating(y_type, "y_type"), a.threads = team(threads);
+  if (count) call(kernels->layer_norm_forward, a);
 }
 
 void layer_norm_backward(uintptr_t dy, int dy_type, int64_t dy_stride, uintptr_t dtotal, int dtotal_type,
@@ -136,18 +142,25 @@ void layer_norm_backward(uintptr_t dy, int dy_type, int64_t dy_stride, uintptr_t
                          uintptr_t mean, uintptr_t rstd, uintptr_t dx, uintptr_t partial, int64_t chunks,
                          uintptr_t dweight, uintptr_t dbias, int64_t rows, int64_t cols, int threads) {
   LayerNormGradArgs a{};
-  a.dy = at(dy), a.dtotal = at(dtotal), a.x = at(x), a.weight = at<float>(weight);
-  a.mean = at<float>(mean), a.rstd = at<float>(rstd), a.dx = at(dx), a.partial = at<float>(partial);
-  a.dweight = at<float>(dweight), a.dbias = at<float>(dbias), a.rows = rows, a.cols = cols, a.chunks = chunks;
+  rows_of(rows, cols, dy_stride, "dy_stride"), rows_of(rows, cols, dtotal_stride, "dtotal_stride");
+  rows_of(rows, cols, x_stride, "x_stride"), chunks_of(chunks);
+  a.dy = memory(dy, rows && cols, "dy"), a.dtotal = at(dtotal), a.x = memory(x, rows && cols, "x");
+  a.weight = memory<float>(weight, cols, "weight"), a.mean = memory<float>(mean, rows, "mean");
+  a.rstd = memory<float>(rstd, rows, "rstd"), a.dx = memory(dx, rows && cols, "dx");
+  a.partial = memory<float>(partial, cols, "partial"), a.dweight = memory<float>(dweight, cols, "dweight");
+  a.dbias = memory<float>(dbias, cols, "dbias"), a.rows = rows, a.cols = cols, a.chunks = chunks;
   a.dy_stride = dy_stride, a.dtotal_stride = dtotal_stride, a.x_stride = x_stride;
-  a.dy_type = type(dy_type), a.dtotal_type = type(dtotal_type), a.x_type = type(x_type), a.threads = team(threads);
+  a.dy_type = floating(dy_type, "dy_type"), a.dtotal_type = floating(dtotal_type, "dtotal_type");
+  a.x_type = floating(x_type, "x_type"), a.threads = team(threads);
   call(kernels->layer_norm_backward, a);
 }
 
 void gelu_forward(uintptr_t h, int64_t h_stride, uintptr_t g, int dtype, int64_t rows, int64_t cols, int threads) {
   GeluArgs a{};
-  a.h = at(h), a.g = at(g), a.h_stride = h_stride, a.rows = rows, a.cols = cols;
-  a.type = type(dtype), a.threads = team(threads);
+  rows_of(rows, cols, h_stride, "h_stride");
+  a.h = memory(h, rows && cols, "h"), a.g = memory(g, rows && cols, "g");
+  a.h_stride = h_stride, a.rows = rows, a.cols = cols;
+  a.type = floating(dtype, "dtype"), a.threads = team(threads);
   call(kernels->gelu_forward, a);
 }
 
@@ -155,9 +168,12 @@ void gelu_backward(uintptr_t dg, int64_t dg_stride, uintptr_t h, int64_t h_strid
                    uintptr_t partial, int64_t chunks, uintptr_t dbias, int dtype, int64_t rows, int64_t cols,
                    int threads) {
   GeluArgs a{};
-  a.dg = at(dg), a.dg_stride = dg_stride, a.h = at(h), a.h_stride = h_stride, a.dh = at(dh), a.g = at(g);
+  rows_of(rows, cols, dg_stride, "dg_stride"), rows_of(rows, cols, h_stride, "h_stride"), chunks_of(chunks);
+  need((partial == 0) == (dbias == 0), "partial, dbias", "both or neither");
+  a.dg = memory(dg, rows && cols, "dg"), a.h = memory(h, rows && cols, "h"), a.dh = memory(dh, rows && cols, "dh");
+  a.g = memory(g, rows && cols, "g"), a.dg_stride = dg_stride, a.h_stride = h_stride;
   a.partial = at<float>(partial), a.chunks = chunks, a.dbias = at<float>(dbias), a.rows = rows, a.cols = cols;
-  a.type = type(dtype), a.threads = team(threads);
+  a.type = floating(dtype, "dtype"), a.threads = team(threads);
   call(kernels->gelu_backward, a);
 }
 
@@ -167,9 +183,10 @@ uint64_t fingerprint(const py::list& ranges) {
   constexpr int64_t WORDS = 16;
   uint64_t hash = 1469598103934665603u;
   for (const py::handle& range : ranges) {
-    const auto pair = py::reinterpret_borrow<py::tuple>(range);
-    const char* base = at<const char>(pair[0].cast<uintptr_t>());
+    const auto pair = range.cast<py::tuple>();
+    need(pair.size() == 2, "ranges", "(address, bytes) each");
     const int64_t words = pair[1].cast<int64_t>() / 8;
+    const char* base = memory<const char>(pair[0].cast<uintptr_t>(), words, "address");
     for (int64_t i = 0; i < WORDS && words > 0; ++i) {
       uint64_t word;
       std::memcpy(&word, base + 8 * ((words - 1) * i / (WORDS - 1)), 8);
@@ -184,10 +201,16 @@ void int8_rows(uintptr_t x, int x_type, int64_t x_stride, uintptr_t x_scale, uin
                int64_t residual_stride, uintptr_t total, int residual_type, uintptr_t weight, uintptr_t shift, double eps,
                bool gelu, uintptr_t out, uintptr_t q_scale, int zero, int64_t rows, int64_t cols, int threads) {
   Int8RowsArgs a{};
+  rows_of(rows, cols, x_stride, "x_stride"), rows_of(rows, cols, residual_stride, "residual_stride");
+  memory(x, rows && cols, "x"), memory(out, rows && cols, "out"), memory(total, residual && rows && cols, "total");
+  need((x_scale == 0) == (bias == 0), "x_scale, bias", "both or neither");
+  need((weight == 0) == (shift == 0), "weight, shift", "both or neither");
+  need(zero >= 1 && zero <= 254, "zero", "1 to 254");
   a.x = at(x), a.x_scale = at<float>(x_scale), a.bias = at<float>(bias), a.residual = at(residual), a.total = at(total);
   a.weight = at<float>(weight), a.shift = at<float>(shift), a.out = at(out), a.q_scale = at<float>(q_scale);
   a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride, a.eps = eps;
-  a.gelu = gelu, a.zero = zero, a.x_type = type(x_type), a.residual_type = type(residual_type);
+  a.gelu = gelu, a.zero = zero, a.x_type = floating(x_type, "x_type");
+  a.residual_type = floating(residual_type, "residual_type");
   a.threads = team(threads);
   call(kernels->int8_rows, a);
 }
@@ -195,18 +218,21 @@ void int8_rows(uintptr_t x, int x_type, int64_t x_stride, uintptr_t x_scale, uin
 void column_sum(uintptr_t x, int64_t stride, uintptr_t partial, int64_t chunks, uintptr_t sums, int dtype,
                 int64_t rows, int64_t cols, int threads) {
   ColumnSumArgs a{};
-  a.x = at(x), a.stride = stride, a.partial = at<float>(partial), a.chunks = chunks, a.sums = at<float>(sums);
-  a.type = type(dtype), a.rows = rows, a.cols = cols, a.threads = team(threads);
+  rows_of(rows, cols, stride, "stride"), chunks_of(chunks);
+  a.x = memory(x, rows && cols, "x"), a.stride = stride, a.partial = memory<float>(partial, cols, "partial");
+  a.chunks = chunks, a.sums = memory<float>(sums, cols, "sums");
+  a.type = floating(dtype, "dtype"), a.rows = rows, a.cols = cols, a.threads = team(threads);
   call(kernels->column_sum, a);
 }
 
 PatchArgs patch_args(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t columns, int dtype,
                      int64_t clips, int64_t frames, int64_t bins, py::tuple grid, int threads) {
   PatchArgs a{};
-  a.x = at(x), a.dx = at(x), a.columns = at(columns), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
-  a.type = type(dtype), a.clips = clips, a.frames = frames, a.bins = bins, a.threads = team(threads);
-  int64_t* fields[] = {&a.f, &a.t, &a.pf, &a.pt, &a.fstride, &a.tstride, &a.prefix};
-  for (size_t i = 0; i < 7; ++i) *fields[i] = grid[i].cast<int64_t>();
+  a.x = memory(x, clips, "x"), a.dx = at(x), a.columns = memory(columns, clips, "columns");
+  a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
+  a.type = floating(dtype, "dtype"), a.clips = clips, a.frames = frames, a.bins = bins, a.threads = team(threads);
+  sizes({stride_clip, stride_frame}, "stride_clip, stride_frame");
+  read_grid(a, grid), grid_within(a, frames, bins);
   return a;
 }
 
@@ -222,24 +248,25 @@ void patch_scatter(uintptr_t columns, uintptr_t dx, int dtype, int64_t clips, in
 }
 
 void patch_project(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t weight, uintptr_t table,
-                   uintptr_t y, int64_t clips, int64_t width, py::tuple grid, int threads) {
+                   uintptr_t y, int64_t clips, int64_t frames, int64_t bins, int64_t width, py::tuple grid,
+                   int threads) {
   PatchProjectArgs a{};
-  a.x = at<float>(x), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
-  a.weight = at<float>(weight), a.table = at<float>(table), a.y = at<float>(y);
-  a.clips = clips, a.width = width, a.threads = team(threads);
-  int64_t* fields[] = {&a.f, &a.t, &a.pf, &a.pt, &a.fstride, &a.tstride, &a.prefix};
-  for (size_t i = 0; i < 7; ++i) *fields[i] = grid[i].cast<int64_t>();
+  a.x = memory<float>(x, clips, "x"), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
+  a.weight = memory<float>(weight, clips, "weight"), a.table = memory<float>(table, clips, "table");
+  a.y = memory<float>(y, clips, "y"), a.clips = clips, a.width = width, a.threads = team(threads);
+  sizes({stride_clip, stride_frame}, "stride_clip, stride_frame");
+  read_grid(a, grid), grid_within(a, frames, bins), blocks_of(a);
   call(kernels->patch_project, a);
 }
 
 void patch_weight_gradient(uintptr_t x, int64_t stride_clip, int64_t stride_frame, uintptr_t dy, uintptr_t dweight,
-                           int64_t clips, int64_t width, py::tuple grid, int threads) {
+                           int64_t clips, int64_t frames, int64_t bins, int64_t width, py::tuple grid, int threads) {
   PatchWeightGradientArgs a{};
-  a.x = at<float>(x), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
-  a.dy = at<float>(dy), a.dweight = at<float>(dweight);
+  a.x = memory<float>(x, clips, "x"), a.x_stride_clip = stride_clip, a.x_stride_frame = stride_frame;
+  a.dy = memory<float>(dy, clips, "dy"), a.dweight = memory<float>(dweight, width, "dweight");
   a.clips = clips, a.width = width, a.threads = team(threads);
-  int64_t* fields[] = {&a.f, &a.t, &a.pf, &a.pt, &a.fstride, &a.tstride, &a.prefix};
-  for (size_t i = 0; i < 7; ++i) *fields[i] = grid[i].cast<int64_t>();
+  sizes({stride_clip, stride_frame}, "stride_clip, stride_frame");
+  read_grid(a, grid), grid_within(a, frames, bins), blocks_of(a);
   call(kernels->patch_weight_gradient, a);
 }
 
@@ -248,6 +275,7 @@ void attention_forward(py::tuple q, py::tuple k, py::tuple v, py::tuple o, uintp
                        uintptr_t cu_q, uintptr_t cu_k, float scale, int dtype, int threads, uintptr_t key_bias) {
   Problem problem(q, k, v, o, lse, lse_head, num_clips, tq, tk, heads, width, lengths, cu_q, cu_k, scale, dtype,
                   team(threads));
+  need(key_bias == 0 || cu_q == 0, "key_bias", "0 with packed clips");
   problem.args.key_bias = at<float>(key_bias), problem.args.key_bias_clip = tk;
   call(kernels->attention_forward, problem.args);
 }
@@ -283,11 +311,18 @@ LogMelArgs log_mel_args(const LogMelTablesOwner& owner, uintptr_t wave, int wave
                         uintptr_t lengths, uintptr_t out, int out_type, int64_t clips, int64_t samples,
                         int64_t num_frames, double mean, double std, int threads) {
   LogMelArgs a{};
-  a.tables = &owner.tables, a.wave = at(wave), a.lengths = at<int64_t>(lengths), a.out = at(out);
+  sizes({clips, samples, wave_stride, num_frames}, "clips, samples, wave_stride, num_frames");
+  need(std::isfinite(mean) && std::isfinite(std) && std > 0.0, "mean, std", "finite numbers, and std above 0");
+  const int64_t count = clips && num_frames && owner.tables.num_mel_bins;
+  a.lengths = memory<int64_t>(lengths, count, "lengths");
+  for (int64_t clip = 0; clip < clips && count; ++clip)
+    need(a.lengths[clip] <= samples, "lengths", "no more than the samples");
+  a.tables = &owner.tables, a.wave = memory(wave, count && samples, "wave"), a.out = memory(out, count, "out");
   a.clips = clips, a.samples = samples, a.wave_stride = wave_stride, a.num_frames = num_frames;
   a.scale = wave_type == I16 ? 1.0f / 32768.0f : 1.0f;
   a.gain = (float)(0.5 / std), a.shift = (float)(-0.5 * mean / std);
-  a.wave_type = type(wave_type), a.out_type = type(out_type), a.threads = team(threads);
+  a.wave_type = samples_type(wave_type, "wave_type"), a.out_type = floating(out_type, "out_type");
+  a.threads = team(threads);
   return a;
 }
 
@@ -303,7 +338,7 @@ void log_mel_backward(const LogMelTablesOwner& owner, uintptr_t dy, uintptr_t wa
                       double mean, double std, int threads) {
   LogMelArgs a =
       log_mel_args(owner, wave, F32, wave_stride, lengths, dy, F32, clips, samples, num_frames, mean, std, threads);
-  a.dwave = at<float>(dwave);
+  a.dwave = memory<float>(dwave, clips && samples, "dwave");
   call(kernels->log_mel_backward, a);
 }
 
@@ -312,6 +347,8 @@ bool flac_decode(const py::bytes& file, int64_t begin, uintptr_t out, uintptr_t 
   bool done = false;
   const std::string_view bytes = file;
   if (begin < 0 || begin > (int64_t)bytes.size()) return false;
+  sizes({samples, most_samples}, "samples, most_samples");
+  memory(out, samples, "out"), memory(scratch, most_samples, "scratch");
   FlacArgs a{};
   a.data = (const uint8_t*)bytes.data() + begin, a.size = (int64_t)bytes.size() - begin;
   a.out = at<int16_t>(out), a.scratch = at<int32_t>(scratch);
@@ -366,6 +403,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](uintptr_t window, uintptr_t filters, int64_t window_samples, int64_t hop_samples, int64_t n_fft,
                        int64_t num_mel_bins, double preemphasis, bool remove_dc, double log_floor, bool magnitude,
                        double log_offset) {
+        positive({window_samples, hop_samples, n_fft, num_mel_bins}, "window_samples, hop_samples, n_fft, num_mel_bins");
+        memory(window, 1, "window"), memory(filters, 1, "filters");
         return std::make_unique<LogMelTablesOwner>(at<double>(window), at<double>(filters), window_samples,
                                                    hop_samples, n_fft, num_mel_bins, preemphasis, remove_dc,
                                                    log_floor, magnitude, log_offset);

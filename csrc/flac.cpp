@@ -1,4 +1,4 @@
-// FLAC to samples, for the files that data sets are made of: mono, 16 bits, a known length, intact. Anything else is
+// FLAC to samples, for the files that data sets are made of: mono, 16 bits, a known length, intact, nothing behind. Anything else is
 // refused, checksums that do not fit included, and left to libsndfile, whose verdict and messages count.
 //
 // Format: RFC 9639. Most of the time goes into Rice codes (one every 6 to 8 cycles, out of a 64-bit window) and the
@@ -269,6 +269,15 @@ int64_t frame(Bits& bits, int32_t* x, int64_t most) {
   return block;
 }
 
+// Whether what lies behind the last frame is no sound: nothing, zeros, or a tag of 128 bytes. More frames than the
+// header promises, or another file, are for others to look at.
+bool is_end(const uint8_t* rest, int64_t size) {
+  if (size == 128 && memcmp(rest, "TAG", 3) == 0) return true;
+  for (int64_t i = 0; i < size; ++i)
+    if (rest[i]) return false;
+  return true;
+}
+
 bool decode(const FlacArgs& a) {
   Bits bits{a.data, a.size};
   for (int64_t done = 0; done < a.samples;) {
@@ -284,7 +293,7 @@ bool decode(const FlacArgs& a) {
     if (odd) return false;
     done += block;
   }
-  return true;
+  return is_end(a.data + bits.byte(), a.size - bits.byte());
 }
 
 }  // namespace

@@ -76,6 +76,9 @@ _INSTRUCTIONS: dict[str, str] = {
     "setmaxnreg": r"\bsetmaxnreg",
     "atomic": r"\b(?:red|atom)\.(?:global|async|gpu|relaxed)",
 }
+_WRITES = re.compile(
+    r"\bst\.(?:\w+(?:::\w+)?\.)*global|\b(?:red|atom)\.|\bcp\.(?:reduce\.)?async\.bulk\.[\w.]*global\.shared"
+)
 
 
 class AotCase(NamedTuple):
@@ -114,6 +117,7 @@ class AotReport(NamedTuple):
     tensor_memory: int
     instructions: frozenset[str]
     races: tuple[str, ...] = ()  # copies that may overwrite what a product still reads
+    writes: bool = True  # whether anything reaches global memory
 
 
 def build(case: AotCase, arch: int) -> Any:
@@ -135,6 +139,7 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         shared=int(compiled.metadata.shared),
         tensor_memory=int(getattr(compiled.metadata, "tmem_size", None) or 0),
         instructions=found,
+        writes=_WRITES.search(ptx) is not None,
         races=tuple(
             f"line {race.copy_line} of the PTX, {race.copy}: no barrier of all warps since the wait of "
             f"line {race.wait_line}"
@@ -148,6 +153,9 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
 def problems(case: AotCase, report: AotReport) -> list[str]:
     """Why `report` is not acceptable, one sentence each; empty when it is."""
     found = []
+    if not report.writes:
+        # what LLVM cannot give a meaning becomes one trap, whose registers and stack look good
+        found.append("the kernel writes nothing: the compiler made it a trap")
     if report.stack:
         found.append(f"stack is {report.stack} bytes, expected 0: registers spill")
     limit = SHARED_LIMIT_BYTES[report.arch]

@@ -50,12 +50,14 @@ def dtypes(arithmetic: str, arch: int) -> tuple[str, ...]:
 
 
 def _tile_list_case() -> AotCase:
-    names = ("list_ptr", "starts_ptr", "walked_ptr")
+    numbers = range(attention_tile_list.RESULTS)
     return AotCase(
         name="tile_list",
         fn=attention_tile_list.attention_tile_list_kernel,
-        signature=dict.fromkeys(names, "*i32")
-        | dict.fromkeys(("clips", "block", "entries"), "i32"),
+        signature=dict.fromkeys(("list_ptr", "starts_ptr", "walked_ptr"), "*i32")
+        | dict.fromkeys((f"result_{i}" for i in numbers), "*i16")
+        | dict.fromkeys((f"halves_{i}" for i in numbers), "i64")
+        | dict.fromkeys(("rows", "walked_rows", "clips", "block", "entries"), "i32"),
         constexprs={"STEP": attention_tile_list.CLIPS_A_STEP},
         divisible=("list_ptr",),
         num_warps=attention_tile_list.NUM_WARPS,

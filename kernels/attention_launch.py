@@ -92,7 +92,7 @@ def forward(
     )
     block_d = triton.next_power_of_2(problem.width)
     with torch.cuda.device_of(q):
-        grid = Grids(problem, lse).over_queries(config.block_m)
+        grid = Grids(problem, lse, (o, lse)).over_queries(config.block_m)
         attention_forward_kernel[(grid.programs,)](
             q,
             descriptor(k, config.block_n, block_d) if config.tma else k,
@@ -150,7 +150,7 @@ def backward(
         )
     q, k, v, o, do = aligned(q), aligned(k), aligned(v), aligned(o), aligned(do)
     # kernels write rows that start on 16-element boundaries; other outputs get them by a copy
-    results = [(out, writable(out, q.dtype)) for out in (dq, dk, dv)]
+    results = [(out, writable(out, q.dtype, problem.packed)) for out in (dq, dk, dv)]
     tensors = BackwardTensors(do, q, k, v, o, lse.contiguous(), *(out for _, out in results))
     capability = _tuned.capability(q.device)
     arithmetic = kind(q.dtype, allow_tf32, capability)
@@ -201,7 +201,7 @@ def _two_passes(
         problem.k_length,
         problem.heads,
     )
-    grids = Grids(problem, lse)
+    grids = Grids(problem, lse, (dq, dk, dv))
     if problem.queries:
         grid = grids.over_queries(dq_config.block_m)
         attention_dq_kernel[(grid.programs,)](

@@ -82,7 +82,7 @@ def one_pass(
         else dq_sum
     )
     indices = clip_arguments(problem, lse)
-    grids = Grids(problem, lse)
+    grids = Grids(problem, lse, (dq, dk, dv))
     small = {**row_constexprs(width), "num_warps": ROW_WARPS, "num_stages": 1}
     rows = grids.over_queries(small["BLOCK_M"])
     # the same for the small kernels, but for scale

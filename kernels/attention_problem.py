@@ -169,9 +169,10 @@ def is_aligned(x: Tensor) -> bool:
     )
 
 
-def writable(out: Tensor, dtype: torch.dtype) -> Tensor:
+def writable(out: Tensor, dtype: torch.dtype, packed: bool = False) -> Tensor:
     """`out`, or fresh memory in its place where its dtype or layout does not suit the kernels."""
-    if out.dtype == dtype and is_aligned(out):
+    # the list of packed tiles may fill it in one run
+    if out.dtype == dtype and is_aligned(out) and (out.is_contiguous() or not packed):
         return out
     return torch.empty(out.shape, dtype=dtype, device=out.device)
 

@@ -13,10 +13,11 @@ except ImportError:  # the fuzz tests skip themselves
 
 if settings is not None:
     _common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    # every drawn test takes its number of examples from here: `make test-slow` asks for "ci"
     settings.register_profile("quick", max_examples=25, derandomize=True, **_common)
     settings.register_profile("ci", max_examples=200, derandomize=True, **_common)
     settings.register_profile("nightly", max_examples=5000, **_common)
-    settings.load_profile(os.environ.get("AST_FAST_HYPOTHESIS", "ci"))
+    settings.load_profile(os.environ.get("AST_FAST_HYPOTHESIS", "quick"))
 
 # a shell starts background jobs with Ctrl-C ignored, and the commands under test would inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

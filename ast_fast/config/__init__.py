@@ -8,6 +8,7 @@ import typing
 from typing import Any, Literal, Self
 
 from .._text import shown
+from ..names import check_names
 from .base import Config, check
 from .data import DataConfig, Layout
 from .facts import ModelFacts
@@ -377,6 +378,7 @@ class ModelConfig(Config):
             self.labels is None or len(self.labels) == self.label_dim,
             f"labels has {len(self.labels or ())} names: expected label_dim={self.label_dim}",
         )
+        check_names(self.labels or (), "labels")
 
     @property
     def head_dim(self) -> int:

@@ -24,6 +24,13 @@ def why_not(**tensors: Tensor) -> str | None:
     return None
 
 
+def need(fits: bool, what: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless tensors fit together: the kernels take their addresses as they are."""
+    if not fits:
+        got = ", ".join("None" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in tensors)
+        raise ValueError(f"the C++ kernels take {what}, got {got}")
+
+
 def rows_of(x: Tensor) -> Tensor:
     """`x` [R, C] itself if its rows are contiguous, else a copy."""
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._common import CODES, threads, why_not
+from ._common import CODES, need, threads, why_not
 
 WIDTHS = (32, 64, 96, 128)
 LSE_BLOCK = 128
+_SMALLEST_SCALE = 1e-30
 View = tuple[int, int, int, int]
 
 
@@ -27,6 +28,34 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def check(
+    q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...] = (), grads: tuple[Tensor, ...] = ()
+) -> None:
+    """Raise ValueError unless q, k, v, what is saved of the shape of q, and outputs fit together."""
+    need(
+        q.dim() in (3, 4)
+        and q.dim() == k.dim()
+        and k.shape == v.shape
+        and q.shape[-2:] == k.shape[-2:]
+        and (q.dim() == 3 or q.shape[0] == k.shape[0])
+        and q.shape[-1] in WIDTHS
+        and q.dtype in CODES
+        and q.dtype == k.dtype == v.dtype,
+        f"q, k, v of one dtype, heads and head width of {WIDTHS}",
+        *(q, k, v),
+    )
+    for x in saved:
+        need(x.shape == q.shape and x.dtype == q.dtype, "do and o like q", q, x)
+    for x, like in zip(grads, (q, k, v), strict=bool(grads)):
+        fits = x.shape == like.shape and x.dtype == q.dtype and x.stride(-1) == 1
+        need(fits, "dq, dk, dv like q, k, v with contiguous rows", like, x)
+
+
+def check_lse(lse: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the log-sum-exp is what a forward pass gives."""
+    need(lse.shape == shape and lse.dtype == torch.float32, f"a float32 lse {shape}", lse)
+
+
 def view(x: Tensor) -> View:
     """Address and strides of a clip, a row and a head of x [B, T, H, D]."""
     strides = x.stride()
@@ -36,13 +65,25 @@ def view(x: Tensor) -> View:
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     """An equal problem with a positive scale, as the kernels want: q, scale, and the factor on q."""
     if scale > 0:
-        return q, scale, 1.0
+        # one that float32 rounds to 0 makes every score 0 as surely
+        return q, max(scale, _SMALLEST_SCALE), 1.0
     factor = -1.0 if scale < 0 else 0.0
-    return q * factor, -scale or 1.0, factor
+    return q * factor, max(-scale, _SMALLEST_SCALE) if scale else 1.0, factor
+
+
+def _check_keys(clips: int, keys: int, lengths: Tensor | None, bias: Tensor | None) -> None:
+    if lengths is not None:
+        need(lengths.shape == (clips,), f"{clips} lengths of keys", lengths)
+    if bias is not None:
+        fits = bias.shape == (clips, keys) and bias.dtype == torch.float32
+        need(fits, f"a float32 bias {(clips, keys)}", bias)
 
 
 def _lengths(key_lengths: Tensor | None) -> Tensor | None:
-    return None if key_lengths is None else key_lengths.to("cpu", torch.int32).contiguous()
+    if key_lengths is None:
+        return None
+    # a wider integer must not wrap
+    return key_lengths.clamp(-1, 2**31 - 1).to("cpu", torch.int32).contiguous()
 
 
 def forward(
@@ -55,7 +96,9 @@ def forward(
     key_bias: Tensor | None = None,  # [B, Tk] float32
 ) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
     """Return o and the natural log-sum-exp, its padding +inf; `key_bias` is added to the scores."""
+    check(q, k, v)
     clips, tq, heads, width = q.shape
+    _check_keys(clips, k.shape[1], key_lengths, key_bias)
     columns = -(-tq // LSE_BLOCK) * LSE_BLOCK
     o = torch.empty((clips, tq, heads, width), dtype=q.dtype)
     lse = torch.empty((clips, heads, columns), dtype=torch.float32)
@@ -103,7 +146,10 @@ def backward(
     allow_tf32: bool = False,
 ) -> None:
     """Write the gradients into dq, dk and dv; always deterministic."""
+    check(q, k, v, (do, o), (dq, dk, dv))
     clips, tq, heads, width = q.shape
+    _check_keys(clips, k.shape[1], key_lengths, None)
+    check_lse(lse, (clips, heads, -(-tq // LSE_BLOCK) * LSE_BLOCK))
     if not q.numel() or not k.numel():
         for grad in (dq, dk, dv):
             grad.zero_()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from . import attention
-from ._common import CODES, threads
+from ._common import CODES, need, threads
 
 Side = tuple[int, int, int, int, int, int, int, int]
 
@@ -38,6 +38,11 @@ def _side(rows: Tensor, columns: Tensor, table: Tensor, seen: Tensor) -> Side:
 def _sides(rectangles: Sequence[Tensor]) -> tuple[list[Tensor], Side, Side]:
     """The tensors as the kernels read them, to be held during the call, and where they lie."""
     dtypes = (torch.int32, torch.int32, torch.int64, torch.uint8) * 2
+    need(
+        len(rectangles) == 8 and all(rectangles[place].shape[1:] == (6,) for place in (2, 6)),
+        "the 8 tensors of AttentionMask.rectangles",
+        *rectangles,
+    )
     held = [t.to(d).contiguous() for t, d in zip(rectangles, dtypes, strict=True)]
     return held, _side(*held[:4]), _side(*held[4:])
 
@@ -51,6 +56,7 @@ def forward(
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [B, Tq, H, D], [B, H, Tpad]
     """Return o and the natural log-sum-exp, its padding +inf; 0 and +inf for a query that sees nothing."""
+    attention.check(q, k, v)
     clips, tq, heads, width = q.shape
     columns = -(-tq // attention.LSE_BLOCK) * attention.LSE_BLOCK
     o = torch.empty((clips, tq, heads, width), dtype=q.dtype)
@@ -98,7 +104,9 @@ def backward(
     allow_tf32: bool = False,
 ) -> None:
     """Write the gradients into dq, dk and dv; always deterministic."""
+    attention.check(q, k, v, (do, o), (dq, dk, dv))
     clips, tq, heads, width = q.shape
+    attention.check_lse(lse, (clips, heads, -(-tq // attention.LSE_BLOCK) * attention.LSE_BLOCK))
     if not q.numel() or not k.numel():
         for grad in (dq, dk, dv):
             grad.zero_()

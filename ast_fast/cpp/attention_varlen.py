@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import _C
 from . import attention
-from ._common import CODES, threads
-from .attention import LSE_BLOCK, View, dense, positive
+from ._common import CODES, need, threads
+from .attention import LSE_BLOCK, View, check_lse, dense, positive
 
 
 def unsupported(
@@ -21,6 +21,31 @@ def unsupported(
 def _view(x: Tensor) -> View:
     strides = x.stride()
     return x.data_ptr(), 0, strides[0], strides[1]
+
+
+def _columns(rows: int, clips: int) -> int:
+    return -(-(rows + clips * LSE_BLOCK) // LSE_BLOCK) * LSE_BLOCK
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    saved: tuple[Tensor, ...] = (),
+    grads: tuple[Tensor, ...] = (),
+) -> None:
+    attention.check(q, k, v, saved, grads)
+    need(
+        q.dim() == 3
+        and starts_q.dim() == 1
+        and starts_q.shape == starts_k.shape
+        and starts_q.numel() >= 1
+        and starts_q.dtype == starts_k.dtype == torch.int32,
+        "q, k, v [N, H, D] and int32 starts [B + 1] of both",
+        *(q, starts_q, starts_k),
+    )
 
 
 def _totals(cu_seqlens: Tensor) -> Tensor:
@@ -39,9 +64,10 @@ def forward(
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [Nq, H, D], [H, Npad]
     """Return o and the log-sum-exp; each clip's columns start at a multiple of 128."""
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     rows, heads, width = q.shape
     clips = cu_seqlens_q.numel() - 1
-    columns = -(-(rows + clips * LSE_BLOCK) // LSE_BLOCK) * LSE_BLOCK
+    columns = _columns(rows, clips)
     o = torch.empty((rows, heads, width), dtype=q.dtype)
     lse = torch.full((heads, columns), float("inf"), dtype=torch.float32)
     if o.numel():
@@ -56,8 +82,8 @@ def forward(
             lse.data_ptr(),
             columns,
             clips,
-            0,
-            0,
+            rows,
+            k.shape[0],
             heads,
             width,
             0,
@@ -90,6 +116,8 @@ def backward(
     allow_tf32: bool = False,
 ) -> None:
     """Write the gradients into dq, dk and dv; always deterministic."""
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, (do, o), (dq, dk, dv))
+    check_lse(lse, (q.shape[1], _columns(q.shape[0], cu_seqlens_q.numel() - 1)))
     if not q.numel() or not k.numel():
         for grad in (dq, dk, dv):
             grad.zero_()
@@ -105,8 +133,8 @@ def backward(
         lse.data_ptr(),
         lse.shape[1],
         cu_seqlens_q.numel() - 1,
-        0,
-        0,
+        q.shape[0],
+        k.shape[0],
         q.shape[1],
         q.shape[2],
         0,

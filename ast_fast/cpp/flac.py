@@ -22,7 +22,7 @@ def stream_info(head: bytes) -> tuple[int, int, int] | None:
 
 
 def decode(file: bytes) -> np.ndarray | None:
-    """Samples [N] int16 of a whole file; None if it is damaged or of another kind.
+    """Samples [N] int16 of a whole file; None if it is damaged, of another kind, or holds more than that.
 
     Needs the extension. The caller bounds the samples that `stream_info` promises: they are allocated.
     """

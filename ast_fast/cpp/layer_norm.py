@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._common import CODES, row_chunks, rows_of, threads, why_not, wide
+from ._common import CODES, need, row_chunks, rows_of, threads, why_not, wide
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> str | None:
@@ -36,6 +36,8 @@ def _run(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     rows, cols = x.shape
+    need(weight.shape == (cols,) == bias.shape, "weight and bias [C]", x, weight, bias)
+    need(residual is None or residual.shape == x.shape, "a residual like x", x, residual)
     x, weight, bias = rows_of(x), wide(weight), wide(bias)
     y = torch.empty((rows, cols), dtype=out_dtype)
     mean = torch.empty(rows, dtype=torch.float32)
@@ -82,6 +84,15 @@ def _run_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = x.shape
+    need(
+        dy.shape == x.shape
+        and (dtotal is None or dtotal.shape == x.shape)
+        and weight.shape == (cols,)
+        and mean.shape == (rows,) == rstd.shape
+        and mean.dtype == torch.float32 == rstd.dtype,
+        "dy and dtotal like x, weight [C] and float32 statistics [R]",
+        *(x, dy, dtotal, weight, mean, rstd),
+    )
     dx = torch.empty((rows, cols), dtype=x.dtype)
     if not rows or not cols:
         return dx, torch.zeros(cols), torch.zeros(cols)

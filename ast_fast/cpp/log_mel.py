@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._common import CODES, threads
+from ._common import CODES, need, threads
 
 if TYPE_CHECKING:
     from ..reference.mel import MelTables
@@ -62,6 +62,7 @@ def unsupported(wave: Tensor, lengths: Tensor | None, tables: MelTables) -> str 
 
 def _prepared(wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     clips, samples = wave.shape
+    need(lengths is None or lengths.shape == (clips,), f"{clips} lengths", wave, lengths)
     if wave.stride(1) != 1 and samples > 1:
         wave = wave.contiguous()
     if lengths is None:
@@ -115,6 +116,8 @@ def backward(
 ) -> Tensor:  # [B, N]
     """Return the gradient of the waveform in float32; the spectra are computed again."""
     clips, samples = wave.shape
+    fits = dy.dim() == 3 and dy.shape[::2] == (clips, tables.num_mel_bins)
+    need(fits, f"dy [{clips}, S, {tables.num_mel_bins}]", wave, dy)
     dwave = torch.zeros((clips, samples), dtype=torch.float32)
     if dy.numel() and samples:
         wave, lengths = _prepared(wave.to(torch.float32), lengths)

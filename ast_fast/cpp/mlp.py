@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _C
 from . import _gemm
-from ._common import CODES, column_sum, row_chunks, rows_of, threads, why_not
+from ._common import CODES, column_sum, need, row_chunks, rows_of, threads, why_not
 
 # Without gradients the hidden activation is made in blocks of rows that stay in cache.
 _BLOCK_ELEMENTS = 1 << 20
@@ -54,6 +54,9 @@ def gelu_forward(h: Tensor, out: Tensor | None = None) -> Tensor:  # [R, K] -> [
     """
     h = rows_of(h)
     rows, cols = h.shape
+    if out is not None:
+        fits = out.shape == h.shape and out.dtype == h.dtype and out.is_contiguous()
+        need(fits, "a contiguous out like h", h, out)
     g = torch.empty((rows, cols), dtype=h.dtype) if out is None else out
     if rows and cols:
         _C.gelu_forward(
@@ -70,9 +73,11 @@ def gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # [R, K], [R
 def _gelu_backward(
     dg: Tensor, h: Tensor, reuse_dg: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # [R, K], [R, K], [K]
+    need(dg.shape == h.shape and dg.dtype == h.dtype, "dg like h", h, dg)
     dg, h = rows_of(dg), rows_of(h)
     rows, cols = h.shape
-    dh = dg if reuse_dg else torch.empty((rows, cols), dtype=h.dtype)
+    # in place only where the rows follow one another, as the kernel writes them
+    dh = dg if reuse_dg and dg.is_contiguous() else torch.empty((rows, cols), dtype=h.dtype)
     g = torch.empty((rows, cols), dtype=h.dtype)
     if not rows or not cols:
         return dh, g, torch.zeros(cols)

@@ -171,6 +171,13 @@ def int8_rows(
     if residual is not None and restore_to not in (None, residual.dtype):
         raise ValueError(f"restore_to={restore_to}: expected the residual's {residual.dtype}")
     rows, cols = x.shape
+    fitting = [(residual, (rows, cols)), (x_scale, (rows,)), (bias, (cols,))]
+    fitting += [] if norm is None else [(norm[0], (cols,)), (norm[1], (cols,))]
+    for given, shape in fitting:
+        if given is not None and given.shape != shape:
+            raise ValueError(
+                f"shape {tuple(given.shape)} beside x [{rows}, {cols}]: expected {shape}"
+            )
     x = rows_of(x)
     residual = None if residual is None else rows_of(residual)
     x_scale, bias = (None if t is None else wide(t) for t in (x_scale, bias))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._common import CODES, column_sum, threads, why_not
+from ._common import CODES, column_sum, need, threads, why_not
 
 # gathered patches of one block of clips; a 10 s clip at stride 10 takes 1.2 MB in float32
 _SCRATCH_BYTES = 8 << 20
@@ -69,7 +69,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         x.stride(1),
         dy.data_ptr(),
         panels.data_ptr(),
-        x.shape[0],
+        *x.shape,
         width,
         grid,
         threads(),
@@ -91,6 +91,15 @@ def forward(
     clips, num_prefix, width = x.shape[0], prefix.shape[0], weight.shape[0]
     grid = _grid(x, weight, fstride, tstride, num_prefix)
     tokens, area = num_prefix + grid[0] * grid[1], grid[2] * grid[3]
+    need(
+        min(grid[:2]) >= 1
+        and pos.shape == (tokens, width)
+        and prefix.shape == (num_prefix, width)
+        and bias.shape == (width,)
+        and x.dtype == weight.dtype,
+        f"x [B, S, F] of one patch or more, pos {(tokens, width)}, prefix [P, C] and bias [C]",
+        *(x, weight, bias, pos, prefix),
+    )
     table = pos.to(torch.float32, copy=True)
     table[:num_prefix] += prefix
     table[num_prefix:] += bias
@@ -110,6 +119,7 @@ def forward(
             table.data_ptr(),
             y.data_ptr(),
             clips,
+            *x.shape[1:],
             width,
             grid,
             threads(),
@@ -142,6 +152,15 @@ def backward(
     clips, tokens, width = dy.shape
     grid = _grid(x, weight, fstride, tstride, num_prefix)
     area = grid[2] * grid[3]
+    need(
+        min(grid[:2]) >= 1
+        and x.shape[0] == clips
+        and tokens == num_prefix + grid[0] * grid[1]
+        and width == weight.shape[0]
+        and dy.dtype == x.dtype == weight.dtype,
+        "dy [B, P + f * t, C] of the patches of x",
+        *(dy, x, weight),
+    )
     dx = torch.empty(x.shape, dtype=x.dtype) if needs_dx else None
     dy = dy.contiguous()
     if clips:

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .manifest import Manifest, ManifestError, Row, audio_paths, collect, csv_cells
+from .manifest import Manifest, ManifestError, Row, collect, csv_cells
+from .tree import Walk
 
 _ID_CHARS = 11
 _ID = re.compile(rf"[A-Za-z0-9_-]{{{_ID_CHARS}}}")
@@ -55,7 +56,8 @@ def read_segments(
     files: dict[str, str] = {}
     twice: list[str] = []
     bounded: set[str] = set()  # ids of which a file's name says more: of two millions, mostly none
-    for file in audio_paths(root):
+    walk = Walk(root)
+    for file in walk.sounds(root):
         stem = file.rpartition("/")[2].rpartition(".")[0]
         if files.setdefault(stem, file) is not file:
             twice.append(file)
@@ -85,6 +87,8 @@ def read_segments(
         if twice
         else []
     )
+    walk.tree.others.clear()  # of a folder that holds lists and other things too
+    notes += walk.tree.notes()
     try:
         manifest = collect(rows(), path, root, classes=classes, aliases=aliases, notes=notes)
     except ManifestError as error:

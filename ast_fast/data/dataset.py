@@ -130,6 +130,23 @@ def max_samples(front: LogMelConfig) -> int | None:
     return sizes.window_samples + front.num_frames * sizes.hop_samples - 1
 
 
+def read_for(front: LogMelConfig, audio: AudioConfig | None = None) -> AudioConfig:
+    """How clips for a front end are read: at its rate, and padded, with a note, where they fill no frame of it.
+
+    Args:
+        front: of the model.
+        audio: the rest; its rate does not count.
+    """
+    audio = audio or AudioConfig()
+    sizes, rate = mel_sizes(**front.framing), front.sample_rate_hz
+    least = {"none": sizes.window_samples, "reflect": sizes.n_fft // 2 + 1, "zeros": 1}
+    # half a sample more, which rounding down takes away again
+    least_ms = (least[sizes.padding] + 0.5) * 1000.0 / rate
+    if int(rate * audio.min_ms * 0.001) >= least[sizes.padding]:
+        least_ms = audio.min_ms
+    return audio.replace(sample_rate_hz=rate, min_ms=least_ms)
+
+
 class ClipSet(Protocol):
     """What training and evaluation need of a dataset.
 
@@ -198,6 +215,28 @@ class AudioDataset(Dataset[Any]):
         if self._cache is not None:
             self._cache[index] = clip.wave
         return Clip(clip.wave, labels, index, clip.report)
+
+
+def check_one_label(dataset: ClipSet) -> None:
+    """Refuse, for problems of one label a clip, a clip that has none or several.
+
+    Raises:
+        ValueError: names the first, where it is listed, and how many there are.
+    """
+    bad = [index for index, labels in enumerate(dataset.labels) if len(labels) != 1]
+    if not bad:
+        return
+    first, name = bad[0], getattr(dataset, "name", None)
+    where = f"clip {first}" if name is None else str(name(first))
+    manifest = getattr(dataset, "manifest", None)
+    if manifest is not None and manifest.lines[first]:
+        where = f"{manifest.source}, line {manifest.lines[first]}: {where}"
+    count = len(dataset.labels[first])
+    more = f" ({len(bad)} clips have not one)" if len(bad) > 1 else ""
+    raise ValueError(
+        f"{where} has {count or 'no'} label{'s' if count else ''}{more}: expected one; train with "
+        "loss='binary_cross_entropy' (evaluate with --multi-label) where clips may have several or none"
+    )
 
 
 class WaveformDataset(Dataset[Any]):

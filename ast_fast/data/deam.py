@@ -14,7 +14,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .manifest import Manifest, ManifestError, Row, audio_paths, collect, csv_rows, finite
+from .manifest import Manifest, ManifestError, Row, collect, csv_rows, finite
+from .tree import Walk
 
 _TABLES = "static_annotations*.csv"
 _FOLDERS = ("annotations", "DEAM_Annotations")
@@ -59,7 +60,8 @@ def read_deam(
     values = tuple(values) or NAMES
     parts = _parts_of(root, tables)
     songs: dict[str, str] = {}
-    for path in audio_paths(root):
+    walk = Walk(root)
+    for path in walk.sounds(root):
         name = path.rpartition("/")[2].rpartition(".")[0]
         if name.isascii() and name.isdigit() and songs.setdefault(_plain(name), path) is not path:
             raise ManifestError(
@@ -93,7 +95,9 @@ def read_deam(
         raise ManifestError(f"{', '.join(map(str, tables))}: song {again} is listed twice")
     rows = [row._replace(key="") for row in rows]
     source = tables[0] if len(tables) == 1 else tables[0].parent
-    return collect(rows, source, root, value_names=values).with_missing(missing)
+    walk.tree.others.clear()  # the tables lie there too
+    notes = walk.tree.notes()
+    return collect(rows, source, root, value_names=values, notes=notes).with_missing(missing)
 
 
 def _parts_of(root: Path, tables: Sequence[Path]) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 
 from ..sample_rows import Allocate
 from .buffers import SAMPLES
-from .dataset import Batch, ClipSet, Collate, MixPlan
+from .dataset import Batch, ClipSet, Collate, MixPlan, check_one_label
 from .mixing import WholeSetMixup
 from .reading import Fetched, Reader, Reading, Step
 from .sampler import BatchSampler
@@ -128,6 +128,8 @@ class Feeder:
         values = getattr(dataset, "values", None) if regression else None
         if regression and values is None:
             raise ValueError("regression=True: the dataset holds no values to predict, but labels")
+        if not multi_label and not regression:
+            check_one_label(dataset)
         if mixup is not None and mixup.num_clips != len(dataset):
             raise ValueError(
                 f"mixup draws from {mixup.num_clips} clips: expected the dataset's {len(dataset)}"

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from .._files import sync
+from ..names import safe_cell, safe_path
 from .dataset import Clip, ClipSet
 from .examine import Pack, flac_bytes
-from .manifest import ManifestError, safe_cell
+from .manifest import ManifestError
 from .prepare import Content, replace, stored
 
 MANIFEST, CLASSES = "manifest.jsonl", "classes.csv"
@@ -74,7 +75,10 @@ class ManifestStore:
         """The manifest as JSON lines and, where it can say the same, as CSV; and the classes."""
         classes, values = self._dataset.classes, getattr(self._dataset, "values", None)
         rows = self._rows(clips)
-        replace(self._folder / MANIFEST, (json.dumps(row).encode() + b"\n" for row in rows))
+        replace(
+            self._folder / MANIFEST,
+            (json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows),
+        )
         # a label that would not come back as it is, a file whose name is no text: JSON lines alone
         text = all(_is_text(row["path"]) for row in self._rows(clips))
         if text and all(";" not in name and name == safe_cell(name).strip() for name in classes):
@@ -107,8 +111,7 @@ class ManifestStore:
                 path = row["path"]
                 told = list(row["values"].values()) if with_values else [";".join(row["labels"])]
                 # "./" keeps a name that begins with "-" from being a formula, and is the same file
-                first = path if safe_cell(path) == path else f"./{path}"
-                yield [first, *told, *([row.get("split", "")] if splits else [])]
+                yield [safe_path(path), *told, *([row.get("split", "")] if splits else [])]
 
         return _csv_lines(cells())
 

@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .manifest import Manifest, ManifestError, Row, audio_paths, check_path, check_size, collect
+from ..names import SPLIT_NAMES
+from .manifest import Manifest, ManifestError, Row, check_path, check_size, collect
+from .tree import Walk
 
-# names that folders of parts go by
-SPLIT_NAMES = frozenset(
-    ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
-)
 _LISTS = {"validation_list.txt": "validation", "testing_list.txt": "test"}
 _NOISE = "_background_noise_"
+_NAMES = 12
 
 
 def read_folder(
@@ -21,50 +20,92 @@ def read_folder(
     *,
     classes: Sequence[str] | None = None,
     aliases: Mapping[str, int] | None = None,
+    link_roots: Sequence[str | os.PathLike[str]] = (),
 ) -> Manifest:
     """A folder per class: `root/<class>/**/<clip>`, or `root/<part>/<class>/**/<clip>`.
 
-    Parts are folders named train, validation, test and the like, if there are no others. Links and
-    hidden files are left out.
+    Parts are folders named train, validation, test and the like, if no others hold sound. Links are
+    followed to what lies under the root or under `link_roots`. The notes say what is left out, hidden
+    files and folders apart.
 
     Args:
         root: the folder.
         classes: class names in order; by default the folders' names, sorted.
         aliases: further names of classes, with their indices.
+        link_roots: folders outside the root that links in it may lead to.
 
     Raises:
-        ManifestError: there are no classes or no audio files.
+        ManifestError: there are no classes or no audio files; or folders that look like parts lie beside
+            others with sound.
     """
     root = Path(root)
     if not root.is_dir():
         raise ManifestError(f"{str(root)!r} is not a folder")
-    names = _folders(root)
+    walk = Walk(root, link_roots)
+    names = walk.folders(root)
     if not names:
         raise ManifestError(f"{str(root)!r} has no subfolders: expected one folder per class")
+    notes: list[str] = []
+    loose = walk.sounds(root, deep=False)
+    if loose:
+        notes.append(f"{len(loose)} files of sound beside the folders are of no class and left out")
+    found = {name: walk.sounds(root / name) for name in names}
+    full = [name for name in names if found[name]]
     places = [(name, name, "") for name in names]
-    if SPLIT_NAMES.issuperset(name.lower() for name in names):
-        parts = [(part, name) for part in names for name in _folders(root / part)]
-        # folders of sound are classes, whatever they are called
-        if parts and not any(_has_files(root / part) for part in names):
-            places = [(f"{part}/{name}", name, part.lower()) for part, name in parts]
+    if full and _are_parts(root, full, found):
+        beside = [name for name in names if name not in full]
+        if beside:
+            notes.append(f"folders without sound beside the parts are left out: {_some(beside)}")
+        inner = {part: _folders_of(walk, root / part, found[part]) for part in full}
+        places = [(f"{part}/{name}", name, part.lower()) for part in full for name in inner[part]]
+        found = {f"{part}/{name}": inner[part][name] for part in full for name in inner[part]}
+    empty = [place for place, _, _ in places if not found[place]]
+    if empty:
+        notes.append(f"folders without sound are no classes: {_some(empty)}")
     rows = (
         Row(0, f"{place}/{file}", [name], split=part)
         for place, name, part in places
-        for file in audio_paths(root / place)
+        for file in found[place]
     )
-    return collect(rows, root, root, classes=classes, aliases=aliases)
-
-
-def _folders(place: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in os.scandir(place)
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+    notes += walk.tree.notes()
+    if not full:
+        raise ManifestError(f"{root}: holds no clips: {'; '.join(notes)}")
+    further = [os.fspath(place) for place in link_roots]
+    return collect(
+        rows, root, root, classes=classes, aliases=aliases, notes=notes, link_roots=further
     )
 
 
-def _has_files(place: Path) -> bool:
-    return any(entry.is_file() and entry.name[0] != "." for entry in os.scandir(place))
+def _are_parts(root: Path, full: Sequence[str], found: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the folders that hold sound are parts of a set, each with folders of classes."""
+    parts = [name for name in full if name.lower() in SPLIT_NAMES]
+    # folders of sound are classes, whatever they are called
+    if not parts or any("/" not in file for name in parts for file in found[name]):
+        return False
+    others = [name for name in full if name not in parts]
+    if not others:
+        return True
+    inner = [{file.partition("/")[0] for file in found[name]} for name in parts]
+    if len(inner) > 1 and inner[0] & inner[1]:
+        raise ManifestError(
+            f"{str(root)!r}: {_some(parts)} look like parts of a set, as they hold the same folders, but "
+            f"{_some(others)} beside them hold sound too: move those away, or rename what are classes"
+        )
+    return False
+
+
+def _folders_of(walk: Walk, part: Path, files: Sequence[str]) -> dict[str, list[str]]:
+    """The files of each class of a part; folders without any too."""
+    inner: dict[str, list[str]] = {name: [] for name in walk.folders(part)}
+    for file in files:
+        name, _, rest = file.partition("/")
+        inner.setdefault(name, []).append(rest)
+    return inner
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(map(repr, names[:_NAMES])) + more
 
 
 def is_speech_commands(root: Path) -> bool:
@@ -77,6 +118,7 @@ def read_speech_commands(
     *,
     classes: Sequence[str] | None = None,
     aliases: Mapping[str, int] | None = None,
+    link_roots: Sequence[str | os.PathLike[str]] = (),
 ) -> Manifest:
     """Speech Commands (v1 or v2) as unpacked: a folder per word, and lists of held-out clips.
 
@@ -87,6 +129,7 @@ def read_speech_commands(
         root: the unpacked folder.
         classes: words in order; by default sorted.
         aliases: further names of classes, with their indices.
+        link_roots: see `read_folder`.
 
     Raises:
         ManifestError: a list is missing or wrong (named by its line), or there is no clip.
@@ -106,18 +149,25 @@ def read_speech_commands(
                     f"{file}, line {line}: {path!r} is on line {first} of {other} already"
                 )
             held[path] = part, name, line
-    words = [name for name in _folders(root) if name != _NOISE]
-    found = [f"{word}/{file}" for word in words for file in audio_paths(root / word)]
+    walk = Walk(root, link_roots)
+    words = [name for name in walk.folders(root) if name != _NOISE]
+    found = [f"{word}/{file}" for word in words for file in walk.sounds(root / word)]
     missing = sorted(set(held) - set(found))
     if held and len(missing) == len(held):
         raise ManifestError(f"{str(root)!r}: none of the {len(held)} clips of its lists is there")
-    left_out = len(audio_paths(root / _NOISE)) if (root / _NOISE).is_dir() else 0
+    notes = walk.tree.notes()
+    noise = root / _NOISE
+    left_out = len(Walk(root, link_roots).sounds(noise)) if noise.is_dir() else 0
     rows = (
         Row(0, path, [path.split("/", 1)[0]], split=held[path][0] if path in held else "train")
         for path in found
     )
-    notes = [f"{_NOISE} is left out, files in it: {left_out}"] if left_out else []
-    manifest = collect(rows, root, root, classes=classes, aliases=aliases, notes=notes)
+    if left_out:
+        notes.insert(0, f"{_NOISE} is left out, files in it: {left_out}")
+    further = [os.fspath(place) for place in link_roots]
+    manifest = collect(
+        rows, root, root, classes=classes, aliases=aliases, notes=notes, link_roots=further
+    )
     return manifest.with_missing(missing)
 
 

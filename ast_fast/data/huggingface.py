@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from .._optional import require_package
 from ..audio import AudioDecodeError, AudioError, AudioReport, Source, load
 from ..config import AudioConfig
+from ..names import in_order, part_name, same_name
 from .dataset import Clip, Skip
-from .manifest import ManifestError, finite
+from .manifest import ManifestError, finite, unlabelled
 
 _LABEL_COLUMNS = ("labels", "label", "human_labels", "category", "class", "target")
 _SPLIT_COLUMNS = ("split", "fold")
@@ -83,7 +84,10 @@ class HuggingFaceSet(Dataset[Any]):
         if parts is None:
             named = next((name for name in _SPLIT_COLUMNS if name in rows.column_names), None)
             self.splits = None if named is None else [str(value) for value in rows[named]]
+        if self.splits is not None:
+            self.splits = list(map(part_name, self.splits))
         self.values: np.ndarray | None = None
+        self.notes: tuple[str, ...] = ()  # what the reader has to say
         self.classes: tuple[str, ...]
         self.labels: list[tuple[int, ...]]
         if values:
@@ -92,6 +96,8 @@ class HuggingFaceSet(Dataset[Any]):
         else:
             name = _label_column(library, rows, label_column, self.source)
             self.classes, self.labels = _labels(library, rows, name, classes, aliases, self.source)
+            bare = sum(not labels for labels in self.labels)
+            self.notes = (unlabelled(bare),) if bare else ()
         self._indices = np.arange(len(rows))
         self._read_as(audio or AudioConfig(dtype="auto"))
 
@@ -300,19 +306,24 @@ def _labels(
     texts: list[tuple[str, ...]] = []
     for row, value in enumerate(rows[column]):
         found = value if isinstance(value, (list, tuple)) else [value]
-        if not found or any(type(label) not in (int, str) for label in found):
+        if found == [""]:
+            found = []
+        # a list without any: a clip of no class; nothing at all is not known
+        if any(type(label) not in (int, str) for label in found):
             raise ManifestError(f"{name}: row {row}: {column} is {value!r:.80}: expected labels")
         if own is not None:
             wrong = [n for n in found if not isinstance(n, int) or not 0 <= n < len(own)]
             if wrong:
                 raise ManifestError(f"{name}: row {row}: {column} is {value!r:.80}: has no label")
             found = [own[number] for number in found]
-        texts.append(tuple(dict.fromkeys(map(str, found))))
+        texts.append(tuple(dict.fromkeys(same_name(str(label)) for label in found)))
     if classes is None:
         every = {label for text in texts for label in text}
-        numbers = all(label.isdigit() for label in every)
-        classes = own or sorted(every, key=int if numbers else None)
-    known = {label: index for index, label in enumerate(classes)} | (aliases or {})
+        classes = own or in_order(every)
+        if not classes:
+            raise ManifestError(f"{name}: no row has a label in {column}")
+    known = {same_name(label): index for index, label in enumerate(classes)}
+    known |= {same_name(label): index for label, index in (aliases or {}).items()}
     for row, text in enumerate(texts):
         unknown = [label for label in text if label not in known]
         if unknown:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..audio import SUFFIXES
 from ..config import AudioConfig, DataConfig, Layout
 from ..labels import LabelSet, read_labels
+from ..names import part_name
 from .audioset import is_segments, read_segments
 from .dataset import AudioDataset, ClipSet, Skip
 from .deam import read_deam, tables_of
@@ -22,7 +23,7 @@ from .esc50 import is_esc50, read_esc50
 from .file_store import CLASSES, MANIFEST
 from .folders import is_speech_commands, read_folder, read_speech_commands
 from .huggingface import HuggingFaceSet, is_huggingface
-from .manifest import Manifest, ManifestError
+from .manifest import Manifest, ManifestError, unlabelled
 from .manifest_files import read_manifest
 from .shard_index import is_shards
 from .shards import ShardSet
@@ -93,7 +94,8 @@ def read_data(
 
     Args:
         path: manifest, list, folder, shards or dataset.
-        root: folder that the paths of a list start from; by default the list's own.
+        root: folder that the paths of a list start from, by default the list's own; and of a folder,
+            one that links in it may lead to.
         classes: class names in order; by default those that the data name.
         labels: a table of classes, instead of `classes`; its mids are names of them too.
         how: layout, columns, and `split`: the part to read. `fold` is for `read_parts`.
@@ -138,6 +140,7 @@ def _read(
     how: DataConfig,
     leave_out_missing: bool,
 ) -> Data:
+    links = () if root is None else (root,)
     if layout in ("manifest", "original"):
         return read_manifest(
             path,
@@ -154,7 +157,7 @@ def _read(
             path, classes=classes, aliases=aliases, leave_out_missing=leave_out_missing
         )
     if layout == "speechcommands":
-        return read_speech_commands(path, classes=classes, aliases=aliases)
+        return read_speech_commands(path, classes=classes, aliases=aliases, link_roots=links)
     if layout == "deam":
         return read_deam(path, values=how.values, leave_out_missing=leave_out_missing)
     if layout == "huggingface":
@@ -169,13 +172,18 @@ def _read(
         )
     if layout == "shards":
         return _with_labels(ShardSet(path, classes=classes, aliases=aliases), path)
-    return read_folder(path, classes=classes, aliases=aliases)
+    return read_folder(path, classes=classes, aliases=aliases, link_roots=links)
 
 
 def _with_labels(shards: ShardSet, path: Path) -> ShardSet:
-    """The clips that have labels; those that are damaged have lost theirs, others must have them."""
-    bare = [n for n, label in enumerate(shards.labels) if not label]
-    if shards.values is not None or not bare:
+    """The clips whose labels are told; those that are damaged have lost theirs, others must have them."""
+    if shards.values is not None:
+        return shards
+    bare = sorted(shards.untold)
+    none = sum(not label for label in shards.labels) - len(bare)
+    notes = (unlabelled(none),) if none and none < len(shards) else ()
+    if not bare:
+        shards.notes = notes
         return shards
     reasons = []
     for number in bare:
@@ -190,7 +198,7 @@ def _with_labels(shards: ShardSet, path: Path) -> ShardSet:
         raise ManifestError(f"{path}: holds no clip that can be read: {reasons[0]}")
     gone = set(bare)
     shards = shards.select([n for n in range(len(shards)) if n not in gone])
-    shards.notes = (f"{len(bare)} damaged clips are left out: {reasons[0]}",)
+    shards.notes = (f"{len(bare)} damaged clips are left out: {reasons[0]}", *notes)
     return shards
 
 
@@ -282,6 +290,7 @@ def read_parts(
 
 
 def _part(data: Data, path: Path, name: str) -> Data:
+    name = part_name(name)
     if data.splits is None:
         raise ManifestError(
             f"{path}: its clips are in no parts: leave out fold and split, or add a column 'split'"

@@ -14,11 +14,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..audio import SUFFIXES
+from ..names import in_order, part_name, same_name
+from .manifest_blocks import Block, are_plain, mapped
+from .tree import Walk
 
 MAX_FIELD_CHARS = 64 * 1024
 MAX_MANIFEST_BYTES = 2 << 30
@@ -55,6 +57,7 @@ class Manifest:
             where there are no parts.
         missing: clips that the source lists and that are not there, if they were left out.
         notes: what else reading chose or left out, a sentence each.
+        link_roots: folders outside the root that links in it may lead to.
     """
 
     root: Path
@@ -67,6 +70,7 @@ class Manifest:
     splits: list[str] | None = None
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    link_roots: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -78,10 +82,12 @@ class Manifest:
             ManifestError: the file lies outside the root by way of a link.
         """
         path = self.root / self.paths[index]
-        if not _inside(self.root, path):
+        if not _inside(self.root, path) and not any(
+            _inside(Path(root), path) for root in self.link_roots
+        ):
+            where = _where(Path(self.source), self.lines[index])
             raise ManifestError(
-                f"{self.source}, line {self.lines[index]}: {self.paths[index]!r} is a link that "
-                f"leaves the root {str(self.root)!r}; copy the file into it"
+                f"{where}: {self.paths[index]!r} is a link that leaves the root {str(self.root)!r}; copy the file into it"
             )
         return path
 
@@ -117,31 +123,17 @@ def _inside(root: Path, path: str | Path) -> bool:
 
 
 def audio_files(folder: Path) -> list[Path]:
-    """Audio files under a folder by suffix, sorted; links and hidden files are left out."""
+    """Audio files under a folder by suffix, sorted; hidden files, and links that leave it, are left out."""
     return [folder / path for path in audio_paths(folder)]
 
 
 def audio_paths(folder: Path) -> list[str]:
     """The same as texts relative to the folder, with forward slashes: a million of them are cheap."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = os.path.relpath(place, folder).replace(os.sep, "/")
-        prefix = "" if relative == "." else relative + "/"
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - no object a file
-            if suffix in SUFFIXES and name[0] != "." and not os.path.islink(f"{place}/{name}"):  # noqa: PTH114
-                found.append(prefix + name)
-    return found
-
-
-def safe_cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula, for CSV files that are written."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return Walk(folder).sounds(folder)
 
 
 def collect(
-    rows: Iterable[Row],
+    rows: Iterable[Row | Block],
     source: Path,
     root: Path,
     *,
@@ -152,11 +144,12 @@ def collect(
     leave_out_missing: bool = False,
     need_labels: bool = True,
     notes: Sequence[str] = (),
+    link_roots: Sequence[str] = (),
 ) -> Manifest:
     """A manifest of rows, every one of them checked.
 
     Args:
-        rows: what a reader found.
+        rows: what a reader found, one by one or by the thousand.
         source: where, for messages.
         root: folder of the paths.
         classes: class names in order; by default the labels found, sorted.
@@ -164,8 +157,9 @@ def collect(
         value_names: names of the numbers to predict; rows then hold values and need no label.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
-        need_labels: refuse clips without labels.
+        need_labels: refuse a list in which no clip has a label; those that have none are of no class.
         notes: what the reader has to say.
+        link_roots: see `Manifest`.
 
     Raises:
         ManifestError: with the line.
@@ -179,7 +173,34 @@ def collect(
     seen_ids: dict[str, int] = {}
     known = _known(classes, aliases)
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple per distinct label set
-    for line, path, labels, key, split, numbers in rows:
+    parts: dict[str, str] = {}
+
+    def took(block: Block) -> bool:
+        """Take a block by its columns, if nothing in it asks for a look at single rows."""
+        if check_files or not are_plain(block.paths):
+            return False
+        for new in set(block.labels).difference(shared):
+            names = tuple(map(same_name, new))
+            if known is not None and not known.keys() >= set(names):
+                return False
+            shared[new] = tuple(dict.fromkeys(names))
+        paths.extend(block.paths)
+        texts.extend(map(shared.__getitem__, block.labels))
+        lines.extend(range(block.line, block.line + len(block.paths)))
+        if any(block.splits):
+            splits.extend(mapped(block.splits, parts, part_name))
+        else:
+            splits.extend([""] * len(block.paths))
+        return True
+
+    def singly() -> Iterator[tuple[Any, ...]]:
+        for found in rows:
+            if not isinstance(found, Block):
+                yield found
+            elif not took(found):
+                yield from found.rows()
+
+    for line, path, labels, key, split, numbers in singly():
         # a million times: what is only said of errors is not made before there is one
         if _PLAIN(path) is None:
             check_path(path, _where(source, line))
@@ -192,15 +213,14 @@ def collect(
         text = tuple(labels)
         found = shared.get(text)
         if found is None:
-            if not labels and need_labels and not value_names:
-                raise ManifestError(f"{_where(source, line)}: {path!r} has no label")
-            unknown = [label for label in labels if known is not None and label not in known]
+            label_names = tuple(map(same_name, text))
+            unknown = [label for label in label_names if known is not None and label not in known]
             if unknown:
                 raise ManifestError(
                     f"{_where(source, line)}: label {unknown[0]!r} is not among the "
                     f"{len(classes or ())} classes"
                 )
-            found = shared[text] = tuple(dict.fromkeys(text))
+            found = shared[text] = tuple(dict.fromkeys(label_names))
         if check_files and not _file_is_there(root, path, source, line):
             if not leave_out_missing:
                 raise ManifestError(
@@ -211,6 +231,8 @@ def collect(
         paths.append(path)
         texts.append(found)
         lines.append(line)
+        if split:
+            split = parts.get(split) or parts.setdefault(split, part_name(split))
         splits.append(split)
         if value_names:
             values.append(numbers)
@@ -223,10 +245,15 @@ def collect(
     else:
         distinct = set(texts)
         if known is None:
-            classes = sorted({label for text in distinct for label in text})
+            classes = in_order({label for text in distinct for label in text})
+            if not classes and need_labels:
+                raise ManifestError(f"{source}: none of its {len(paths)} clips has a label")
             known = {name: index for index, name in enumerate(classes)}
         indices = {text: tuple(dict.fromkeys(known[label] for label in text)) for text in distinct}
         numbered = [indices[text] for text in texts]
+        bare = sum(not text for text in texts) if () in distinct else 0
+        if bare and need_labels:
+            notes = (*notes, unlabelled(bare))
     return Manifest(
         root,
         paths,
@@ -238,6 +265,15 @@ def collect(
         splits if any(splits) else None,
         tuple(missing),
         tuple(notes),
+        tuple(link_roots),
+    )
+
+
+def unlabelled(count: int) -> str:
+    """What is said of clips without a label."""
+    return (
+        f"{count} clips have no label: negatives, for several labels a clip or for presence and absence "
+        "(loss binary_cross_entropy)"
     )
 
 
@@ -254,10 +290,10 @@ def _known(
 ) -> dict[str, int] | None:
     if classes is None:
         return None
-    known = {name: index for index, name in enumerate(classes)}
+    known = {same_name(name): index for index, name in enumerate(classes)}
     if len(known) < len(classes):
         raise ManifestError(f"classes: {len(classes) - len(known)} names occur twice")
-    return known | dict(aliases or {})
+    return known | {same_name(name): index for name, index in (aliases or {}).items()}
 
 
 def check_path(path: str, where: str) -> None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from .manifest import (
     csv_table,
     finite,
 )
+from .manifest_blocks import Block, csv_blocks, line_blocks, mapped, uniform_columns
 
 _ALIASES = {
     **{"wav": "path", "file": "path", "filename": "path"},
     **{"label": "labels", "key": "id", "fold": "split"},
 }
 _PLAIN_CHARS = 4096
-_BLOCK_BYTES = 1 << 16
+_LONGEST_BYTES = 4 * MAX_FIELD_CHARS  # of a line
 _scan: Callable[[str, int], tuple[Any, int]] = json.scanner.make_scanner(json.JSONDecoder())  # type: ignore[attr-defined]
 # a whole line; texts without escapes, so that what stands in quotes is what is meant
 _TEXT = rf'"([^"\\\x00-\x1f]{{0,{_PLAIN_CHARS}}})"'
@@ -68,7 +69,8 @@ def read_manifest(
         values: columns of numbers to predict; labels are not read then.
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
-        need_labels: refuse clips without labels; clips that are only to be labelled need none.
+        need_labels: refuse a list that says nothing of labels; clips that are only to be labelled need
+            none. A label that is empty (in JSON "" or []) is a clip of no class.
 
     Raises:
         ManifestError: with the line.
@@ -84,7 +86,7 @@ def read_manifest(
         raise ManifestError(f"{path}: suffix {suffix!r}: expected .csv, .jsonl or .json")
     separator = label_separator or ("," if suffix == ".json" else ";")
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
-    rows = None
+    rows: Iterator[Row | Block] | None = None
     if not values:
         plain = {".csv": _plain_csv, ".jsonl": _plain_jsonl}.get(suffix)
         rows = plain(path, separator, within, need_labels) if plain is not None else None
@@ -118,27 +120,17 @@ def _value_names(named: _Named) -> tuple[_Named, tuple[str, ...]]:
 
 
 def _read_jsonl(path: Path) -> _Named:
-    for line, content in _line_blocks(path):
+    for line, content in line_blocks(path, _LONGEST_BYTES):
         yield from _json_lines(path, line, content)
-
-
-def _line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, many at a time, and the number of the first."""
-    with path.open("rb") as file:
-        line = 1
-        while content := file.read(_BLOCK_BYTES):
-            content += file.readline()
-            yield line, content.removeprefix(b"\xef\xbb\xbf") if line == 1 else content
-            line += content.count(b"\n")
 
 
 def _json_lines(path: Path, first: int, content: bytes) -> _Named:
     for line, raw in enumerate(content.split(b"\n"), start=first):
         if not raw or raw.isspace():
             continue
-        if len(raw) >= 4 * MAX_FIELD_CHARS:
+        if len(raw) >= _LONGEST_BYTES:
             raise ManifestError(
-                f"{path}, line {line}: {len(raw) + 1} bytes: expected at most {4 * MAX_FIELD_CHARS}"
+                f"{path}, line {line}: {len(raw) + 1} bytes: expected at most {_LONGEST_BYTES}"
             )
         try:
             text = raw.decode().strip(" \t\r")
@@ -168,29 +160,44 @@ def _json(raw: bytes, where: str) -> Any:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
 
 
-def _plain_csv(path: Path, separator: str, within: str, _: bool) -> Iterator[Row] | None:
-    """Rows of a path and labels, the form that sets of millions have; None for other columns."""
+def _plain_csv(path: Path, separator: str, within: str, _: bool) -> Iterator[Row | Block] | None:
+    """Rows of a path, labels and perhaps a part, the form that sets of millions have; None for other columns."""
     header, rows = csv_table(path)
     columns = [_ALIASES.get(name, name) for name in header]
-    if sorted(columns) != ["labels", "path"]:
+    if sorted(columns) not in (["labels", "path"], ["labels", "path", "split"]):
         return None
     place, label = columns.index("path"), columns.index("labels")
-    parts: dict[str, tuple[str, ...]] = {}  # of label texts seen before
+    part = columns.index("split") if "split" in columns else None
+    seen: dict[str, tuple[str, ...]] = {}  # labels by their text
+    stripped: dict[str, str] = {}
 
-    def plain() -> Iterator[Row]:
+    def plain() -> Iterator[Row | Block]:
+        for found in csv_blocks(path, header, _LONGEST_BYTES):
+            if isinstance(found, int):
+                yield from singly(found)
+                return
+            line, cells = found
+            labels = mapped(cells[label], seen, lambda text: _parts(text, separator))
+            splits = () if part is None else mapped(cells[part], stripped, str.strip)
+            yield Block(line, [text.removeprefix(within) for text in cells[place]], labels, splits)
+
+    def singly(first: int) -> Iterator[Row]:
         for line, cells in rows:
+            if line < first:
+                continue
             text = cells[label]
-            labels = parts.get(text)
+            labels = seen.get(text)
             if labels is None:
-                labels = parts[text] = _parts(text, separator)
-            yield Row(line, cells[place].removeprefix(within), labels)
+                labels = seen[text] = _parts(text, separator)
+            split = "" if part is None else cells[part].strip()
+            yield Row(line, cells[place].removeprefix(within), labels, "", split)
 
     return plain()
 
 
 def _plain_jsonl(
     path: Path, separator: str, within: str, need_labels: bool
-) -> Iterator[Row] | None:
+) -> Iterator[Row | Block] | None:
     """Rows of a path, labels and perhaps a part, read by an expression; None if the first has numbers.
 
     Lines of another form, and whatever is wrong, are left to the JSON reader, with their neighbours.
@@ -199,11 +206,36 @@ def _plain_jsonl(
         return None
     seen: dict[tuple[str, str], tuple[str, ...] | None] = {}  # labels by their text
 
-    def found(line: int, content: bytes) -> Iterable[Any] | None:
+    def alike_lines(line: int, text: str) -> Block | None:
+        """A block whose lines are all `{"path": text, "labels": text or [text]}` in one spelling."""
+        text = text.replace("\r\n", "\n").removesuffix("\n")
+        first = _PLAIN_JSON(text.partition("\n")[0])
+        columns = uniform_columns(text) if first else None
+        if columns is None:
+            return None
+        paths, labels = columns
+        if max(map(len, itertools.chain(paths, {*labels}))) > _PLAIN_CHARS:
+            return None
+        listed = bool(first[0][2])
+        made = mapped(labels, alone if listed else spelled, (lambda t: (t,)) if listed else of_text)
+        if within in text:
+            paths = [path.removeprefix(within) for path in paths]
+        return Block(line, paths, made)
+
+    alone: dict[str, tuple[str, ...]] = {}
+    spelled: dict[str, tuple[str, ...]] = {}
+
+    def of_text(text: str) -> tuple[str, ...]:
+        return _parts(text, separator)
+
+    def found(line: int, content: bytes) -> Block | None:
         try:
             text = content.decode()
         except UnicodeDecodeError:
             return None
+        alike = alike_lines(line, text)
+        if alike is not None:
+            return alike
         matches = _PLAIN_JSON(text)
         if len(matches) != text.count("\n") + (not text.endswith("\n")):
             return None
@@ -212,24 +244,22 @@ def _plain_jsonl(
         told = list(zip(labels, lists, strict=True))
         for new in set(told).difference(seen):
             seen[new] = _listed(new[1]) if new[1] else _parts(new[0], separator)
-        several = list(map(seen.__getitem__, told))
-        if None in several:
+        several = [labels for labels in map(seen.__getitem__, told) if labels is not None]
+        if len(several) < len(told):
             return None
         if within in text:
             paths = tuple(path.removeprefix(within) for path in paths)
-        if any(splits):
-            splits = tuple(map(str.strip, splits))
-        nothing = itertools.repeat("")
-        lines = itertools.count(line)
-        return zip(lines, paths, several, nothing, splits, itertools.repeat(()), strict=False)
+        splits = tuple(map(str.strip, splits)) if any(splits) else ()
+        return Block(line, paths, several, splits)
 
-    def plain() -> Iterator[Row]:
-        for line, content in _line_blocks(path):
-            rows = found(line, content)
-            if rows is None:
-                named = _json_lines(path, line, content)
-                rows = _rows(named, separator, (), within, path, need_labels)
-            yield from rows
+    def plain() -> Iterator[Row | Block]:
+        for line, content in line_blocks(path, _LONGEST_BYTES):
+            block = found(line, content)
+            if block is not None:
+                yield block
+                continue
+            named = _json_lines(path, line, content)
+            yield from _rows(named, separator, (), within, path, need_labels)
 
     return plain()
 

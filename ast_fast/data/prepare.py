@@ -33,6 +33,7 @@ Content = bytes | memoryview
 Drop = Literal["silent", "duplicates"]
 CLIPS = "clips.jsonl"
 _PROGRESS = "prepare.partial.json"
+_DONE = "prepare.json"  # the same of a run that came to its end
 _MAX_BYTES = 256 << 20
 _MAX_RESTARTS = 1000  # three a file that ends its process
 _CLIPS_A_TASK = 8
@@ -87,7 +88,8 @@ def prepare_clips(
         folder: made if it is missing.
         store: takes their bytes.
         workers: processes that read; 0 reads in this one. A file that ends its process is skipped.
-        resume: go on where an interrupted call with the same arguments stopped.
+        resume: go on where an interrupted call with the same arguments stopped; nothing is done if it came
+            to its end.
         drop: leave out silent clips, or all but the first of those with the same samples.
         energies: log-mel energies of int16 samples, for statistics; they run in the workers.
         frames: length that the statistics with padding are of.
@@ -117,6 +119,10 @@ def prepare_clips(
             "drop": sorted(drop),
             **store.settings(),
         }
+        if resume and _is_done(folder, settings):
+            for _ in range(len(dataset) if on_clip is not None else 0):
+                on_clip()  # type: ignore[misc]
+            return folder / CLIPS
         ledger = _Ledger(folder, settings, resume, store)
         seen = ledger.hashes() if "duplicates" in drop else {}
         pool: InlineReader | ProcessWorkers
@@ -251,6 +257,37 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(raw)
 
 
+def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run with these settings came to its end here.
+
+    Raises:
+        ManifestError: one with others did.
+    """
+    done, lines = folder / _DONE, folder / CLIPS
+    if not lines.exists():
+        return False
+    progress = folder / _PROGRESS
+    if progress.exists():  # killed between the last two steps
+        _check_same(folder, json.loads(progress.read_bytes()), settings)
+        progress.replace(done)
+    if not done.exists():
+        return False
+    _check_same(folder, json.loads(done.read_bytes()), settings, "prepared")
+    return True
+
+
+def _check_same(
+    folder: Path, state: dict[str, Any], settings: dict[str, Any], was: str = "begun"
+) -> None:
+    saved = state["settings"]
+    changed = [name for name, value in settings.items() if saved.get(name) != value]
+    if changed:
+        raise ManifestError(
+            f"{str(folder)!r} was {was} with other {', '.join(changed)}: resume with the same, or choose "
+            "another folder"
+        )
+
+
 class _Ledger:
     """The lines, and the file that says how far lines and store are whole."""
 
@@ -282,13 +319,7 @@ class _Ledger:
                 f"{str(self._folder)!r} holds an interrupted run: resume it, or choose another folder"
             )
         state: dict[str, Any] = json.loads(self._progress.read_bytes())
-        saved = state["settings"]
-        changed = [name for name, value in self._settings.items() if saved.get(name) != value]
-        if changed:
-            raise ManifestError(
-                f"{str(self._folder)!r} was begun with other {', '.join(changed)}: resume with the "
-                "same"
-            )
+        _check_same(self._folder, state, self._settings)
         return state
 
     def _size(self) -> int:
@@ -306,7 +337,7 @@ class _Ledger:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append the line of the next clip."""
-        self._file.write(json.dumps(line, ensure_ascii=True).encode() + b"\n")
+        self._file.write(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n")
         self._written += 1
 
     def commit(self) -> None:
@@ -320,7 +351,7 @@ class _Ledger:
             "bytes": self._size(),
             "store": stored,
         }
-        replace(self._progress, json.dumps(state).encode())
+        replace(self._progress, json.dumps(state, allow_nan=False).encode())
 
     def finish(self) -> Path:
         """The last commit; the lines get their name and the store its description."""
@@ -329,7 +360,8 @@ class _Ledger:
         self._file.close()
         path = self._folder / CLIPS
         self._partial.replace(path)
-        self._progress.unlink()
+        # what a second start with `resume` looks at: the report may still be missing
+        self._progress.replace(self._folder / _DONE)
         return path
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .._text import one_line
 from ..audio import AudioReport
 from .dataset import ClipSet
 from .examine import SILENT_PEAK, Moments
@@ -35,6 +36,7 @@ _CHANGES = {
     "downmixed": "of several channels, mixed to mono",
     "padded": "shorter than one window, padded",
     "truncated": "truncated, kept",
+    "restated": "of another length than they state, or joined, read by what they hold",
     "zeroed_clips": "with NaN or Inf, zeroed",
     "clipped": "clipped (over 1 % of samples at full scale)",
     "over_scale": "float files with a peak above 1",
@@ -267,7 +269,7 @@ def _classes(classes: dict[str, int] | None) -> list[str]:
     if not classes:
         return []
     lines = ["", f"clips of each of {len(classes)} classes:"]
-    return lines + [f"  {count:>8}  {name}" for name, count in classes.items()]
+    return lines + [f"  {count:>8}  {one_line(name)}" for name, count in classes.items()]
 
 
 def _figures(statistics: dict[str, Any] | None) -> list[str]:

@@ -135,7 +135,9 @@ def class_counts(labels: Sequence[Sequence[int]], num_classes: int) -> list[int]
 def balanced_weights(labels: Sequence[Sequence[int]], num_classes: int) -> list[float]:
     """Weight of each clip for class-balanced sampling, as the original AST has them.
 
-    A class of n clips weighs 1000 / (n + 0.01); a clip weighs the sum over its labels.
+    A class of n clips weighs 1000 / (n + 0.01); a clip weighs the sum over its labels. Clips without a
+    label weigh as those of a class of their own: otherwise they were never drawn.
     """
+    bare = 1000.0 / (sum(not clip for clip in labels) + 0.01)
     weight = [1000.0 / (count + 0.01) for count in class_counts(labels, num_classes)]
-    return [sum(weight[label] for label in clip) for clip in labels]
+    return [sum(weight[label] for label in clip) if clip else bare for clip in labels]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..names import check_names, part_name, same_name
 from .manifest import MAX_FIELD_CHARS, MAX_MANIFEST_BYTES, ManifestError
 from .tar import BLOCK
 
@@ -35,6 +36,7 @@ class ShardIndex:
         ends: [N] int64, first byte after it.
         values: [N, K] float32, numbers to predict, named by `classes`; None for classes.
         splits: the part of the set that each clip belongs to; None where there are no parts.
+        untold: clips of which nothing says what labels they have; others without one are of no class.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class ShardIndex:
     ends: np.ndarray
     values: np.ndarray | None = None
     splits: list[str] | None = None
+    untold: frozenset[int] = frozenset()
 
     def select(self, clips: Sequence[int]) -> ShardIndex:
         """Some of the clips, with the same classes."""
@@ -57,6 +60,7 @@ class ShardIndex:
             ends=self.ends[clips],
             values=None if self.values is None else self.values[clips],
             splits=None if self.splits is None else [self.splits[clip] for clip in clips],
+            untold=frozenset(place for place, clip in enumerate(clips) if clip in self.untold),
         )
 
 
@@ -91,6 +95,10 @@ def read_index(
     own = content.get("classes")
     if not isinstance(own, list) or not _texts(own):
         raise ManifestError(f"{file}: classes: expected a list of texts")
+    try:
+        check_names(own, f"{file}: classes")
+    except ValueError as error:
+        raise ManifestError(str(error)) from error
     shards = content.get("shards")
     if not isinstance(shards, list):
         raise ManifestError(f"{file}: shards: expected a list")
@@ -118,14 +126,16 @@ def _renumbered(
     file: Path,
 ) -> list[tuple[int, ...]]:
     """Labels as numbers of the classes given, not of the index's own."""
-    known = {name: number for number, name in enumerate(classes)} | dict(aliases or {})
+    known = {same_name(name): number for number, name in enumerate(classes)}
+    known |= {same_name(name): number for name, number in (aliases or {}).items()}
+    own = [same_name(name) for name in own]
     used = {label for clip in labels for label in clip}
     unknown = [name for number, name in enumerate(own) if number in used and name not in known]
     if unknown:
         raise ManifestError(
             f"{file}: class {unknown[0]!r} is not among the {len(classes)} classes given"
         )
-    return [tuple(known[own[label]] for label in clip) for clip in labels]
+    return [tuple(dict.fromkeys(known[own[label]] for label in clip)) for clip in labels]
 
 
 def _read_shard(shard: Any, number: int, num_classes: int, columns: Columns, file: Path) -> None:
@@ -183,6 +193,7 @@ class Columns:
         self.labels: list[tuple[int, ...]] = []
         self.values: list[Sequence[float]] = []
         self.splits: list[str] = []
+        self.untold: list[int] = []
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, shard: int, begins: np.ndarray, ends: np.ndarray) -> None:
@@ -217,5 +228,6 @@ class Columns:
             begins,
             ends,
             np.asarray(self.values, np.float32) if self.values else None,
-            self.splits if any(self.splits) else None,
+            [part_name(split) for split in self.splits] if any(self.splits) else None,
+            frozenset(self.untold),
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..audio import SUFFIXES
+from ..names import in_order, same_name
 from .manifest import MAX_FIELD_CHARS, ManifestError
 from .shard_index import INDEX, MAX_JSON_BYTES, Columns, ShardIndex, read_index
 from .tar import BLOCK, ShardError, members
@@ -76,21 +77,21 @@ def _scan(
     everything = {label for clip in found for label in clip}
     places: dict[str | int, int] = {}
     if classes is None:
-        numbers = sorted(label for label in everything if isinstance(label, int))
-        texts = sorted(label for label in everything if isinstance(label, str))
-        places.update({label: place for place, label in enumerate(numbers)})
-        places.update({label: place for place, label in enumerate(texts, len(numbers))})
-        classes = [str(label) for label in places]
+        # a number and the same as text are one class; in the order of every layout
+        classes = in_order({str(label) for label in everything})
+        numbers = {name: place for place, name in enumerate(classes)}
+        places.update({label: numbers[str(label)] for label in everything})
     else:
-        places.update({label: place for place, label in enumerate(classes)})
+        places.update({same_name(label): place for place, label in enumerate(classes)})
         places.update({place: place for place in range(len(classes))})
-        places.update(aliases or {})
+        places.update({same_name(name): place for name, place in (aliases or {}).items()})
         unknown = sorted(str(label) for label in everything if label not in places)
         if unknown:
             raise ManifestError(
                 f"{str(folder)!r}: label {unknown[0]!r} is none of the {len(classes)} classes"
             )
     columns.labels = [tuple(dict.fromkeys(places[label] for label in clip)) for clip in found]
+    columns.untold = [place for place, clip in enumerate(clips) if not clip.told]
     return columns.index(folder, names, classes, str(folder))
 
 
@@ -157,16 +158,19 @@ class _Found:
     split: str = ""
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     sound: bool = False
+    told: bool = False  # something says what labels it has, if only that it has none
 
     def learn(self, kind: str, raw: bytes) -> None:
         """Take what a .json, .cls or .txt member tells."""
         if kind == "txt":
             self.texts = self.texts or _lines(raw)
+            self.told |= bool(self.texts)
             return
         try:
             told = json.loads(raw)
         except (ValueError, RecursionError):
             self.labels = self.labels or (_lines(raw) if kind == "cls" else ())
+            self.told |= bool(self.labels)
             return
         if isinstance(told, dict):
             split, values = told.get("split"), told.get("values")
@@ -177,8 +181,13 @@ class _Found:
             told = next((told[name] for name in _LABEL_NAMES if name in told), None)
         given = told if isinstance(told, list) else [told]
         if all(type(value) in (str, int) for value in given):
-            texts = tuple(value for value in given if len(str(value)) <= MAX_FIELD_CHARS)
+            texts = tuple(
+                same_name(value) if isinstance(value, str) else value
+                for value in given
+                if value != "" and len(str(value)) <= MAX_FIELD_CHARS
+            )
             self.labels = self.labels or texts
+            self.told = True
 
 
 def _is_number(value: object) -> bool:
@@ -188,4 +197,6 @@ def _is_number(value: object) -> bool:
 def _lines(raw: bytes) -> tuple[str, ...]:
     """A label a line, of text that is sane."""
     lines = raw.decode("utf-8", "replace").splitlines()
-    return tuple(text for line in lines if 0 < len(text := line.strip()) <= MAX_FIELD_CHARS)
+    return tuple(
+        same_name(text) for line in lines if 0 < len(text := line.strip()) <= MAX_FIELD_CHARS
+    )

@@ -105,7 +105,7 @@ class ShardStore:
             if raw
             else flac_bytes(samples, dataset.sample_rate_hz)
         )
-        told_bytes = json.dumps(told).encode()
+        told_bytes = json.dumps(told, allow_nan=False).encode()
         return packed(f"{key}.{self._encoding}", sound) + packed(f"{key}.json", told_bytes)
 
     def begin(self, folder: Path, saved: Any) -> None:
@@ -182,4 +182,4 @@ class ShardStore:
             "class_counts": class_counts(counted, len(dataset.classes)),
             "shards": shards,
         }
-        replace(self._folder / INDEX, json.dumps(index).encode())
+        replace(self._folder / INDEX, json.dumps(index, allow_nan=False).encode())

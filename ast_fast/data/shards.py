@@ -92,7 +92,7 @@ class ShardSet(Dataset[Any]):
     def _take(self, index: ShardIndex) -> None:
         self._index = index
         self.classes, self.labels = index.classes, index.labels
-        self.values, self.splits = index.values, index.splits
+        self.values, self.splits, self.untold = index.values, index.splits, index.untold
         self.blocks = _blocks(index, self._block_bytes)
         # of each clip, for samplers and feeders
         self.block_of = np.repeat(

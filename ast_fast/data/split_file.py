@@ -122,11 +122,14 @@ class Split:
             "classes": self.classes,
             **self.facts,
         }
-        yield json.dumps(head).encode() + b"\n"
+        yield json.dumps(head, allow_nan=False).encode() + b"\n"
         parts = (("train", self.train), ("evaluate", self.held))
         for part, clips in parts:
             for row in zip(clips.names, clips.marks, clips.labels, strict=True) if clips else ():
-                yield json.dumps((part, *row), separators=(",", ":")).encode() + b"\n"
+                yield (
+                    json.dumps((part, *row), separators=(",", ":"), allow_nan=False).encode()
+                    + b"\n"
+                )
 
     @classmethod
     def read(cls, path: Path) -> Split:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MonitorConfig
+from ..finite import blame, count_not_finite
+from ..optimized import stale_packs
 from . import whole
 from .budgets import Budget, Precision, budget, precision_of
 from .measures import Errors, measure, measure_all
@@ -148,7 +150,8 @@ class EquivalenceMonitor:
                 wants one.
 
         Raises:
-            EquivalenceError: over budget, and the settings say to stop.
+            EquivalenceError: over budget, or packed weights are out of date, and the settings say to stop; or the
+                reference gives NaN.
             ValueError: the batch is empty.
         """
         started = time.perf_counter()
@@ -160,12 +163,26 @@ class EquivalenceMonitor:
         lengths = None if lengths is None else lengths[:clips]
         if gradients is None:
             gradients = torch.is_grad_enabled() and bool(whole.trainable(self._model))
+        self._check_packs()
         device = inputs.device
         with whole.kept_random_state(device):
             row = self._check(inputs, lengths, loss_fn, gradients, step, started)
         self.rows.append(row)
         self.seconds += row.seconds
         return self._judge(row)
+
+    def _check_packs(self) -> None:
+        stale = stale_packs(self._model)
+        if not stale:
+            return
+        message = (
+            f"packed weights of {len(stale)} blocks ({', '.join(stale[:3])}) are out of date: weights were written to "
+            "past autograd (through .data, .numpy() or a pointer); call ast_fast.refresh_packed(model) after such "
+            "writes"
+        )
+        if self.config.stop:
+            raise EquivalenceError(message)
+        _log.warning("%s", message)
 
     def _check(
         self,
@@ -187,6 +204,12 @@ class EquivalenceMonitor:
             model.v.runner.ran = False
         fast = whole.run_fast(self._call, inputs, lengths, loss_fn, upstream, autocast)
         precision = _precision(model, inputs.device, autocast)
+        if count_not_finite(oracle.logits):
+            # NaN beside NaN would pass for agreement
+            raise EquivalenceError(
+                f"the reference's logits are NaN or infinite on {inputs.shape[0]} clips, so there is nothing to "
+                f"compare with: {blame(model)}"
+            )
         logits, gradient = _errors(fast, oracle)
         allowed = _allowed(precision, gradients, None, None)
         torch_ran = not (allowed[0].admits(logits) and allowed[1].admits(gradient))

@@ -135,7 +135,7 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text; also written to a file if a path is given."""
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         if path is not None:
             Path(path).write_text(text)
         return text

@@ -17,7 +17,14 @@ import torch
 from .._optional import optional_import
 from .errors import CheckpointError
 from .keys import State, dialect_of, to_ours
-from .safety import check_archive, check_header, check_tensors, check_weights
+from .safety import (
+    check_archive,
+    check_count,
+    check_header,
+    check_pickle,
+    check_tensors,
+    check_weights,
+)
 from .settings import settings_of_transformers
 from .sizes import sizes_of
 from .training_files import weights_in
@@ -121,15 +128,19 @@ def read_tensors(file: Path) -> tuple[State, dict[str, str]]:
         check_header(file)
         try:
             with safe_open(file, framework="pt") as opened:
+                check_count(len(opened.keys()), file)
                 # a copy: a memory map would change or vanish with the file
                 return {key: opened.get_tensor(key).clone() for key in opened.keys()}, dict(  # noqa: SIM118
                     opened.metadata() or {}
                 )
+        except CheckpointError:
+            raise
         except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
             raise CheckpointError(
                 f"{str(file)!r} is no readable safetensors file ({error}): {_HINT}"
             ) from error
     check_archive(file)
+    check_pickle(file)
     state = weights_in(_load_pickle(file), file)
     check_tensors(state, file)
     return state, {}

@@ -6,14 +6,17 @@ anything is read or built, so that a hostile file costs an error and no memory.
 
 from __future__ import annotations
 
+import mmap
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..finite import NotFiniteError, check_state
 from .errors import CheckpointError
 
 _HINT = "download it again, or convert it with the program that wrote it"
@@ -21,6 +24,8 @@ _HINT = "download it again, or convert it with the program that wrote it"
 _MOST_EXPANSION = 4
 _SLACK_BYTES = 1 << 20
 _MAX_ENTRIES = 100_000
+# PyTorch's restricted reader calls it with any number, and fills so many bytes with zeros
+_ALLOCATOR = b"bytearray"
 _MAX_HEADER_BYTES = 16 << 20  # of safetensors: a million tensors
 
 
@@ -43,6 +48,59 @@ def check_archive(file: Path) -> None:
         raise CheckpointError(
             f"{str(file)!r} has {size} bytes and would unpack to {declared} in {len(entries)} parts: "
             "expected an archive as torch.save writes it, uncompressed; it was not unpacked"
+        )
+
+
+def check_pickle(file: Path) -> None:
+    """Refuse a pickle that asks for memory by name. PyTorch's reader with weights_only runs no code, and yet
+    makes a bytearray of any length for whoever asks: eight gibibytes for two hundred bytes of file.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    try:
+        with (
+            file.open("rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as all_of,
+        ):
+            # wherever it lies: two programs need not find the same pickle in an archive
+            found = all_of.find(_ALLOCATOR) >= 0
+        if not found and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                packed = [e for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED]
+                found = any(_ALLOCATOR in _unpacked(archive, entry) for entry in packed)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+    ):
+        return  # a damaged one: reading it says so
+    if found:
+        raise CheckpointError(
+            f"{str(file)!r} holds a bytearray, or asks for one: expected tensors; it was not read. "
+            "Save its state_dict alone, with torch.save(model.state_dict(), ...)"
+        )
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """No more of it than the directory declares, whatever it unpacks to: read() without a size unpacks all."""
+    with archive.open(entry) as opened:
+        return opened.read(entry.file_size)
+
+
+def check_count(names: int, file: Path) -> None:
+    """Refuse more tensors than any model has.
+
+    Raises:
+        CheckpointError: there are.
+    """
+    if names > _MAX_ENTRIES:
+        raise CheckpointError(
+            f"{str(file)!r} names {names} tensors: expected those of a model, {_MAX_ENTRIES} at most"
         )
 
 
@@ -87,7 +145,12 @@ def check_tensors(state: Mapping[str, Tensor], file: Path) -> None:
             )
         stored[storage.data_ptr()] = held
         used += needed
-    held = sum(stored.values())
+    held, size = sum(stored.values()), file.stat().st_size
+    if held > _MOST_EXPANSION * size + _SLACK_BYTES:
+        raise CheckpointError(
+            f"{str(file)!r} has {size} bytes and makes tensors of {held}, which it does not hold: expected "
+            "tensors with their values; save model.state_dict()"
+        )
     if used > _MOST_EXPANSION * held + _SLACK_BYTES:
         raise CheckpointError(
             f"{str(file)!r} holds {held} bytes that its tensors use as {used}: expected tensors of their own"
@@ -95,7 +158,7 @@ def check_tensors(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def check_weights(state: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse weights that are no floating point numbers, which a model would take at face value.
+    """Refuse weights that are no floating point numbers, or NaN, which a model would take at face value.
 
     Raises:
         CheckpointError: names the tensor.
@@ -105,3 +168,16 @@ def check_weights(state: Mapping[str, Tensor], file: Path) -> None:
             raise CheckpointError(
                 f"{str(file)!r}: {key!r} is {value.dtype}: expected floating point weights, not quantised"
             )
+    refuse_not_finite(state, repr(str(file)))
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    try:
+        check_state(state, what)
+    except NotFiniteError as error:
+        raise CheckpointError(str(error)) from error

@@ -124,6 +124,9 @@ def _labels(file: Path, id2label: Any) -> tuple[str, ...] | None:
         raise CheckpointError(
             f"{str(file)!r} has an unreadable id2label: expected index to name"
         ) from error
+    unnamed = [index for index, name in id2label.items() if not isinstance(name, (str, int))]
+    if unnamed:
+        raise CheckpointError(f"{str(file)!r} has no name for class {unnamed[0]} in its id2label")
     if sorted(by_index) != list(range(len(by_index))):
         raise CheckpointError(
             f"{str(file)!r} has an id2label with gaps: expected 0 to {len(by_index) - 1}"
@@ -178,5 +181,14 @@ def settings_for_transformers(
 
 
 def as_json(values: Mapping[str, Any]) -> str:
-    """Readable JSON with a final newline."""
-    return json.dumps(values, indent=2, ensure_ascii=True) + "\n"
+    """Readable JSON with a final newline.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, which JSON lacks.
+    """
+    try:
+        return json.dumps(values, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise CheckpointError(
+            f"what is to be written holds NaN or infinity, which JSON lacks ({error}): {values!r:.300}"
+        ) from error

@@ -18,6 +18,7 @@ from .._files import sync
 from .errors import CheckpointError
 from .keys import to_transformers
 from .reading import FORMAT, VERSION
+from .safety import refuse_not_finite
 from .settings import as_json, settings_for_transformers
 
 _log = logging.getLogger("ast_fast.hub")
@@ -116,9 +117,10 @@ def write_pretrained(
         settings: {"model": ..., "frontend": ...}.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is kept.
+        CheckpointError: it cannot be written, or weights are NaN or infinite; what was there before is kept.
     """
     directory = Path(directory)
+    refuse_not_finite(state, f"what is to be saved in {str(directory)!r}")
     content = {"version": VERSION, **settings}
     metadata = {FORMAT: as_json(content)}
     replace_file(directory / "model.safetensors", _write_tensors(state, metadata))
@@ -142,7 +144,7 @@ def write_transformers(
 
     Raises:
         ValueError: transformers' AST cannot express the model.
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or weights are NaN or infinite.
     """
     files = settings_for_transformers(model, frontend)
     if model["eps"] != model["head_eps"]:
@@ -152,6 +154,7 @@ def write_transformers(
             model["eps"],
         )
     directory = Path(directory)
+    refuse_not_finite(state, f"what is to be saved in {str(directory)!r}")
     replace_file(directory / "model.safetensors", _write_tensors(to_transformers(state), {}))
     for name, values in files.items():
         replace_file(directory / name, _write_text(as_json(values)))

@@ -6,11 +6,12 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import Tensor
 
 from ..audio import AudioReport
+from ..audio_memory import AnyClip, described, is_clip
 from ..config import AudioConfig
 from .engine import Engine
 from .loading import Activation, best_labels, class_names, load_model, resolve_activation
@@ -120,7 +121,7 @@ class TagSettings(TypedDict, total=False):
 
 @overload
 def predict(
-    source: str | os.PathLike[str] | bytes | BinaryIO | Tensor,
+    source: AnyClip,
     model: Any,
     **settings: Unpack[TagSettings],
 ) -> Prediction: ...
@@ -137,7 +138,9 @@ def predict(
 ) -> Prediction | list[Prediction | Failure]:
     """The most probable labels of one clip, or of each of several.
 
-    One clip is a path, the bytes of a file, an open file, or a waveform [N] at the model's rate; it
+    One clip is a path, the bytes of a file, an open file, a waveform [N] at the model's rate (a tensor or array,
+    floats in [-1, 1] or int16), or a dict {"array" or "raw": waveform, "sampling_rate": Hz}, which is resampled.
+    All are held to what files are: NaN is refused, a clip under a window is padded with a note. It
     gives one `Prediction`, or raises why there is none. A list (or any other iterable) of clips,
     folders, manifests and shards gives a list, in which a clip that cannot be read is a `Failure`
     at its place. For more clips than should lie in memory use `tag`, which gives them one by one.
@@ -150,7 +153,8 @@ def predict(
 
     Raises:
         AudioError: the one clip cannot be read.
-        TypeError: there is no such setting.
+        NotFiniteError: the model's weights are NaN or infinite.
+        TypeError: there is no such setting; or a source is no clip.
         ValueError: an argument does not fit the model; a folder was given for a clip.
     """
     unknown = sorted(set(settings) - set(TagSettings.__annotations__))
@@ -159,8 +163,9 @@ def predict(
             f"predict has no setting {', '.join(unknown)}: expected some of "
             f"{', '.join(TagSettings.__annotations__)}"
         )
-    single = isinstance(source, (str, os.PathLike, bytes, Tensor)) or hasattr(source, "read")
-    if not single:
+    if not is_clip(source):
+        if not isinstance(source, Iterable):
+            raise TypeError(f"source is {described(source)}: expected a clip, or several as a list")
         return list(tag(source, model, **settings))
     if isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir():
@@ -199,8 +204,8 @@ def tag(
     memory holds what is being read, whatever the length of a file.
 
     Args:
-        paths: files, folders, manifests (.csv, .jsonl, .json), lists of paths (.txt), shards; bytes of
-            files, open files and waveforms [N], too.
+        paths: files, folders, manifests (.csv, .jsonl, .json), lists of paths (.txt), shards; and clips in
+            memory, as `predict` takes them.
         model: an `ASTModel`, or what `ASTModel.from_pretrained` takes.
         top_k: how many labels.
         labels: class names, if the model has none or others are wanted.
@@ -278,7 +283,7 @@ def embed(
     """Vectors of clips: the mean of the model's prefix tokens after its final norm.
 
     Args:
-        paths: as for `tag`; bytes, open files and waveforms [N], too.
+        paths: as for `tag`.
         model: an `ASTModel`, or what `ASTModel.from_pretrained` takes.
         audio: how to read files; the sample rate is always the model's.
         hop_s: seconds from one window to the next; by default they follow one another.
@@ -323,7 +328,13 @@ def embedding_of(output: ClipOutput) -> Embedding:
 
 
 def _check_sources(sources: Any) -> None:
-    if isinstance(sources, (str, bytes, os.PathLike)):
+    if is_clip(sources):
+        many = getattr(sources, "ndim", 0) > 1
         raise TypeError(
-            f"paths is {sources!r:.100}: expected several, as a list; write [path] for one"
+            f"paths is {described(sources)}: expected several clips, as a list; write "
+            + ("list(batch) for the rows of a batch" if many else "[path] or [waveform] for one")
+        )
+    if not isinstance(sources, Iterable):
+        raise TypeError(
+            f"paths is {described(sources)}: expected clips, as a list or other iterable"
         )

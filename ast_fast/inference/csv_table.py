@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..data.manifest import safe_cell
+from ..names import safe_cell
 from .records import Record
 
 _COPIED_BYTES = 1 << 20

@@ -18,12 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AudioConfig, LogMelConfig
+from ..data.dataset import read_for
 from ..data.transfer import on_side_stream
+from ..finite import NotFiniteError, finite_row, weights_not_finite
 from ..frontend import log_mel_features
 from ..graphs import GraphedForward
 from ..sample_rows import Allocate, allocate_empty, moved, sample_rows
 from .loading import Activation, activate
-from .outputs import ClipOutput, Failure, FrameGrid, Gathered, Pooling, Wanted
+from .outputs import (
+    ClipOutput,
+    Failure,
+    FrameGrid,
+    Gathered,
+    NonFiniteOutputError,
+    Pooling,
+    Wanted,
+)
 from .reader import MAX_BYTES, SPAN_SECONDS, Begin, End, Event, Failed, Window, WindowReader
 from .sources import Unit
 from .windows import WindowPlan
@@ -144,7 +154,7 @@ class Engine:
         self.front: LogMelConfig = model.frontend_config
         self.plan = WindowPlan.of(self.front, hop_s)
         self._pooling: Pooling = pooling
-        audio = (audio or AudioConfig()).replace(sample_rate_hz=self.front.sample_rate_hz)
+        audio = read_for(self.front, audio)
         # half the memory where a file holds 16 bits, and the same features to the bit
         self._audio = audio.replace(dtype="auto") if audio.dtype == "float32" else audio
         self._batch_size, self._num_workers = batch_size, num_workers
@@ -161,7 +171,11 @@ class Engine:
         self._grid = FrameGrid(self.plan, model.config) if wanted.frames else None
 
     def run(self, units: Iterator[Unit]) -> Generator[ClipOutput | Failure, None, None]:
-        """The outputs of clips in order; a clip that cannot be read is a `Failure` at its place."""
+        """The outputs of clips in order; a clip that cannot be read is a `Failure` at its place.
+
+        Raises:
+            NotFiniteError: the model's weights are NaN or infinite.
+        """
         reader = WindowReader(
             units,
             self.plan,
@@ -224,6 +238,7 @@ class Engine:
         if arrived is not None:
             arrived.synchronize()
         scores, curves, embeddings = self._parts(outputs)
+        finite = None if outputs is None else finite_row(outputs).tolist()
         row = 0
         for mark in marks:
             if isinstance(mark, Begin):
@@ -232,15 +247,34 @@ class Engine:
                 clips.clear()
                 yield Failure(mark.name, mark.path, mark.error, mark.number)
             elif isinstance(mark, End):
-                yield clips.pop().output(mark, self.plan)
+                clip = clips.pop()
+                yield self._spoiled(clip) if clip.not_finite else clip.output(mark, self.plan)
             else:
                 clip = clips[-1]
+                assert finite is not None
+                clip.not_finite += not finite[row]
                 clip.add(
                     None if scores is None else scores[row],
                     None if embeddings is None else embeddings[row],
                     None if curves is None else self._curve(clip, curves[row], mark),
                 )
                 row += 1
+
+    def _spoiled(self, clip: Gathered) -> Failure:
+        """A clip for which the model gives NaN: its own failure, unless every clip's would be."""
+        begin = clip.begin
+        found = weights_not_finite(self.model)
+        if found is not None:
+            raise NotFiniteError(
+                f"{begin.name}: the model gives NaN or infinite values, because its weights are: {found}; "
+                "take a checkpoint from before they became so"
+            )
+        reason = (
+            f"the model gives NaN or infinite values for {clip.not_finite} of {clip.count} windows; run it "
+            "in float32, or look at the clip"
+        )
+        error = NonFiniteOutputError(begin.name, reason)
+        return Failure(begin.name, begin.path, error, begin.number)
 
     def _parts(self, outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Probabilities [B, classes], over time [B, t, classes], and embeddings [B, C]."""

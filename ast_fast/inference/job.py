@@ -218,7 +218,7 @@ class _Job:
 
     def _write_plan(self, plan: dict[str, Any]) -> None:
         partial = self.folder / ".job.json"
-        partial.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(plan, indent=1, allow_nan=False), encoding="utf-8")
         sync(partial)
         partial.replace(self.folder / "job.json")
         sync(self.folder)
@@ -259,7 +259,9 @@ class _Job:
 
     def _plan(self) -> dict[str, Any]:
         content = {"format": FORMAT, "clips": self.clips, "sources": digest_of(self._units)}
-        plan: dict[str, Any] = json.loads(json.dumps({**content, "settings": self._settings}))
+        plan: dict[str, Any] = json.loads(
+            json.dumps({**content, "settings": self._settings}, allow_nan=False)
+        )
         return plan
 
     def _known(self) -> dict[str, Any] | None:
@@ -383,7 +385,7 @@ class _Job:
                 clips += 1
                 if "error" in record.meta:
                     failed.append((number, writer.position()))
-                    file.write(json.dumps(record.meta) + "\n")
+                    file.write(json.dumps(record.meta, allow_nan=False) + "\n")
                 else:
                     writer.add(record)
             if self.again is not None:

@@ -18,7 +18,7 @@ Pooling = Literal["mean", "max"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
-    """A clip that could not be read, and why.
+    """A clip that could not be read, or that the model gives NaN for, and why.
 
     Attributes:
         source: the clip, as messages name it.
@@ -31,6 +31,10 @@ class Failure:
     path: str | None
     error: AudioError
     number: int = 0
+
+
+class NonFiniteOutputError(AudioError):
+    """What the model gives for a clip is NaN or infinite, though its weights and the clip's samples are not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class Gathered:
 
     def __init__(self, begin: Begin, wanted: Wanted, pooling: Pooling) -> None:
         self.begin, self._wanted, self._pooling = begin, wanted, pooling
-        self.count = 0
+        self.count = self.not_finite = 0  # windows, and those whose numbers are NaN or infinite
         self._scores: Tensor | None = None
         self._embedding: Tensor | None = None
         self._each_scores: list[Tensor] = []

@@ -13,10 +13,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..audio import AudioError, AudioReport, load, source_name
+from ..audio import AudioError, AudioReport
+from ..audio_memory import load_clip, memory_name, path_of
 from ..config import AudioConfig
 from ..data.dataset import Clip
 from ..data.threads import InlineReader
@@ -230,22 +228,16 @@ class WindowReader:
     def _from_memory(self, unit: Unit) -> Iterator[Event]:
         """A clip that no worker needs to read."""
         source, number = unit.memory, unit.numbers[0]
-        if isinstance(source, Tensor):
-            if source.dim() != 1 or not source.numel():
-                raise ValueError(f"source has shape {tuple(source.shape)}: expected a waveform [N]")
-            name, wave, report = "<waveform>", source.detach().cpu(), AudioReport(clips=1)
-            wave = wave if wave.dtype == torch.int16 else wave.float()
-        else:
-            name = source_name(source)
-            try:
-                found = load(source, self._audio)
-            except AudioError as error:
-                yield Failed(number, name, None, error)
-                return
-            wave, report = found.wave, found.report
+        name = memory_name(source)
+        try:
+            found = load_clip(source, self._audio, name)
+        except AudioError as error:
+            yield Failed(number, name, path_of(source), error)
+            return
+        wave, report = found.wave, found.report
         starts = self._plan.starts(len(wave))
         clip = Clip(wave, (), number, AudioReport())
-        yield Begin(number, name, None, len(wave), starts, report)
+        yield Begin(number, name, path_of(source), len(wave), starts, report)
         for start in starts:
             yield Window(number, _part(clip, start, self._plan.end(start, len(wave))), None)
         yield End(number, len(wave), AudioReport())

@@ -46,7 +46,9 @@ class Record:
             [name, part.dtype.str, part.shape]
             for name, part in zip(self.arrays, parts, strict=True)
         ]
-        line = json.dumps([self.number, self.meta, shapes], separators=(",", ":")).encode()
+        line = json.dumps(
+            [self.number, self.meta, shapes], separators=(",", ":"), allow_nan=False
+        ).encode()
         content = b"".join((line, b"\n", *(part.tobytes() for part in parts)))
         return _head(zlib.crc32(content), len(content)) + content
 

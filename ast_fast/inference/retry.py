@@ -79,7 +79,7 @@ def write_retry(
     aside = file.with_name(f".{file.name}.partial")
     told = {"plan": plan, "retry": Retry(known_by(partial), list(clips)).to_json()}
     with aside.open("w", encoding="utf-8") as target:
-        json.dump(told, target)
+        json.dump(told, target, allow_nan=False)
         target.flush()
         os.fsync(target.fileno())
     aside.replace(file)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..names import safe_path
 from .outputs import ClipOutput
 from .records import Record
 
@@ -76,7 +77,7 @@ class TagRows:
     def lines(self, record: Record) -> Iterator[tuple[Any, ...]]:
         """A record as lines of a table: file, kind, start_s, end_s, label, score."""
         row = self.row(record)
-        file, whole = row["file"], row["seconds"]
+        file, whole = safe_path(row["file"]), row["seconds"]
         for found in row["labels"]:
             yield file, "clip", 0.0, whole, found["label"], found["score"]
         for part in row.get("parts", ()):

@@ -9,23 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..audio import Source
-from ..data.manifest import MAX_FIELD_CHARS, ManifestError, audio_files
+from ..audio_memory import EXPECTED, AnyClip, described, is_clip
+from ..data.manifest import MAX_FIELD_CHARS, ManifestError
 from ..data.manifest_files import read_manifest
 from ..data.shard_index import is_shards
 from ..data.shards import ShardSet
+from ..data.tree import Walk
+
+_log = logging.getLogger("ast_fast.inference")
 
 FILES_A_UNIT = 4  # files that one task reads, so that a task is worth its message
 _MANIFESTS = (".csv", ".jsonl", ".json")
 
-AnySource = Source | Tensor
+AnySource = AnyClip  # or what stands for several: a folder, list, manifest or shard
 
 
 class OneFile(os.PathLike[str]):
@@ -89,12 +91,13 @@ def units_of(
     file for its clips; any other path is a file, whether it can be read or not.
 
     Args:
-        sources: paths, bytes of files, open files, or waveforms [N].
+        sources: paths, and clips in memory: see `audio_memory.load_clip`.
         root: folder that the paths of manifests and lists start from; theirs by default.
 
     Raises:
         ManifestError: a manifest, list or shard index cannot be used.
         FileNotFoundError: a manifest, list or shard is not there.
+        TypeError: a source is no clip, and nothing that holds some.
     """
     files: list[tuple[str, str | None]] = []
     count = 0
@@ -108,6 +111,10 @@ def units_of(
 
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
+            if not is_clip(source):
+                raise TypeError(
+                    f"source {count + len(files)} is {described(source)}: expected {EXPECTED}"
+                )
             if files:
                 yield gathered()
             yield Unit((count,), memory=source)
@@ -138,7 +145,13 @@ def _pieces(
     if path.is_dir():
         if is_shards(path):
             yield open_shards(os.fspath(path))
-        yield from ((os.fspath(file), None) for file in audio_files(path))
+        walk = Walk(path, () if root is None else (root,))
+        # counted where the user looks: what is not run is not in the results
+        found = walk.sounds(path)
+        for note in walk.tree.notes():
+            _log.warning("%s: %s", path, note)
+        start = os.fspath(path)
+        yield from ((os.path.join(start, file), None) for file in found)  # noqa: PTH118
     elif suffix == ".tar":
         yield open_shards(os.fspath(path))
     elif suffix in _MANIFESTS:

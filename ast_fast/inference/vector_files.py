@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..names import safe_path
 from .csv_table import CsvTable, copy_bytes
 from .records import Record
 from .rows import vectors_of
@@ -50,7 +51,7 @@ class NumpyRows:
 
     def _lines(self, record: Record) -> Any:
         for place, (begin, end, _) in enumerate(vectors_of(record), start=self._count):
-            yield place, record.meta["file"], begin, end
+            yield place, safe_path(record.meta["file"]), begin, end
 
     def add(self, record: Record) -> None:
         """The next clip."""
@@ -114,7 +115,7 @@ class SafetensorsRows(NumpyRows):
         }
         self._file.seek(0)
         self._file.write((_HEADER_BYTES - 8).to_bytes(8, "little"))
-        self._file.write(json.dumps(header).encode().ljust(_HEADER_BYTES - 8))
+        self._file.write(json.dumps(header, allow_nan=False).encode().ljust(_HEADER_BYTES - 8))
 
     def _span(self, begin: float, end: float) -> None:
         self._spans.write(np.asarray((begin, end), "<f8").tobytes())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._optional import require_package
+from ..names import safe_path
 from .csv_table import CsvTable, copy_bytes
 from .records import Record
 from .rows import TagRows, embedding_row, short, vectors_of
@@ -79,7 +80,7 @@ class JsonLines:
 
     def add(self, record: Record) -> None:
         """The next clip."""
-        self._file.write(json.dumps(self._row(record)).encode() + b"\n")
+        self._file.write(json.dumps(self._row(record), allow_nan=False).encode() + b"\n")
 
     def position(self) -> int:
         """See `OutputWriter`: bytes."""
@@ -185,7 +186,7 @@ def _tag_row(rows: TagRows, record: Record) -> dict[str, Any]:
 
 def _embedding_lines(record: Record) -> Any:
     for begin, end, vector in vectors_of(record):
-        yield (record.meta["file"], begin, end, *short(vector))
+        yield (safe_path(record.meta["file"]), begin, end, *short(vector))
 
 
 def _embedding_schema(arrow: Any, width: int) -> Any:

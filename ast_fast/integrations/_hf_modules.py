@@ -86,7 +86,18 @@ class ASTEmbeddings(theirs.ASTEmbeddings):  # type: ignore[misc]
     """Patches, positions and prefix tokens by one op."""
 
     def forward(self, input_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, S, F] to tokens [B, T, C]."""
+        """[B, S, F] to tokens [B, T, C].
+
+        Raises:
+            ValueError: F is not the config's `num_mel_bins`; transformers takes what gives as many patches.
+        """
+        bins = getattr(self.config, "num_mel_bins", None)
+        if isinstance(input_values, Tensor) and bins is not None and input_values.shape[-1] != bins:
+            got = input_values.shape[-1]
+            raise ValueError(
+                f"input_values has shape {tuple(input_values.shape)}, {got} mel bins: expected {bins} "
+                f"(config.num_mel_bins); make features with num_mel_bins={bins}"
+            )
         tokens = patch_tokens(self, input_values)
         if tokens is None:
             made: Tensor = super().forward(input_values, *args, **kwargs)

@@ -30,6 +30,7 @@ from ..equivalence import plain
 from ..equivalence.budgets import Budget, budget
 from ..equivalence.measures import Errors, measure
 from ..equivalence.whole import oracle_features
+from ..finite import weights_not_finite
 from ..frontend import log_mel_features
 from ..models.ast import ASTModel
 from ..reference.mel import mel_sizes
@@ -236,7 +237,9 @@ def export_model(
                 f"kept\n{report.table()}"
             )
         side = made.with_suffix(".json")
-        side.write_text(json.dumps(portable.description(), indent=1) + "\n", encoding="utf-8")
+        side.write_text(
+            json.dumps(portable.description(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         side.replace(description_path(target))
         made.replace(target)
     return report
@@ -272,6 +275,11 @@ def _portable(model: Any, target: Path, format: str, input: str) -> Portable:
         raise ValueError(
             "the model merges tokens, which an export does not: call model.set_token_merging(0) first"
         )
+    found = weights_not_finite(model)
+    if found is not None:
+        raise ValueError(
+            f"the model's weights are NaN or infinite: {found}; take a checkpoint from before they became so"
+        )
     if format == "aoti" and shutil.which(os.environ.get("CXX", "c++")) is None:
         raise ValueError("format='aoti' compiles: expected a C++ compiler (c++, or CXX names one)")
     return Portable(model, input)  # type: ignore[arg-type]
@@ -304,7 +312,7 @@ def _program(portable: Portable) -> torch.export.ExportedProgram:
 
 
 def _write_torch(portable: Portable, path: Path) -> None:
-    extra = {"ast_fast.json": json.dumps(portable.description())}
+    extra = {"ast_fast.json": json.dumps(portable.description(), allow_nan=False)}
     torch.export.save(_program(portable), path, extra_files=extra)
 
 
@@ -318,7 +326,7 @@ def _write_onnx(portable: Portable, path: Path) -> None:
         output_names=["logits"],
     )
     assert made is not None
-    made.model.metadata_props["ast_fast"] = json.dumps(portable.description())
+    made.model.metadata_props["ast_fast"] = json.dumps(portable.description(), allow_nan=False)
     made.save(path, external_data=False)
 
 

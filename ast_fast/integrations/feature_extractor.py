@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._optional import require_package
+from ..audio_memory import check_finite_clip
 from ..config import LogMelConfig
 from ..frontend import log_mel_features
 from ..reference.mel import mel_sizes
@@ -31,7 +32,8 @@ class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
     """Waveforms to the normalised log-mel that AST takes, batched, on the CPU or a GPU.
 
     Beside what transformers' class takes: tensors on any device, batches as one array or tensor [B, N], and
-    `device`. Samples are floats in [-1, 1]; integers are refused, since transformers would take them unscaled.
+    `device`. Samples are floats in [-1, 1]; integers are refused, since transformers would take them unscaled, and NaN,
+    of which it would make NaN.
 
     Args:
         feature_size: 1, as in transformers.
@@ -120,6 +122,7 @@ class ASTFeatureExtractor(_Theirs):  # type: ignore[misc]
         Raises:
             ValueError: the rate differs, a clip is shorter than one window, or the input is no mono audio.
             TypeError: samples are integers.
+            AudioNonFiniteError: samples are NaN or infinite.
         """
         if sampling_rate is None:
             _log.warning(
@@ -198,8 +201,10 @@ def _clips(raw: Any) -> list[Tensor]:
 def _wave(samples: Any, index: int) -> Tensor:
     whole = isinstance(samples, np.ndarray) and samples.dtype.kind != "f"
     if not isinstance(samples, Tensor) and not whole:
-        # lists of numbers as they are, whole or not, as transformers takes them
-        samples = np.array(samples, dtype=np.float32)
+        # lists of numbers, of which some may be whole; all whole and large are samples of 16 bits
+        given = np.asarray(samples)
+        whole = given.dtype.kind in "iu" and given.size > 0 and int(abs(given).max()) > 1
+        samples = given if whole else np.array(samples, dtype=np.float32)
     wave = torch.from_numpy(samples) if isinstance(samples, np.ndarray) else samples
     if wave.dim() != 1:
         raise ValueError(
@@ -209,4 +214,5 @@ def _wave(samples: Any, index: int) -> Tensor:
         raise TypeError(
             f"clip {index} is {wave.dtype}: expected floats in [-1, 1]; divide 16-bit samples by 32768"
         )
+    check_finite_clip(wave, f"clip {index}")
     return wave

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..audio_memory import check_batch
 from ..config import LogMelConfig
+from ..finite import check_results
 from ..frontend import log_mel_features
 from ..models.ast import ASTModel
 from ..reference.mel import MelSizes, mel_sizes
@@ -77,11 +79,12 @@ def get_timestamp_embeddings(
     A moment is a column of patches, averaged over frequency. A sound shorter than one has a single one.
 
     Args:
-        audio: [B, N] mono, float32 in [-1, 1], at `model.sample_rate`.
+        audio: [B, N] mono at `model.sample_rate`, floats in [-1, 1] or int16; a tensor, or an array.
         model: from `load_model`.
 
     Raises:
-        ValueError: the shape, dtype or length of the audio does not fit; says how.
+        ValueError: the shape, dtype or length of the audio does not fit, or samples are NaN; says how.
+        NotFiniteError: the model gives NaN; says which weights are to blame.
     """
     pieces = _Pieces(audio, model.ast)
     parts = []
@@ -89,6 +92,7 @@ def get_timestamp_embeddings(
         patches = tokens[:, model.ast.config.num_prefix_tokens :]
         parts.append(patches.unflatten(1, model.ast.config.grid).mean(1))
     columns = torch.cat(parts).unflatten(0, (-1, len(audio))).transpose(0, 1).flatten(1, 2)
+    check_results(columns, "embeddings", model.ast)
     count = pieces.columns
     centres = pieces.centres_ms(count).to(columns.device)
     return columns[:, :count].contiguous(), centres.expand(len(audio), -1).contiguous()
@@ -101,18 +105,21 @@ def get_scene_embeddings(
     """One embedding a sound: the mean of the prefix tokens, and over the pieces of a long one by their length.
 
     Args:
-        audio: [B, N] mono, float32 in [-1, 1], at `model.sample_rate`.
+        audio: [B, N] mono at `model.sample_rate`, floats in [-1, 1] or int16; a tensor, or an array.
         model: from `load_model`.
 
     Raises:
-        ValueError: the shape, dtype or length of the audio does not fit; says how.
+        ValueError: the shape, dtype or length of the audio does not fit, or samples are NaN; says how.
+        NotFiniteError: the model gives NaN; says which weights are to blame.
     """
     pieces = _Pieces(audio, model.ast)
     prefix = model.ast.config.num_prefix_tokens
     pooled = torch.cat([tokens[:, :prefix].mean(1) for tokens in pieces.tokens()])
     pooled = pooled.unflatten(0, (-1, len(audio)))  # [pieces, B, C]
     weights = pieces.shares().to(pooled)
-    return (pooled * weights[:, None, None]).sum(0)
+    scenes = (pooled * weights[:, None, None]).sum(0)
+    check_results(scenes, "embeddings", model.ast)
+    return scenes
 
 
 class _Pieces:
@@ -123,10 +130,10 @@ class _Pieces:
         ast: the model.
     """
 
-    def __init__(self, audio: Tensor, ast: ASTModel) -> None:
+    def __init__(self, audio: Any, ast: ASTModel) -> None:
         config, front = ast.config, ast.frontend_config
         sizes = mel_sizes(**front.framing)
-        _check(audio, sizes, front)
+        audio = _checked(audio, sizes, front)
         self.ast, self._sizes = ast, sizes
         self.step = config.grid[1] * config.tstride
         self.frames = sizes.num_frames(audio.shape[1])
@@ -167,18 +174,12 @@ class _Pieces:
         return held / held.sum()
 
 
-def _check(audio: Any, sizes: MelSizes, front: LogMelConfig) -> None:
-    if not isinstance(audio, Tensor) or audio.dim() != 2:
-        shape = tuple(audio.shape) if isinstance(audio, Tensor) else type(audio).__name__
-        raise ValueError(f"audio is {shape}: expected a tensor [sounds, samples], mono")
-    if not audio.is_floating_point():
+def _checked(audio: Any, sizes: MelSizes, front: LogMelConfig) -> Tensor:
+    """[B, N], held to what files are held to."""
+    wave = check_batch(audio)
+    if sizes.num_frames(wave.shape[1]) < 1:
         raise ValueError(
-            f"audio is {audio.dtype}: expected floats in [-1, 1]; divide 16-bit samples by 32768"
-        )
-    if not len(audio):
-        raise ValueError("audio has no sounds: expected [sounds, samples] with at least one")
-    if sizes.num_frames(audio.shape[1]) < 1:
-        raise ValueError(
-            f"audio has {audio.shape[1]} samples a sound: expected at least {sizes.window_samples}, one "
+            f"audio has {wave.shape[1]} samples a sound: expected at least {sizes.window_samples}, one "
             f"window at {front.sample_rate_hz} Hz"
         )
+    return wave

@@ -2,26 +2,83 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+from .. import backend
+from ._checks import Checks
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def register(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as `torch.ops.ast_fast.<name>` with kernels for CUDA and CPU."""
+def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as `torch.ops.ast_fast.<name>` with kernels for CUDA and CPU.
+
+    Whoever comes through the dispatcher is checked, with real tensors and with fake ones; `call` goes
+    around it for the wrappers, which have checked before.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        checks.bind(name, function)
+
+        @functools.wraps(function)
+        def checked(*arguments: Any) -> Any:
+            checks(arguments)
+            _refuse_derivatives(name)
+            return function(*arguments)
+
         op = torch.library.custom_op(
-            f"ast_fast::{name}", function, mutates_args=(), device_types="cuda"
+            f"ast_fast::{name}",
+            checked,
+            mutates_args=(),
+            device_types="cuda",
+            schema=torch.library.infer_schema(function, mutates_args=()),
         )
-        op.register_kernel("cpu")(function)
+        op.register_kernel("cpu")(checked)
+        plain = op.register_fake
+
+        def register_fake(fake: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(fake)
+            def checked_fake(*arguments: Any) -> Any:
+                checks.fake(arguments)
+                return fake(*arguments)
+
+            return plain(checked_fake)
+
+        op.register_fake = register_fake  # type: ignore[method-assign]
+        op.body = function  # type: ignore[attr-defined]
         return op
 
     return decorate
+
+
+def _refuse_derivatives(name: str) -> None:
+    """Raise where a derivative would be lost in silence: a registered op has none in forward mode.
+
+    A transform hands its levels' tensors to a kernel one by one, without their tangents, so that nothing
+    tells which of them matter.
+    """
+    taken = backend.transformed()
+    if taken is not None:
+        raise RuntimeError(
+            f"ast_fast::{name} has no derivative {taken}: call it by ast_fast.ops or a model under "
+            "ast_fast.use_backend('reference'), or 'auto', which takes plain PyTorch there"
+        )
+
+
+def no_transform(name: str) -> None:
+    """Raise for an op that plain PyTorch does not replace."""
+    taken = backend.transformed()
+    if taken is not None:
+        raise RuntimeError(
+            f"ast_fast.ops.{name} has no derivative {taken}: take its layers without FP8, under "
+            "ast_fast.use_backend('reference')"
+        )
 
 
 def call(op: Any, *arguments: Any) -> Any:
@@ -30,13 +87,13 @@ def call(op: Any, *arguments: Any) -> Any:
     The dispatcher costs several times what a small kernel does. It is needed for gradients, for the
     compiler, and for whoever watches or transforms ops (modes, subclasses, functorch, profilers).
     """
-    if watched(*arguments):
+    if watched(*arguments) or arguments[0].is_meta:
         return op(*arguments)
     recording = torch.is_grad_enabled()
     for argument in arguments:
         if recording and isinstance(argument, Tensor) and argument.requires_grad:
             return op(*arguments)
-    return op._init_fn(*arguments)
+    return op.body(*arguments)
 
 
 def traced() -> bool:
@@ -46,6 +103,7 @@ def traced() -> bool:
         or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -54,7 +112,7 @@ def watched(*arguments: Any) -> bool:
     return (
         traced()
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(each, Tensor) and type(each) not in _PLAIN for each in arguments)
+        or any(isinstance(each, Tensor) and type(each) not in PLAIN for each in arguments)
     )
 
 
@@ -72,7 +130,7 @@ def no_second_gradient(op: Any) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None outside autocast."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -109,6 +167,13 @@ def needs_gradient(*tensors: Tensor) -> bool:
 def allow_tf32(device_type: str) -> bool:
     """Whether the user allowed TF32 in float32 matrix products on this device."""
     return device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def int32_lengths(lengths: Tensor, limit: int) -> Tensor:
+    """Lengths [B] as int32, those beyond `limit` cut to it: a wider integer must not wrap."""
+    if lengths.dtype == torch.int64:
+        lengths = lengths.clamp(0, limit)
+    return lengths.to(torch.int32)
 
 
 def require(condition: bool, message: str) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -152,6 +152,30 @@ def _tables() -> ModuleType | None:
         return importlib.import_module("ast_fast.kernels._use")
     except ImportError:  # of Triton
         return None
+
+
+def why_not_named(
+    op: str, backend: str, lead: Tensor, load: Callable[[str], Any], *inputs: object
+) -> str | None:
+    """Why the backend that a registered op is given by name cannot run it, or None.
+
+    "auto" and "sdpa" choose in the op's body.
+    """
+    if backend in ("reference", backends.AUTO):
+        return None
+    if backend == backends.SDPA and op in backends.SDPA_OPS:
+        return None
+    if backend not in ("triton", "cpp"):
+        known: tuple[str, ...] = ("auto", "triton", "cpp", "reference")
+        if op in backends.SDPA_OPS:
+            known = (*known, backends.SDPA)
+        return f"unknown, expected one of {', '.join(known)}"
+    if backend == "cpp" and op not in backends.OPS:
+        return "the C++ extension has no such op"
+    reason = backends.why_not(backend, lead.device.type, lead.dtype)
+    if reason is None:
+        reason = load(backend).unsupported(lead, *inputs)
+    return reason
 
 
 def cannot_launch(name: str, error: Exception) -> bool:

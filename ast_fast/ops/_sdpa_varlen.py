@@ -1,7 +1,8 @@
 """Packed attention by PyTorch's fused kernels: see `_sdpa.py`.
 
 A GPU takes the clips' starts; on a CPU the clips run one after another. The log-sum-exp is laid out as
-`reference.ops.attention_varlen` says.
+`reference.ops.attention_varlen` says. Nothing waits for the starts on a GPU: where they are wrong PyTorch's
+kernels get empty clips, so that they touch nothing, and every result is NaN.
 """
 
 from __future__ import annotations
@@ -19,6 +20,33 @@ from . import _sdpa
 _aten = torch.ops.aten
 
 
+class _Clips(NamedTuple):
+    """Starts that no kernel can take a wrong address from."""
+
+    starts_q: Tensor  # [B + 1] int32
+    starts_k: Tensor  # [B + 1] int32
+    longest: tuple[int, int]
+    wrong: Tensor  # [] bool, the caller's starts bound no clips, or longer ones than was said
+    nothing: Tensor  # [], what rows of clips without keys get: 0, or NaN
+
+
+def _checked(
+    starts: tuple[Tensor, Tensor],
+    rows: tuple[int, int],
+    longest: tuple[int, int],
+    dtype: torch.dtype,
+) -> _Clips:
+    most_q, most_k = (max(1, min(most, count)) for most, count in zip(longest, rows, strict=True))
+    wrong = torch.zeros((), dtype=torch.bool, device=starts[0].device)
+    for each, count, most in zip(starts, rows, (most_q, most_k), strict=True):
+        lengths = each.long().diff()
+        wrong = wrong | (each[0] != 0) | (each[-1] != count)
+        wrong = wrong | ((lengths < 0) | (lengths > most)).any()
+    safe_q, safe_k = (each.masked_fill(wrong, 0) for each in starts)
+    zero = torch.zeros((), dtype=dtype, device=wrong.device)
+    return _Clips(safe_q, safe_k, (most_q, most_k), wrong, zero.masked_fill(wrong, math.nan))
+
+
 class _Rows(NamedTuple):
     """Where each query belongs."""
 
@@ -28,18 +56,14 @@ class _Rows(NamedTuple):
     blind: Tensor  # [Nq] bool, its clip has no keys
 
 
-def _rows(num_rows: int, starts_q: Tensor, starts_k: Tensor) -> _Rows:
+def _rows(num_rows: int, starts_q: Tensor, starts_k: Tensor, wrong: Tensor) -> _Rows:
     # on the device: nothing waits for the clips' lengths
     index = torch.arange(num_rows, device=starts_q.device)
     clip = torch.searchsorted(starts_q[1:].contiguous(), index, right=True)
     clip = clip.clamp(max=starts_q.numel() - 2)
-    row = index - starts_q[clip]
+    row = (index - starts_q[clip]).masked_fill(wrong, 0)
     column = varlen_offsets(starts_q)[clip] + row
     return _Rows(clip, row, column, (starts_k.diff() <= 0)[clip])
-
-
-def _longest(longest: int, rows: int) -> int:
-    return max(1, min(longest, rows))
 
 
 def forward(
@@ -63,9 +87,9 @@ def forward(
         return _forward_clip_by_clip(q, k, v, starts_q, starts_k, scale, lse), lse
     q, scale, _ = _sdpa.rising(q, scale)
     q, k, v = (_sdpa.operand(x) for x in (q, k, v))
-    longest = _longest(max_q, rows), _longest(max_k, k.shape[0])
-    where = _rows(rows, starts_q, starts_k)
-    starts = starts_q.contiguous(), starts_k.contiguous()
+    clips = _checked((starts_q, starts_k), (rows, k.shape[0]), (max_q, max_k), q.dtype)
+    starts, longest = clips[:2], clips.longest
+    where = _rows(rows, *starts, clips.wrong)
     if name == "sdpa-flash":
         run = _aten._flash_attention_forward
         o, found, *_ = run(q, k, v, *starts, *longest, 0.0, False, False, scale=scale)
@@ -77,7 +101,8 @@ def forward(
         o, found, *_ = run(*batch, None, *starts, *longest, 0.0, 0, True, scale=scale)
         o, found = o[0], found[where.clip, :, where.row].T
     lse[:, where.column] = found.masked_fill(where.blind, math.inf)
-    return o[..., :width].masked_fill(where.blind[:, None, None], 0.0).contiguous(), lse
+    o = o[..., :width].masked_fill(where.blind[:, None, None], clips.nothing)
+    return o.contiguous(), lse.masked_fill_(clips.wrong, math.nan)
 
 
 def backward(
@@ -108,9 +133,9 @@ def backward(
     width, rows = q.shape[-1], q.shape[0]
     q, scale, sign = _sdpa.rising(q, scale)
     do, q, k, v, o = (_sdpa.operand(x) for x in (do, q, k, v, o))
-    longest = _longest(max_q, rows), _longest(max_k, k.shape[0])
-    where = _rows(rows, starts_q, starts_k)
-    starts = starts_q.contiguous(), starts_k.contiguous()
+    clips = _checked((starts_q, starts_k), (rows, k.shape[0]), (max_q, max_k), q.dtype)
+    starts, longest = clips[:2], clips.longest
+    where = _rows(rows, *starts, clips.wrong)
     of_rows = lse[:, where.column]
     unread = torch.empty(0, dtype=torch.int64, device=q.device)  # state of a dropout that is 0
     if name == "sdpa-flash":
@@ -132,9 +157,9 @@ def backward(
         )  # fmt: skip
         made = tuple(x[0] for x in made[:3])
     blind = where.blind[:, None, None]
-    keyless = _rows(k.shape[0], starts_k, starts_q).blind[:, None, None]
+    keyless = _rows(k.shape[0], starts[1], starts[0], clips.wrong).blind[:, None, None]
     for grad, found, empty in zip(grads, made, (blind, keyless, keyless), strict=True):
-        grad.copy_(found[..., :width].masked_fill(empty, 0.0))
+        grad.copy_(found[..., :width].masked_fill(empty, clips.nothing))
     if sign < 0:
         grads[0].neg_()
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from . import _native
+from ._checks import Checks
 from ._common import autocast_dtype, call, no_second_gradient, register, require, statistics_dtype
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 from .layer_norm import check_parameters
 
 
@@ -59,7 +60,18 @@ def add_layer_norm(
     return y, total
 
 
-@register("add_layer_norm")
+@register(
+    "add_layer_norm",
+    Checks(
+        {"x": "* C float", "residual": "* C float", "weight": "C float", "bias": "C float"},
+        at_least={"eps": 0.0},
+        floats=("out_dtype",),
+        backend=lambda a: why_not_named(
+            *("add_layer_norm", a["backend"], a["x"], _load),
+            *(a["residual"], a["weight"], a["bias"], a["out_dtype"]),
+        ),
+    ),
+)
 def add_layer_norm_op(
     x: Tensor,
     residual: Tensor,
@@ -107,7 +119,24 @@ def _(
     )
 
 
-@register("add_layer_norm_backward")
+@register(
+    "add_layer_norm_backward",
+    Checks(
+        {
+            "dy": "* C float",
+            "dtotal": "* C float",
+            "total": "* C float",
+            "weight": "C float",
+            "mean": "* ~total",
+            "rstd": "* ~total",
+        },
+        backend=lambda a: why_not_named(
+            *("add_layer_norm", a["backend"], a["total"], _load),
+            *(a["dy"] if a["dtotal"] is None else a["dtotal"], a["weight"], a["weight"]),
+            a["dy"].dtype,
+        ),
+    ),
+)
 def add_layer_norm_backward_op(
     dy: Tensor,
     dtotal: Tensor | None,

@@ -10,17 +10,19 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from . import _sdpa
+from ._checks import Checks
 from ._common import (
     allow_tf32,
     call,
     cast_for_autocast,
+    int32_lengths,
     no_second_gradient,
     register,
     require,
     statistics_dtype,
     without_autocast,
 )
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 
 LSE_BLOCK = reference.ops.LSE_BLOCK
 
@@ -106,7 +108,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
     if key_lengths is not None:
-        key_lengths = key_lengths.to(device=q.device, dtype=torch.int32)
+        key_lengths = int32_lengths(key_lengths.to(q.device), k.shape[1])
     chosen = backend.choose("attention", _load, q, k, v, key_lengths)
     if chosen == "reference":
         o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
@@ -152,7 +154,7 @@ def attention_qkv(
     _check(q, k, v, key_lengths)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     if key_lengths is not None:
-        key_lengths = key_lengths.to(device=qkv.device, dtype=torch.int32)
+        key_lengths = int32_lengths(key_lengths.to(qkv.device), qkv.shape[1])
     chosen = backend.choose("attention", _load, q, k, v, key_lengths)
     if chosen == "reference":
         return without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)[0]
@@ -183,6 +185,9 @@ def plan(
 
 
 def _forward(q, k, v, key_lengths, scale, tf32, backend):  # type: ignore[no-untyped-def]
+    if key_lengths is not None:
+        key_lengths = int32_lengths(key_lengths, k.shape[1])
+
     def run(name: str) -> tuple[Tensor, Tensor]:
         if name == "reference":
             o, lse = without_autocast(reference.ops.attention, q, k, v, scale, key_lengths)
@@ -202,6 +207,9 @@ def _visible(key_lengths: Tensor | None, k: Tensor) -> _sdpa.Visible | None:
 
 
 def _run_backward(do, q, k, v, o, lse, key_lengths, scale, deterministic, tf32, backend, grads):  # type: ignore[no-untyped-def]
+    if key_lengths is not None:
+        key_lengths = int32_lengths(key_lengths, k.shape[1])
+
     def run(name: str) -> None:
         if name == "reference":
             computed = reference_backward.attention(do, q, k, v, lse, scale, key_lengths)
@@ -226,7 +234,34 @@ def lse_shape(q: Tensor) -> tuple[int, int, int]:
     return q.shape[0], q.shape[-2], -(-q.shape[1] // LSE_BLOCK) * LSE_BLOCK
 
 
-@register("attention")
+OPERANDS = {"q": "B Tq H D float", "k": "B Tk H D =q", "v": "B Tk H D =q"}
+SAVED = OPERANDS | {"do": "B Tq H D =q", "o": "B Tq H D =q", "lse": "B H Tpad ~q"}
+
+
+def check_lse(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """Raise ValueError unless the log-sum-exp has the columns that a forward pass gives it."""
+    rows, columns = sizes["Tq"], sizes["Tpad"]
+    wanted = -(-rows // LSE_BLOCK) * LSE_BLOCK
+    require(
+        columns == wanted,
+        f"lse has {columns} columns: expected {wanted}, {rows} queries padded to a multiple of {LSE_BLOCK}",
+    )
+
+
+def _why_not(arguments: dict[str, Any]) -> str | None:
+    if "qkv" in arguments:
+        operands = arguments["qkv"].unbind(2)
+    else:
+        operands = tuple(arguments[name] for name in "qkv")
+    return why_not_named(
+        *("attention", arguments["backend"], operands[0], _load), *operands[1:], None
+    )
+
+
+@register(
+    "attention",
+    Checks(OPERANDS | {"key_lengths": "B integer"}, finite=("scale",), backend=_why_not),
+)
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -255,7 +290,12 @@ def _(
     return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=statistics_dtype(q.dtype))
 
 
-@register("attention_backward")
+@register(
+    "attention_backward",
+    Checks(
+        SAVED | {"key_lengths": "B integer"}, finite=("scale",), also=check_lse, backend=_why_not
+    ),
+)
 def attention_backward_op(
     do: Tensor,
     q: Tensor,
@@ -315,7 +355,12 @@ def _backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
 attention_op.register_autograd(_backward, setup_context=_setup)
 
 
-@register("attention_qkv")
+@register(
+    "attention_qkv",
+    Checks(
+        {"qkv": "B Tq 3 H D float", "key_lengths": "B integer"}, finite=("scale",), backend=_why_not
+    ),
+)
 def attention_qkv_op(
     qkv: Tensor,
     key_lengths: Tensor | None,
@@ -343,7 +388,21 @@ def _(
     return qkv.new_empty((b, t, h, d)), lse
 
 
-@register("attention_qkv_backward")
+@register(
+    "attention_qkv_backward",
+    Checks(
+        {
+            "qkv": "B Tq 3 H D float",
+            "do": "B Tq H D =qkv",
+            "o": "B Tq H D =qkv",
+            "lse": "B H Tpad ~qkv",
+            "key_lengths": "B integer",
+        },
+        finite=("scale",),
+        also=check_lse,
+        backend=_why_not,
+    ),
+)
 def attention_qkv_backward_op(
     do: Tensor,
     qkv: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from . import _sdpa
+from ._checks import Checks
 from ._common import (
     allow_tf32,
     call,
@@ -22,8 +23,8 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
-from ._dispatch import dispatch
-from .attention import Fused, check_operands, plan
+from ._dispatch import dispatch, why_not_named
+from .attention import OPERANDS, Fused, check_operands, plan
 
 
 def _load(name: str) -> Any:
@@ -76,7 +77,16 @@ def attention_biased(
     return o
 
 
-@register("attention_biased")
+@register(
+    "attention_biased",
+    Checks(
+        OPERANDS | {"key_bias": "B Tk ~q"},
+        finite=("scale",),
+        backend=lambda a: why_not_named(
+            *("attention_biased", a["backend"], a["q"], _load), a["k"], a["v"], a["key_bias"]
+        ),
+    ),
+)
 def attention_biased_op(
     q: Tensor,
     k: Tensor,

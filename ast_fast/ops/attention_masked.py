@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import backend, reference
-from ..attention_mask import AttentionMask, Rectangles, dense_pairs
+from ..attention_mask import AttentionMask, Rectangles, check_rectangles, dense_pairs
 from ..reference import backward as reference_backward
 from . import _sdpa
+from ._checks import Checks
 from ._common import (
     allow_tf32,
     call,
@@ -22,8 +23,18 @@ from ._common import (
     statistics_dtype,
     without_autocast,
 )
-from ._dispatch import dispatch
-from .attention import Fused, check_operands, direction, lse_shape, plan, use_deterministic
+from ._dispatch import dispatch, why_not_named
+from .attention import (
+    OPERANDS,
+    SAVED,
+    Fused,
+    check_lse,
+    check_operands,
+    direction,
+    lse_shape,
+    plan,
+    use_deterministic,
+)
 
 
 def _load(name: str) -> Any:
@@ -72,7 +83,7 @@ def attention_masked(
     q, k, v = cast_for_autocast(q, k, v)
     rectangles = mask.rectangles
     chosen = backend.choose("attention_masked", _load, q, k, v, rectangles)
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    if chosen == "reference" and not torch.compiler.is_compiling() and not q.is_meta:
         run = reference.ops.attention_masked
         o, lse = without_autocast(run, q, k, v, mask.dense(), scale)
         lse = lse.detach()
@@ -92,7 +103,50 @@ def _visible(rectangles: Sequence[Tensor], q: Tensor, k: Tensor) -> _sdpa.Visibl
     return _sdpa.visible_pairs(_pairs(rectangles, q, k).to(q.device))
 
 
-@register("attention_masked")
+def _check_mask(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    tensors = arguments["rectangles"]
+    require(
+        len(tensors) == 8, f"rectangles has {len(tensors)} tensors: expected 8 of an AttentionMask"
+    )
+    wanted = (torch.int32, torch.int32, torch.int64, torch.uint8) * 2
+    for place, (tensor, dtype) in enumerate(zip(tensors, wanted, strict=True)):
+        table = dtype == torch.int64
+        require(
+            tensor.dtype == dtype
+            and tensor.dim() == 1 + table
+            and (not table or tensor.shape[1] == 6),
+            f"rectangles[{place}] is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} "
+            f"{'[R, 6]' if table else '[n]'}, as AttentionMask.rectangles",
+        )
+        place_of_q = arguments["q"].device
+        require(
+            tensor.device.type == "cpu" or tensor.device == place_of_q,
+            f"rectangles[{place}] is on {tensor.device} and q on {place_of_q}: expected the CPU, as "
+            "AttentionMask has them",
+        )
+    if "Tpad" in sizes:
+        check_lse(arguments, sizes)
+
+
+def _check_tokens(a: dict[str, Any], _: dict[str, Any]) -> None:
+    check_rectangles(a["rectangles"], a["q"].shape[1], a["k"].shape[1])
+
+
+def _why_not(a: dict[str, Any]) -> str | None:
+    return why_not_named(
+        *("attention_masked", a["backend"], a["q"], _load), a["k"], a["v"], list(a["rectangles"])
+    )
+
+
+_OPTIONS: dict[str, Any] = {
+    "finite": ("scale",),
+    "also": _check_mask,
+    "values": _check_tokens,
+    "backend": _why_not,
+}
+
+
+@register("attention_masked", Checks(OPERANDS, **_OPTIONS))
 def attention_masked_op(
     q: Tensor,
     k: Tensor,
@@ -133,7 +187,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=statistics_dtype(q.dtype))
 
 
-@register("attention_masked_backward")
+@register("attention_masked_backward", Checks(SAVED, **_OPTIONS))
 def attention_masked_backward_op(
     do: Tensor,
     q: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from . import _sdpa_varlen
+from ._checks import Checks
 from ._common import (
+    PLAIN,
     allow_tf32,
     call,
     cast_for_autocast,
@@ -18,9 +21,10 @@ from ._common import (
     register,
     require,
     statistics_dtype,
+    traced,
     without_autocast,
 )
-from ._dispatch import dispatch
+from ._dispatch import dispatch, why_not_named
 from .attention import Fused, direction, plan
 
 
@@ -60,6 +64,11 @@ def attention_varlen(
 
     Returns:
         [Nq, H, D], contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; on a CPU also starts that do not begin with 0, go backwards or do
+            not end with the number of rows, and a clip longer than its `max_seqlen`. On a GPU nothing waits for
+            the starts: such ones give NaN everywhere, in gradients too, and no other memory is touched.
     """
     require(
         q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:],
@@ -80,11 +89,22 @@ def attention_varlen(
         f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}: "
         "expected one more than there are clips in both",
     )
+    require(
+        q.device == cu_seqlens_q.device == cu_seqlens_k.device,
+        f"q is on {q.device}, cu_seqlens_q on {cu_seqlens_q.device} and cu_seqlens_k on "
+        f"{cu_seqlens_k.device}: move them to one device",
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
+    if not traced() and not q.is_meta and type(cu_seqlens_q) in PLAIN:
+        rows = (q.shape[0], k.shape[0])
+        check_starts(cu_seqlens_q, cu_seqlens_k, *rows, max_seqlen_q, max_seqlen_k)
     chosen = backend.choose("attention_varlen", _load, q, k, v, cu_seqlens_q, cu_seqlens_k)
-    # the reference loops over the clips' ends, which a trace does not know: there it runs as the op
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    # the reference loops over the clips' ends, which a trace or a tensor without memory does not know:
+    # there it runs as the op
+    if chosen == "reference" and not torch.compiler.is_compiling() and not q.is_meta:
+        rows = (q.shape[0], k.shape[0])
+        check_starts(cu_seqlens_q, cu_seqlens_k, *rows, max_seqlen_q, max_seqlen_k, wait=True)
         run = reference.ops.attention_varlen
         return without_autocast(run, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)[0]
     return call(
@@ -103,7 +123,90 @@ def attention_varlen(
     )[0]
 
 
-@register("attention_varlen")
+def _check_columns(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    clips = sizes["S"] - 1
+    require(clips >= 0, "cu_seqlens_q is empty: expected [B + 1], one more than there are clips")
+    if "Npad" in sizes:
+        wanted = reference.ops.varlen_columns(sizes["Nq"], clips)
+        require(
+            sizes["Npad"] == wanted,
+            f"lse has {sizes['Npad']} columns: expected {wanted} for {sizes['Nq']} queries of {clips} clips",
+        )
+
+
+def check_starts(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    num_queries: int,
+    num_keys: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    wait: bool = False,
+) -> None:
+    """Raise ValueError unless starts on a CPU bound clips among the rows, none longer than is said.
+
+    Starts elsewhere are read only with `wait`, by what waits for them anyway.
+    """
+    for name, starts, rows, longest in (
+        ("q", cu_seqlens_q, num_queries, max_seqlen_q),
+        ("k", cu_seqlens_k, num_keys, max_seqlen_k),
+    ):
+        # sizes alone tell these, on any device
+        clips = starts.numel() - 1
+        require(
+            rows <= clips * longest,
+            f"max_seqlen_{name}={longest} for {rows} rows in {clips} clips of cu_seqlens_{name}: expected "
+            "the longest clip, and as many clips as hold all rows",
+        )
+        if starts.device.type != "cpu" and not wait:
+            continue
+        values = starts.tolist()
+        most = max((b - a for a, b in itertools.pairwise(values)), default=0)
+        require(
+            values[0] == 0 and values[-1] == rows and values == sorted(values),
+            f"cu_seqlens_{name} is {_short(values)}: expected where each clip starts, from 0 on, never "
+            f"going backwards, and then the number of rows, {rows}",
+        )
+        require(
+            most <= longest,
+            f"max_seqlen_{name}={longest}: expected {most} or more, the longest clip in cu_seqlens_{name}",
+        )
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"{values[:6]} ... {values[-6:]}"
+
+
+def _check_values(a: dict[str, Any], _: dict[str, Any]) -> None:
+    rows = (a["q"].shape[0], a["k"].shape[0])
+    longest = (a["max_seqlen_q"], a["max_seqlen_k"])
+    check_starts(a["cu_seqlens_q"], a["cu_seqlens_k"], *rows, *longest)
+
+
+def _why_not(a: dict[str, Any]) -> str | None:
+    starts = (a["cu_seqlens_q"], a["cu_seqlens_k"])
+    return why_not_named(
+        *("attention_varlen", a["backend"], a["q"], _load), *(a["k"], a["v"], *starts)
+    )
+
+
+_OPERANDS = {
+    "q": "Nq H D float",
+    "k": "Nk H D =q",
+    "v": "Nk H D =q",
+    "cu_seqlens_q": "S int32",
+    "cu_seqlens_k": "S int32",
+}
+_OPTIONS: dict[str, Any] = {
+    "finite": ("scale",),
+    "at_least": {"max_seqlen_q": 0, "max_seqlen_k": 0},
+    "also": _check_columns,
+    "values": _check_values,
+    "backend": _why_not,
+}
+
+
+@register("attention_varlen", Checks(_OPERANDS, **_OPTIONS))
 def attention_varlen_op(
     q: Tensor,
     k: Tensor,
@@ -122,6 +225,7 @@ def attention_varlen_op(
 
     def run(name: str) -> tuple[Tensor, Tensor]:
         if name == "reference":
+            check_starts(clips[0], clips[1], q.shape[0], k.shape[0], *clips[2:], wait=True)
             plain = reference.ops.attention_varlen
             return without_autocast(plain, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
         if name.startswith("sdpa"):
@@ -152,7 +256,13 @@ def _(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], columns), dtype=statistics_dtype(q.dtype))
 
 
-@register("attention_varlen_backward")
+@register(
+    "attention_varlen_backward",
+    Checks(
+        _OPERANDS | {"do": "Nq H D =q", "o": "Nq H D =q", "lse": "H Npad ~q"},
+        **_OPTIONS,
+    ),
+)
 def attention_varlen_backward_op(
     do: Tensor,
     q: Tensor,
@@ -175,6 +285,7 @@ def attention_varlen_backward_op(
 
     def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
         if name == "reference":
+            check_starts(clips[0], clips[1], q.shape[0], k.shape[0], *clips[2:], wait=True)
             return reference_backward.attention_varlen(
                 do, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, scale
             )

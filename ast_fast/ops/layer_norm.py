@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from . import _native
+from ._checks import Checks
 from ._common import autocast_dtype, call, no_second_gradient, register, require, statistics_dtype
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 
 
 def _load(name: str) -> ModuleType:
@@ -71,7 +72,17 @@ def layer_norm(
     return call(layer_norm_op, x, weight, bias, eps, out_dtype, chosen)[0]
 
 
-@register("layer_norm")
+@register(
+    "layer_norm",
+    Checks(
+        {"x": "* C float", "weight": "C float", "bias": "C float"},
+        at_least={"eps": 0.0},
+        floats=("out_dtype",),
+        backend=lambda a: why_not_named(
+            *("layer_norm", a["backend"], a["x"], _load, a["weight"], a["bias"], a["out_dtype"])
+        ),
+    ),
+)
 def layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +96,9 @@ def layer_norm_op(
     y, mean, rstd = dispatch(
         "layer_norm", "forward", backend, x, run, lambda: Plan((f"width {x.shape[-1]}",))
     )
-    return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+    # the reference's follow the strides of x
+    y = y.contiguous().view(x.shape)
+    return y, mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 @layer_norm_op.register_fake
@@ -100,7 +113,15 @@ def _(
     )
 
 
-@register("layer_norm_backward")
+@register(
+    "layer_norm_backward",
+    Checks(
+        {"dy": "* C float", "x": "* C float", "weight": "C float", "mean": "* ~x", "rstd": "* ~x"},
+        backend=lambda a: why_not_named(
+            *("layer_norm", a["backend"], a["x"], _load, a["weight"], a["weight"], a["dy"].dtype)
+        ),
+    ),
+)
 def layer_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +140,8 @@ def layer_norm_backward_op(
     dx, dweight, dbias = dispatch(
         "layer_norm", "backward", backend, x, run, lambda: Plan((f"width {width}",))
     )
-    return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dx = dx.contiguous().view(x.shape)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 @layer_norm_backward_op.register_fake

@@ -7,22 +7,26 @@ and LayerNorm in front of the layer are part of it, and the normalised rows exis
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
 from . import _fp8
+from ._checks import Checks
 from ._common import (
     call,
     cast_for_autocast,
     needs_gradient,
     no_second_gradient,
+    no_transform,
     register,
     require,
 )
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 from .add_layer_norm import add_layer_norm_backward_op
 
 
@@ -73,6 +77,7 @@ def linear_fp8(
         [..., K], in the dtype of x, or autocast's under autocast.
     """
     _check(x, weight, bias)
+    no_transform("linear_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("linear_fp8", _load, x, weight)
     save = needs_gradient(x, weight, *(() if bias is None else (bias,)))
@@ -91,6 +96,7 @@ def add_norm_linear_fp8(
     """`total = x + residual`, LayerNorm of it, and `linear_fp8` of that; returns y and total."""
     _check_norm(x, residual, norm_weight, norm_bias)
     _check(x, weight, bias)
+    no_transform("add_norm_linear_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("linear_fp8", _load, x, weight)
     inputs = (x, residual, norm_weight, norm_bias, weight, *(() if bias is None else (bias,)))
@@ -165,7 +171,59 @@ def plan(weight: Tensor) -> Plan:
     return Plan((f"{weight.shape[1]} to {weight.shape[0]}",))
 
 
-@register("linear_fp8")
+NORMED = {
+    "x": "* C float",
+    "residual": "* C float",
+    "norm_weight": "C float",
+    "norm_bias": "C float",
+}
+
+
+def check_norm_arguments(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """Raise ValueError unless a norm is there as a whole or not at all."""
+    absent = [arguments[name] is None for name in ("residual", "norm_weight", "norm_bias")]
+    require(
+        all(absent) or not any(absent),
+        "residual, norm_weight, norm_bias: expected all three or none of them",
+    )
+
+
+def check_operand(name: str, operand: Tensor, inverse: Tensor, cols: int, rows: int) -> None:
+    """Raise ValueError unless a saved operand [cols, rows up to 16] and its scale are what forward gives."""
+    wanted = (cols, (rows + 15) // 16 * 16)
+    require(
+        operand.dtype == torch.uint8
+        and operand.shape == wanted
+        and inverse.dtype == torch.float32
+        and inverse.shape == (1,),
+        f"{name} is {operand.dtype} {tuple(operand.shape)} with {inverse.dtype} {tuple(inverse.shape)}: "
+        f"expected uint8 {wanted} with one float32, as forward saves them with save=True",
+    )
+
+
+def leading_rows(arguments: dict[str, Any]) -> int:
+    """Rows of dy [..., C]."""
+    shape = arguments["dy"].shape
+    return math.prod(shape[:-1])
+
+
+def _check_saved(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    require(len(arguments["needs"]) == 3, "needs: expected 3 entries, for x, weight and bias")
+    rows = leading_rows(arguments)
+    a = arguments
+    check_operand("a", a["a"], a["a_inverse"], sizes["C"], rows)
+    check_operand("b", a["b"], a["b_inverse"], sizes["C"], sizes["K"])
+
+
+@register(
+    "linear_fp8",
+    Checks(
+        NORMED | {"weight": "K C float", "bias": "K float"},
+        at_least={"eps": 0.0},
+        also=check_norm_arguments,
+        backend=lambda a: why_not_named("linear_fp8", a["backend"], a["x"], _load, a["weight"]),
+    ),
+)
 def linear_fp8_op(
     x: Tensor,
     residual: Tensor | None,
@@ -211,7 +269,21 @@ def _(
     )
 
 
-@register("linear_fp8_backward")
+@register(
+    "linear_fp8_backward",
+    Checks(
+        {
+            "weight": "K C float",
+            "dy": "* K float",
+            "a": "CA RA uint8",
+            "a_inverse": "NA float32",
+            "b": "CB RB uint8",
+            "b_inverse": "NB float32",
+        },
+        also=_check_saved,
+        backend=lambda a: why_not_named("linear_fp8", a["backend"], a["dy"], _load, a["weight"]),
+    ),
+)
 def linear_fp8_backward_op(
     dy: Tensor,
     a: Tensor,
@@ -277,7 +349,10 @@ def norm_gradients(ctx, dx, dtotal, norm):  # type: ignore[no-untyped-def]
         return dx, None, None, None
     if dx is None:
         return (None,) * 4 if dtotal is None else (dtotal.to(ctx.x_dtype), dtotal, None, None)
-    dsum, dweight, dbias = add_layer_norm_backward_op(dx, dtotal, *norm, ctx.backend)
+    total, weight, mean, rstd = norm
+    rows = total.shape[:-1]
+    saved = (total, weight, mean.view(rows), rstd.view(rows))
+    dsum, dweight, dbias = add_layer_norm_backward_op(dx, dtotal, *saved, ctx.backend)
     return dsum.to(ctx.x_dtype), dsum, dweight, dbias.to(ctx.norm_bias_dtype)
 
 

@@ -23,8 +23,9 @@ from ..reference.mel import (
     mel_sizes,
     mel_tables,
 )
+from ._checks import Checks
 from ._common import call, no_second_gradient, register, require, without_autocast
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 
 
 def _load(name: str) -> ModuleType:
@@ -290,7 +291,61 @@ def _plan(setting: Sequence[float]) -> Plan:
     return Plan((f"{int(setting[1])} bins of {setting[0]:g} Hz", hash(tuple(setting))))
 
 
-@register("log_mel")
+@functools.lru_cache(maxsize=64)
+def _check_setting(setting: tuple[float, ...]) -> None:
+    """Raise ValueError unless the numbers say a setting."""
+    least, most = len(_FORMS) - len(_KALDI), len(_FORMS)
+    require(
+        len(setting) in (least, most) and all(map(math.isfinite, setting)),
+        f"setting is {list(setting)}: expected {least} or {most} finite numbers, the arguments of mel_tables",
+    )
+    for place, names in zip(
+        range(least + 3, least + 6), (WINDOWS, MEL_SCALES, MEL_NORMS), strict=True
+    ):
+        require(
+            len(setting) == least or setting[place] in range(len(names)),
+            f"setting[{place}] is {setting[place:][:1]}: expected an index below {len(names)}",
+        )
+    numbers = [
+        int(value) if form is int else value for form, value in zip(_FORMS, setting, strict=False)
+    ]
+    require(
+        numbers[:2] == list(setting[:2]) and numbers[least:][:3] == list(setting[least:][:3]),
+        f"setting is {list(setting)}: expected whole numbers for rate, bins and samples",
+    )
+    # sizes first: they bound what the tables take
+    rate, bins, window_ms, hop_ms = numbers[:4]
+    n_fft, window, hop = ([int(value) for value in numbers[least:][:3]] + [0, 0, 0])[:3]
+    mel_sizes(int(rate), int(bins), window_ms, hop_ms, n_fft or None, window or None, hop or None)
+
+
+def _check_frames(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    setting = tuple(arguments["setting"])
+    _check_setting(setting)
+    require(arguments["std"] > 0.0, f"std={arguments['std']}: expected a positive value")
+    if "F" in sizes:
+        require(
+            sizes["F"] == int(setting[1]),
+            f"dy has {sizes['F']} mel bins: expected {int(setting[1])} as in setting",
+        )
+
+
+def _why_not(a: dict[str, Any]) -> str | None:
+    sizes = _tables(tuple(a["setting"]))
+    return why_not_named("log_mel", a["backend"], a["wave"], _load, a["lengths"], sizes)
+
+
+@register(
+    "log_mel",
+    Checks(
+        {"wave": "B N wave", "lengths": "B integer"},
+        finite=("mean", "std"),
+        at_least={"num_frames": 0},
+        floats=("out_dtype",),
+        also=_check_frames,
+        backend=_why_not,
+    ),
+)
 def log_mel_op(
     wave: Tensor,
     lengths: Tensor | None,
@@ -326,7 +381,15 @@ def _(
     return wave.new_empty((wave.shape[0], num_frames, int(setting[1])), dtype=out_dtype)
 
 
-@register("log_mel_backward")
+@register(
+    "log_mel_backward",
+    Checks(
+        {"wave": "B N float", "dy": "B S F float", "lengths": "B integer"},
+        finite=("mean", "std"),
+        also=_check_frames,
+        backend=_why_not,
+    ),
+)
 def log_mel_backward_op(
     dy: Tensor,
     wave: Tensor,

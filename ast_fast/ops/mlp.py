@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +12,9 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import backward as reference_backward
 from . import _native
+from ._checks import Checks
 from ._common import call, cast_for_autocast, needs_gradient, no_second_gradient, register, require
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 
 
 def _load(name: str) -> ModuleType:
@@ -65,7 +68,15 @@ def _plan(w1: Tensor) -> Plan:
     return Plan((f"{w1.shape[1]} to {w1.shape[0]}",))
 
 
-@register("mlp")
+@register(
+    "mlp",
+    Checks(
+        {"x": "* C float", "w1": "K C =x", "b1": "K =x", "w2": "C2 K =x", "b2": "C2 =x"},
+        backend=lambda a: why_not_named(
+            *("mlp", a["backend"], a["x"], _load, a["w1"], a["b1"], a["w2"], a["b2"])
+        ),
+    ),
+)
 def mlp_op(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +104,25 @@ def _(
     return x.new_empty((*x.shape[:-1], w2.shape[0])), x.new_empty((rows, w1.shape[0]))
 
 
-@register("mlp_backward")
+def _check_needs(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    require(
+        len(arguments["needs"]) == 5,
+        f"needs has {len(arguments['needs'])} entries: expected 5, for x, w1, b1, w2, b2",
+    )
+    rows = math.prod(arguments["x"].shape[:-1])
+    require(sizes["R"] == rows, f"h has {sizes['R']} rows: expected {rows}, those of x")
+
+
+@register(
+    "mlp_backward",
+    Checks(
+        {"dy": "* C2 float", "x": "* C =dy", "h": "R K =dy", "w1": "K C =dy", "w2": "C2 K =dy"},
+        also=_check_needs,
+        backend=lambda a: why_not_named(
+            *("mlp", a["backend"], a["x"], _load, a["w1"], a["w1"], a["w2"], a["w2"])
+        ),
+    ),
+)
 def mlp_backward_op(
     dy: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], backend: str
 ) -> list[Tensor]:

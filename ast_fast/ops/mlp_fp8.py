@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backend
 from . import _fp8
-from ._common import call, cast_for_autocast, needs_gradient, no_second_gradient, register
-from ._dispatch import dispatch
+from ._checks import Checks
+from ._common import (
+    call,
+    cast_for_autocast,
+    needs_gradient,
+    no_second_gradient,
+    no_transform,
+    register,
+    require,
+)
+from ._dispatch import dispatch, why_not_named
 from .linear_fp8 import (
+    NORMED,
     _check,
     _check_norm,
     _fake_norm,
     _load,
     _norm,
     _norm_outputs,
+    check_norm_arguments,
+    check_operand,
     check_saved,
     fake_operand,
     kept,
+    leading_rows,
     norm_gradients,
     plan,
     setup,
@@ -46,6 +61,7 @@ def mlp_fp8(
     """
     _check(x, w1, b1, "w1")
     _check(w1.new_empty(0, w1.shape[0]), w2, b2, "w2")
+    no_transform("mlp_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("mlp_fp8", _load, x, w1, w2)
     save = needs_gradient(x, w1, b1, w2, b2)
@@ -67,6 +83,7 @@ def add_norm_mlp_fp8(
     _check_norm(x, residual, norm_weight, norm_bias)
     _check(x, w1, b1, "w1")
     _check(w1.new_empty(0, w1.shape[0]), w2, b2, "w2")
+    no_transform("add_norm_mlp_fp8")
     (x,) = cast_for_autocast(x)
     chosen = backend.choose("mlp_fp8", _load, x, w1, w2)
     save = needs_gradient(x, residual, norm_weight, norm_bias, w1, b1, w2, b2)
@@ -92,7 +109,36 @@ _Saved = tuple[
 ]
 
 
-@register("mlp_fp8")
+def _check_saved(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    require(len(arguments["needs"]) == 5, "needs: expected 5 entries, for x, w1, b1, w2 and b2")
+    saved, rows = arguments["saved"], leading_rows(arguments)
+    require(
+        len(saved) == 9 and all(each.device == arguments["dy"].device for each in saved),
+        f"saved has {len(saved)} tensors: expected the last 9 results of mlp_fp8, on one device with dy",
+    )
+    x, x_inverse, h, first, first_inverse, second, second_inverse, *bounds = saved
+    check_operand("saved[0]", x, x_inverse, sizes["C"], rows)
+    check_operand("saved[3]", first, first_inverse, sizes["C"], sizes["K"])
+    check_operand("saved[5]", second, second_inverse, sizes["K"], sizes["C2"])
+    require(
+        h.shape == (rows, sizes["K"]) and h.is_floating_point(),
+        f"saved[2] is {h.dtype} {tuple(h.shape)}: expected floating ({rows}, {sizes['K']})",
+    )
+    require(
+        all(each.shape == (1,) and each.dtype == torch.float32 for each in bounds),
+        "saved[7] and saved[8]: expected one float32 each",
+    )
+
+
+@register(
+    "mlp_fp8",
+    Checks(
+        NORMED | {"w1": "K C float", "b1": "K float", "w2": "C2 K float", "b2": "C2 float"},
+        at_least={"eps": 0.0},
+        also=check_norm_arguments,
+        backend=lambda a: why_not_named("mlp_fp8", a["backend"], a["x"], _load, a["w1"], a["w2"]),
+    ),
+)
 def mlp_fp8_op(
     x: Tensor,
     residual: Tensor | None,
@@ -149,7 +195,14 @@ def _(
     )
 
 
-@register("mlp_fp8_backward")
+@register(
+    "mlp_fp8_backward",
+    Checks(
+        {"w1": "K C float", "w2": "C2 K float", "dy": "* C2 float"},
+        also=_check_saved,
+        backend=lambda a: why_not_named("mlp_fp8", a["backend"], a["dy"], _load, a["w1"], a["w2"]),
+    ),
+)
 def mlp_fp8_backward_op(
     dy: Tensor,
     saved: list[Tensor],

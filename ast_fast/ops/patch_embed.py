@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from .. import backend, reference
 from ..reference import backward as reference_backward
+from ._checks import Checks
 from ._common import allow_tf32, call, cast_for_autocast, no_second_gradient, register, require
-from ._dispatch import Plan, dispatch
+from ._dispatch import Plan, dispatch, why_not_named
 
 
 def _load(name: str) -> ModuleType:
@@ -116,7 +118,39 @@ def _plan(weight: Tensor) -> Plan:
     return Plan((f"patches of {weight.shape[2]} x {weight.shape[3]} to {weight.shape[0]}",))
 
 
-@register("patch_embed")
+def _check_grid(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    strides = (arguments["fstride"], arguments["tstride"])
+    patch = (sizes["pf"], sizes["pt"])
+    require(
+        min(patch) >= 1, f"weight has patches of {patch[0]} x {patch[1]}: expected at least 1 x 1"
+    )
+    f, t = patch_grid(sizes["F"], sizes["S"], patch, strides)
+    prefix = sizes["P"] if "P" in sizes else arguments["num_prefix"]
+    require(
+        sizes["T"] == prefix + f * t,
+        f"{'pos' if 'P' in sizes else 'dy'} has {sizes['T']} tokens: expected {prefix + f * t}, {prefix} "
+        f"prefix tokens and {f} x {t} patches",
+    )
+
+
+@register(
+    "patch_embed",
+    Checks(
+        {
+            "weight": "C 1 pf pt float",
+            "x": "B S F =weight",
+            "bias": "C float",
+            "prefix": "P C float",
+            "pos": "T C float",
+        },
+        at_least={"fstride": 1, "tstride": 1},
+        also=_check_grid,
+        backend=lambda a: why_not_named(
+            *("patch_embed", a["backend"], a["x"], _load),
+            *(a["weight"], a["bias"], a["pos"], a["prefix"]),
+        ),
+    ),
+)
 def patch_embed_op(
     x: Tensor,
     weight: Tensor,
@@ -133,7 +167,7 @@ def patch_embed_op(
 
     def run(name: str) -> Tensor:
         if name == "reference":
-            return reference.ops.patch_embed(*args)
+            return reference.ops.patch_embed(*args).to(weight.dtype)
         made: Tensor = _load(name).forward(*args, allow_tf32)
         return made
 
@@ -155,7 +189,17 @@ def _(
     return weight.new_empty((x.shape[0], pos.shape[0], weight.shape[0]))
 
 
-@register("patch_embed_backward")
+@register(
+    "patch_embed_backward",
+    Checks(
+        {"weight": "C 1 pf pt float", "x": "B S F =weight", "dy": "B T C =weight"},
+        at_least={"fstride": 1, "tstride": 1, "num_prefix": 0},
+        also=_check_grid,
+        backend=lambda a: why_not_named(
+            *("patch_embed", a["backend"], a["x"], _load), *(a["weight"],) * 4
+        ),
+    ),
+)
 def patch_embed_backward_op(
     dy: Tensor,
     x: Tensor,

@@ -177,7 +177,7 @@ def attention_varlen(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of packed q, k and v, clip by clip."""
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for clip, column in enumerate(varlen_offsets(cu_seqlens_q).tolist()):
         rows = slice(starts_q[clip], starts_q[clip + 1])
@@ -201,7 +201,7 @@ def log_mel(
     """Gradient of the waveform: adjoint of mel, power, DFT, window, pre-emphasis, DC and framing."""
     b, n = wave.shape
     whole = min(tables.num_frames(n), dy.shape[1])
-    dwave = torch.zeros_like(wave)
+    dwave = wave.new_zeros(wave.shape)
     if not whole or not b:
         return dwave
     win, hop = tables.window_samples, tables.hop_samples

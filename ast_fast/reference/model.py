@@ -171,7 +171,7 @@ class ASTModel(nn.Module):
         dead_heads: bool,
     ) -> None:
         super().__init__()
-        self.stride = (fstride, tstride)
+        self.stride, self.input_fdim = (fstride, tstride), input_fdim
         self.num_prefix_tokens = num_prefix_tokens
         f = (input_fdim - patch_fdim) // fstride + 1
         t = (input_tdim - patch_tdim) // tstride + 1
@@ -206,6 +206,10 @@ class ASTModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the final norm [B, T, C]: those kept, merged ones as they are."""
+        if x.shape[-1] != self.input_fdim:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, {x.shape[-1]} mel bins: expected {self.input_fdim}, the model's"
+            )
         v = self.v
         prefix = v.cls_token[0]
         if self.num_prefix_tokens == 2:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._optional import require_package
 from ..config import MAX_RATE_HZ, MIN_RATE_HZ, LogMelConfig
+from ..finite import check_results
 from ..frontend import log_mel_features
 from ..inference import (
     Activation,
@@ -275,6 +276,7 @@ class StreamingTagger:
         features[0, : audio.shape[0]] = audio
         logits = self.model(features.to(next(self.model.parameters()).dtype))
         fresh = class_probabilities(logits, self.activation)[0]
+        check_results(fresh[None], "probabilities", self.model)
         if self.smoothing and self._smoothed is not None:
             fresh = torch.lerp(fresh, self._smoothed, self.smoothing)
         self._smoothed = fresh

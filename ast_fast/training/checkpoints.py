@@ -131,7 +131,9 @@ class CheckpointStore:
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             digests = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
             meta = {"schema": SCHEMA, "step": step, "files": digests, "state": state}
-            (partial / "state.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            (partial / "state.json").write_text(
+                json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8"
+            )
             for path in (*files, partial / "state.json"):
                 sync(path)
             for place in {path.parent for path in files} | {partial}:

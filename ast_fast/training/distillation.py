@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import DistillConfig, LogMelConfig, Task
+from ..finite import check_state
 
 
 class Teacher:
@@ -20,7 +21,7 @@ class Teacher:
         num_classes: of the student.
 
     Raises:
-        ValueError: teacher and student see or say different things.
+        ValueError: teacher and student see or say different things, or weights of the teacher are NaN.
     """
 
     def __init__(self, model: Any, front: LogMelConfig, num_classes: int) -> None:
@@ -35,6 +36,8 @@ class Teacher:
                 f"distill.teacher hears {theirs.to_dict()}: expected the student's front end "
                 f"{front.to_dict()}"
             )
+        # one that says NaN would show as a loss that is NaN, and nobody would look here
+        check_state(model.state_dict(), "distill.teacher")
         self._model: nn.Module = model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> Teacher:

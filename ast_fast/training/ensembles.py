@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..hub import CheckpointError
+from ..hub.safety import refuse_not_finite
 from .evaluation import Evaluation
 
 
@@ -72,12 +73,13 @@ def mean_of_weights(
         sources: where the models lie; one is read at a time.
 
     Raises:
-        CheckpointError: names or shapes of the tensors differ.
+        CheckpointError: names or shapes of the tensors differ, or values are NaN or infinite.
     """
     total: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
     for source in sources:
         state = read(source)
+        refuse_not_finite(state, str(source))
         if not total:
             total = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in state.items()}
             kinds = {name: t.dtype for name, t in state.items()}

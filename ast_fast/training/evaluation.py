@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from ..audio import AudioReport
 from ..config import Task
-from ..data.dataset import Batch, ClipSet, max_samples
+from ..data.dataset import Batch, ClipSet, check_one_label, max_samples
 from ..data.feeder import Feeder
 from ..data.shard_sampler import sampler_for
+from ..finite import check_results
+from ..optimized import refresh_packed, stale_packs
 from .logs import Progress
 from .metrics import Metrics
 from .processes import from_all
 from .weights import is_sharded
+
+_log = logging.getLogger("ast_fast.training")
 
 Part = tuple[Tensor, Tensor, Tensor]  # places in the set [B], logits [B, C], targets of a batch
 
@@ -72,6 +77,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a model (with `forward_waveform`) over a whole set and measure it.
 
+    Packed weights that are out of date (see `optimize_for_inference`) are packed again, with a warning.
+
     Args:
         model: a module with `forward_waveform`, on the device to use.
         dataset: clips and labels.
@@ -87,8 +94,20 @@ def evaluate(
         on_batch: gets each batch and its logits [B, C], for what the figures do not tell.
 
     Raises:
-        ValueError: no clip could be read.
+        NotFiniteError: logits are NaN or infinite; says which weights are to blame.
+        ValueError: no clip could be read; or one has no label or several where one is expected.
     """
+    if task == "single_label":
+        check_one_label(dataset)
+    stale = stale_packs(model)
+    if stale:
+        _log.warning(
+            "packed weights of %d blocks (%s, ...) were out of date: weights were written to past autograd; packed "
+            "again (ast_fast.refresh_packed does it after such writes)",
+            len(stale),
+            stale[0],
+        )
+        refresh_packed(model)
     device = next(model.parameters()).device
     was_training = model.training
     together = is_sharded(model)  # a process without clips helps the others
@@ -125,6 +144,7 @@ def evaluate(
         parts, report = _of_all(parts, report, world_size)
     metrics = Metrics(len(dataset.classes), task, binary=binary, on_sigmoids=on_sigmoids)
     for _, logits, targets in parts:
+        check_results(logits, "logits", model)
         metrics.update(logits, targets)
     return Evaluation(
         metrics.compute(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .._optional import optional_import, require_package
+from .._text import without_nan
 
 
 class RunLog:
@@ -30,7 +31,9 @@ class RunLog:
             if row.get("step", 0) <= resume_step and row.get("kind") != "average"
         ]
         partial = path.with_name(f".{path.name}-{os.getpid()}")
-        text = "".join(json.dumps(row) + "\n" for row in rows if resume_step)
+        text = "".join(
+            json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows if resume_step
+        )
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
@@ -44,7 +47,9 @@ class RunLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line, at once visible to readers."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.write(
+            json.dumps(without_nan({"kind": kind, "step": step, **values}), allow_nan=False) + "\n"
+        )
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():

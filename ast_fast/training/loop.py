@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..audio import AudioReport
 from ..config import ModelConfig, Task, TrainConfig
-from ..data.dataset import Batch, ClipSet, max_samples
+from ..data.dataset import Batch, ClipSet, check_one_label, max_samples
 from ..data.feeder import Feeder, FeedStats
 from ..data.mixing import WholeSetMixup
 from ..data.sampler import balanced_weights
@@ -122,6 +122,8 @@ class Trainer:
         self.model: Any = _with_problem_type(model, self.task)
         if config.precision == "fp8":
             self.model.set_precision("fp8")
+        if self.task == "single_label":
+            check_one_label(train_set)
         set_patchout(model, config.augment, config.seed)
         freeze(model, config.tune.freeze)
         self.sampler = sampler_for(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._optional import require_package
 from ..config import Task
+from ..finite import check_results
+from .ranking import average_precisions, roc_areas
 
 # the figure that says which epoch is best; all of them grow with quality
 MAIN_FIGURE: dict[Task, str] = {
@@ -21,7 +21,9 @@ MAIN_FIGURE: dict[Task, str] = {
 
 
 class Metrics:
-    """Collects logits and targets, then computes; exact, ranking figures by torchmetrics.
+    """Collects logits and targets, then computes in float64: scikit-learn's figures to 1e-12.
+
+    Logits that are NaN or infinite are refused: sorted, they would pass for a ranking.
 
     Args:
         num_classes: C, classes or values.
@@ -49,8 +51,21 @@ class Metrics:
         self._targets: list[Tensor] = []
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits [B, C] and targets [B] or [B, C]."""
-        self._logits.append(logits.detach().float().cpu())
+        """Add a batch: logits [B, C] and targets [B] or [B, C].
+
+        Raises:
+            NotFiniteError: logits or targets are NaN or infinite.
+            ValueError: the logits are not of as many clips and classes.
+        """
+        if logits.dim() != 2 or logits.shape != (len(targets), self.num_classes):
+            raise ValueError(
+                f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}: expected "
+                f"[{len(targets)}, {self.num_classes}], one row a clip"
+            )
+        logits = logits.detach().float().cpu()
+        check_results(logits, "logits")
+        check_results(targets, "targets")
+        self._logits.append(logits)
         self._targets.append(targets.detach().cpu())
 
     @property
@@ -69,8 +84,9 @@ class Metrics:
         return torch.cat(self._logits), torch.cat(self._targets)
 
     def scores(self) -> Tensor:
-        """Probabilities [N, C] of all clips; the values themselves in regression."""
-        logits, _ = self.gathered()
+        """Probabilities [N, C] of all clips, float64; the values themselves in regression."""
+        # in float32 unlike logits become equal probabilities, which a ranking takes for ties
+        logits = self.gathered()[0].double()
         if self.task == "regression":
             return logits
         return logits.sigmoid() if self.binary else logits.softmax(1)
@@ -87,15 +103,21 @@ class Metrics:
 
     def _loss(self) -> float:
         logits, targets = self.gathered()
+        logits = logits.double()
         if self.task == "regression":
-            return float(F.mse_loss(logits, targets))
+            return float(F.mse_loss(logits, targets.double()))
         values = logits.sigmoid() if self._on_sigmoids else logits
         if self.binary:
-            return float(F.binary_cross_entropy_with_logits(values, self.vectors().float()))
+            return float(F.binary_cross_entropy_with_logits(values, self.vectors().double()))
         return float(F.cross_entropy(values, self._indices()))
 
     def figures(self, scores: Tensor) -> dict[str, float]:
-        """Figures of scores [N, C] for the clips that were added, without a loss: see `compute`."""
+        """Figures of scores [N, C] for the clips that were added, without a loss: see `compute`.
+
+        Raises:
+            NotFiniteError: scores are NaN or infinite.
+        """
+        check_results(scores, "scores")
         if self.task == "regression":
             return _distances(scores, self.gathered()[1])
         result = {}
@@ -105,9 +127,9 @@ class Metrics:
         # undefined without a positive clip; the area also without a negative one
         some, mixed = vectors.any(dim=0), vectors.any(dim=0) & ~vectors.all(dim=0)
         if self.task == "multi_label" and some.any():
-            result["map"] = float(_each("map", scores, vectors)[some].double().mean())
+            result["map"] = float(average_precisions(scores, vectors)[some].mean())
         if mixed.any():
-            auc = float(_each("auc", scores, vectors)[mixed].double().mean())
+            auc = float(roc_areas(scores, vectors)[mixed].mean())
             result["auc"] = auc
             if 0.0 < auc < 1.0:
                 # of the mean area, as the original has it, not the mean of each class's
@@ -144,9 +166,7 @@ class Metrics:
         """
         if self.task == "multi_label":
             vectors = self.vectors()
-            present = vectors.bool().any(dim=0)
-            values = torch.where(present, _each("map", self.scores(), vectors), torch.nan)
-            return [float(value) for value in values]
+            return average_precisions(self.scores(), vectors).tolist()
         if self.task == "regression":
             logits, targets = self.gathered()
             columns = zip(logits.t(), targets.t(), strict=True)
@@ -167,24 +187,6 @@ class Metrics:
         flat = self._indices() * self.num_classes + scores.argmax(1)
         counts = torch.bincount(flat, minlength=self.num_classes**2)
         return counts.reshape(self.num_classes, self.num_classes)
-
-
-def _each(name: str, scores: Tensor, truth: Tensor) -> Tensor:
-    """Average precision ("map") or area under the curve ("auc") of each class."""
-    package = require_package(
-        "torchmetrics.functional.classification", "evaluation of several labels", "train"
-    )
-    stem = {"map": "average_precision", "auc": "auroc"}[name]
-    with warnings.catch_warnings():
-        # classes for which a figure is undefined are left out afterwards
-        warnings.simplefilter("ignore", UserWarning)
-        if truth.shape[1] == 1:
-            single: Tensor = getattr(package, f"binary_{stem}")(scores[:, 0], truth[:, 0])
-            return single.reshape(1)
-        values: Tensor = getattr(package, f"multilabel_{stem}")(
-            scores, truth, num_labels=truth.shape[1], average="none"
-        )
-        return values
 
 
 def _distances(values: Tensor, targets: Tensor) -> dict[str, float]:

@@ -202,4 +202,4 @@ def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return tomllib.loads(f"value = {json.dumps(text)}")["value"]
+        return tomllib.loads(f"value = {json.dumps(text, allow_nan=False)}")["value"]

@@ -86,7 +86,7 @@ def write_result(folder: Path, epochs: int) -> None:
         return
     lines = np.zeros((epochs, 10))
     for row in rows:
-        told = row["original"]
+        told = {name: _number(value) for name, value in row["original"].items()}
         known = [told["main"], told["auc"], told["precision"], told["recall"], _dprime(told["auc"])]
         if row["kind"] == "average":
             _write(folder / AVERAGED, np.asarray(known))
@@ -95,13 +95,18 @@ def write_result(folder: Path, epochs: int) -> None:
                 _first(row, "cumulative_map", "cumulative_accuracy"),
                 _first(row, "cumulative_auc"),
             ]
-            losses = [told["train_loss"], row["loss"]]
+            losses = [told["train_loss"], _number(row["loss"])]
             lines[row["epoch"]] = [*known, *losses, *together, told["lr"]]
     _write(folder / RESULT, lines)
 
 
 def _first(row: dict[str, Any], *names: str) -> float:
-    return next((float(row[name]) for name in names if name in row), math.nan)
+    return next((_number(row[name]) for name in names if name in row), math.nan)
+
+
+def _number(value: float | None) -> float:
+    """What JSON has no number for is null in a log: nan."""
+    return math.nan if value is None else float(value)
 
 
 def _dprime(auc: float) -> float:

@@ -96,4 +96,4 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    replace_text(path, json.dumps(value, indent=1))
+    replace_text(path, json.dumps(value, indent=1, allow_nan=False))

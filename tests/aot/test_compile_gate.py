@@ -125,8 +125,29 @@ def test_a_spilling_kernel_fails_the_gate():
     found = " ".join(_aot.problems(case, report))
     for word in ("stack is 16", "300000 bytes", "600 columns", "200 registers", "wgmma"):
         assert word in found
+    assert "writes nothing" in " ".join(_aot.problems(case, report._replace(writes=False)))
     good = _aot.AotReport("case", 90, 128, 0, 1000, 0, frozenset({"wgmma"}))
     assert _aot.problems(case, good) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "writes"),
+    [
+        ("trap;", False),
+        ("st.shared.b32 [%r1], %r2;", False),
+        ("@%p1 st.global.v4.b32 [ %rd1 + 0 ], { %r1 };", True),
+        ("st.weak.global.b32 [%rd1], %r1;", True),
+        ("red.global.add.f32 [%rd1], %f1;", True),
+        ("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1}], [%r3];", True),
+        ("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%rd1], [%r3];", True),
+        (
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1];",
+            False,
+        ),
+    ],
+)
+def test_a_kernel_that_became_a_trap_is_told_from_one_that_writes(body, writes):
+    assert (_aot._WRITES.search(body) is not None) == writes
 
 
 def test_every_kernel_file_with_a_kernel_is_in_the_gate():

@@ -82,7 +82,7 @@ def test_a_missing_file_is_both_an_audio_error_and_a_file_not_found_error(tmp_pa
         (encoded(tone())[:20000], audio.AudioTruncatedError, "promises"),
         (encoded(tone(), format="AIFF")[:20000], audio.AudioTruncatedError, "promises"),
         (encoded(tone(3), format="OGG")[:4000], audio.AudioTruncatedError, "Ogg"),
-        (encoded(tone(3), format="FLAC")[:9000], audio.AudioDecodeError, "lost sync|promises"),
+        (encoded(tone(3), format="FLAC")[:9000], audio.AudioTruncatedError, "promises"),
     ],
     ids=["empty", "random", "html", "header-only", "wav-cut", "aiff-cut", "ogg-cut", "flac-cut"],
 )

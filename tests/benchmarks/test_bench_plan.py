@@ -334,6 +334,35 @@ def test_an_archive_is_unpacked_to_result_files_alone(tmp_path, capsys):
     assert "x-checks-2026-11-30.json" in capsys.readouterr().out
 
 
+def pack(folder: Path, out: Path, **files: dict) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    archive.Archive(folder, out, every_s=0).close()
+    return out / archive.NAME
+
+
+def test_unpacking_takes_nothing_away_from_an_earlier_run_of_the_day(tmp_path):
+    back = tmp_path / "back"
+    one = pack(tmp_path / "a", tmp_path / "one", x={"suite": "tune", "rows": [1]})
+    two = pack(tmp_path / "b", tmp_path / "two", x={"suite": "tune", "rows": [2]})
+    for path in (one, two, one, two):
+        assert gpu.main(["--unpack", str(path), "--out", str(back)]) == 0
+    assert names_in(back) == ["x-2.json", "x.json"], "unpacked again it is the same file"
+    assert json.loads((back / "x.json").read_text())["rows"] == [1]
+    assert json.loads((back / "x-2.json").read_text())["rows"] == [2]
+
+
+def test_a_dry_run_is_unpacked_only_when_that_is_said(tmp_path, capsys):
+    path = pack(tmp_path / "a", tmp_path / "one", x={"settings": {"dry_run": True}})
+    arguments = ["--unpack", str(path), "--out", str(tmp_path / "back")]
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert "of a dry run, whose times say nothing" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+    assert gpu.main([*arguments, "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"not a tar", None])
 def test_what_is_no_archive_is_refused_by_name(tmp_path, capsys, content):
     path = tmp_path / "results.tar.gz"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
+def test_a_second_run_on_a_day_gets_a_name_of_its_own(tmp_path):
+    path = tmp_path / "h200-tune-2026-12-01.json"
+    assert record.unused(path) == path
+    for number in (2, 3):
+        path.write_text("{}")
+        path = record.unused(tmp_path / "h200-tune-2026-12-01.json")
+        assert path.name == f"h200-tune-2026-12-01-{number}.json"
+
+
 def test_committed_results_follow_the_schema():
     for path in sorted(record.RESULTS.glob("*.json")):
         content = record.read(path)
-        assert path.name == record.file_name(content["environment"], content["suite"])
+        usual = Path(record.file_name(content["environment"], content["suite"])).stem
+        assert re.fullmatch(rf"{re.escape(usual)}(-\d)?", path.stem)
         assert not content["settings"].get("quick") and not content["settings"].get("dry_run")
 
 

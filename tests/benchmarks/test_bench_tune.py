@@ -209,6 +209,8 @@ def test_wrong_arguments_are_named(capsys):
     for arguments, message in (
         (["attention,softmax"], "unknown softmax; expected all, or some of attention, gemm"),
         (["attention", "--width", "48"], "--width '48'"),
+        (["--seconds", "-3"], "--seconds -3: expected more than 0"),
+        (["--seconds", "nan"], "--seconds nan: expected more than 0"),
         (["attention", "--dry-run"], "--dry-run goes with --dtype f32"),
         (["--dry-run", "--dtype", "f32", "--from", "x"], "--from reads result files"),
     ):

@@ -227,3 +227,16 @@ def test_what_is_unsupported_is_said():
     assert attention.unsupported(q, q, q, None) is None
     assert "float64" in attention.unsupported(q.double(), q.double(), q.double(), None)
     assert attention_varlen.unsupported(q[0], q[0], q[0], None, None) is None
+
+
+def test_probabilities_hold_exp2s_own_error():
+    # one query, two keys, of which the first has score 0 and the second y: the output is p(y)
+    y = torch.linspace(-1.0, 1.0, 4001)  # in units of ln 2: both halves of exp2's polynomial
+    q = torch.zeros(len(y), 1, 1, 32)
+    q[:, 0, 0, 0] = y * 0.6931471805599453
+    k, v = torch.zeros(2, len(y), 2, 1, 32)
+    k[:, 1, 0, 0] = v[:, 1, 0, 0] = 1.0
+    o, _ = attention.forward(q, k, v, 1.0, None)
+    want = torch.sigmoid(q[:, 0, 0, 0].double())
+    # exp2's 2e-7, and a rounding each of the score, the sum, the quotient and the product
+    assert ((o[:, 0, 0, 0] - want) / want).abs().max() < 3.5e-7

@@ -31,8 +31,18 @@ def tall_tiles():
     return AttentionMask(random_mask(230, 410, 0.5).numpy(), [[queries]], [[keys]])
 
 
+def late_queries():
+    """A tile half of whose queries were in a rectangle before, and half were not: their sums begin there."""
+    tokens = torch.arange(18, dtype=torch.int32).numpy()
+    passes = torch.ones(18, 40, dtype=torch.int64)
+    passes[:12, :20] = 0
+    tiles = [[tokens[:12]], [tokens[6:], tokens[:6]]]
+    return AttentionMask(random_mask(18, 40, 0.8).numpy(), tiles, None, passes.numpy())
+
+
 MASKS = {
     "tall tiles": tall_tiles,
+    "late queries": late_queries,
     "factorised": lambda: AttentionMask.factorised(3, 5),
     "factorised, no prefix": lambda: AttentionMask.factorised(4, 37, prefix=0),
     "one row": lambda: AttentionMask.factorised(1, 33),

@@ -150,3 +150,82 @@ def test_a_header_that_lies_about_the_length_costs_no_memory():
     file[22:26] = b"\xff" * 4
     with pytest.raises(audio.AudioError):
         audio.load(bytes(file))
+
+
+class Stream:
+    """A stream of one frame, written bit by bit: what encoders never write may be read all the same."""
+
+    def __init__(self, samples):
+        self.samples, self.bits = samples, []
+
+    def put(self, value, width):
+        self.bits += [value >> bit & 1 for bit in reversed(range(width))]
+        return self
+
+    def residuals(self, values, parameter=14):
+        self.put(0, 2).put(0, 4).put(parameter, 4)  # one partition of Rice codes
+        for value in values:
+            folded = 2 * value if value >= 0 else -2 * value - 1
+            self.put(1, (folded >> parameter) + 1).put(folded & (1 << parameter) - 1, parameter)
+        return self
+
+    def file(self):
+        count = self.samples
+        info = count.to_bytes(2, "big") * 2 + bytes(6)
+        info += (16000 << 44 | 15 << 36 | count).to_bytes(8, "big") + bytes(16)
+        head = Stream(0).put(0x7FFC, 15).put(0, 1).put(7, 4).put(0, 4).put(0, 4).put(4, 3).put(0, 1)
+        head = head.put(0, 8).put(count - 1, 16).packed()
+        frame = head + bytes([crc(0x07, 8, head)]) + self.packed()
+        frame += crc(0x8005, 16, frame).to_bytes(2, "big")
+        return b"fLaC\x80\0\0\x22" + info + frame
+
+    def packed(self):
+        bits = self.bits + [0] * (-len(self.bits) % 8)
+        return bytes(int("".join(map(str, bits[i : i + 8])), 2) for i in range(0, len(bits), 8))
+
+
+def predicted(first, residuals, weights, shift):
+    x = list(first)
+    for residual in residuals:
+        newest = x[::-1][: len(weights)]
+        x.append(residual + (sum(w * v for w, v in zip(weights, newest, strict=True)) >> shift))
+    return np.array(x)
+
+
+def test_the_fixed_predictor_of_the_highest_order():
+    first, rest = [100, 120, 150, 190], [3, -2, 5, 0, -7, 1, 0, 4]
+    stream = Stream(12).put(12 << 1, 8)
+    for value in first:
+        stream.put(value & 0xFFFF, 16)
+    file = stream.residuals(rest, 2).file()
+    want = predicted(first, rest, (4, -6, 4, -1), 0)
+    assert np.array_equal(flac.decode(file), want)
+    assert np.array_equal(sf.read(io.BytesIO(file), dtype="int16")[0], want)
+
+
+@pytest.mark.parametrize("shift", [15, -1])
+def test_linear_sums_beyond_32_bits_and_shifts_that_are_none(shift):
+    order, weight = 5, 16383
+    first = [32000 + index for index in range(order)]
+    # the prediction overshoots by far, and the residual brings it back
+    rest = [32000 - (sum(first) * weight >> 15)]
+    stream = Stream(order + 1).put((31 + order) << 1, 8)
+    for value in first:
+        stream.put(value, 16)
+    stream.put(14, 4).put(shift & 31, 5)
+    for _ in range(order):
+        stream.put(weight, 15)
+    file = stream.residuals(rest).file()
+    if shift < 0:
+        assert flac.decode(file) is None
+        return
+    assert sum(first) * weight > 2**31
+    want = predicted(first, rest, (weight,) * order, shift)
+    assert np.array_equal(flac.decode(file), want)
+    assert np.array_equal(sf.read(io.BytesIO(file), dtype="int16")[0], want)
+
+
+def test_samples_that_16_bits_do_not_hold_are_refused():
+    stream = Stream(4).put(8 << 1, 8).residuals([1, 2, 40_000, 3])
+    assert flac.decode(stream.file()) is None
+    assert flac.decode(Stream(4).put(8 << 1, 8).residuals([1, 2, 30_000, 3]).file()) is not None

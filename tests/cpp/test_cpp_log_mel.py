@@ -1,5 +1,7 @@
 """Log-mel of the C++ backend against the float64 reference, with torchaudio's own error as the budget."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -173,3 +175,40 @@ def test_silence_has_zero_gradient_and_empty_inputs_have_shapes():
     assert log_mel.backward(
         torch.randn(2, 2, 128), torch.empty(2, 0), None, tables, MEAN, STD
     ).shape == (2, 0)
+
+
+def bands(*ranges, **changes):
+    """Tables of a rectangular window whose filters weigh bins first .. last with 1, 2, 3 ..."""
+    tables = mel_tables()
+    filters = torch.zeros(len(ranges), tables.n_fft // 2 + 1, dtype=torch.float64)
+    for row, (first, last) in zip(filters, ranges, strict=True):
+        row[first : last + 1] = torch.arange(1.0, last - first + 2)
+    window = torch.ones_like(tables.window)
+    return dataclasses.replace(
+        tables, num_mel_bins=len(ranges), filters=filters, window=window, **changes
+    )
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_windows_that_do_not_start_at_zero_and_filters_up_to_the_last_bin(magnitude, within):
+    # the first sample is its own predecessor, and the last bin lies apart from the others
+    tables = bands((0, 9), (250, 255), (250, 256), (256, 256), (0, 256), magnitude=magnitude)
+    wave = 0.3 + 0.1 * torch.rand(2, 4000)
+    exact, theirs = wave.double().requires_grad_(), wave.clone().requires_grad_()
+    dy = torch.randn(2, 20, 5)
+    want = reference.ops.log_mel(exact, None, tables, 20, 0.0, 0.5)
+    plain = reference.ops.log_mel(theirs, None, tables, 20, 0.0, 0.5)
+    ours = log_mel.forward(wave, None, tables, 20, 0.0, 0.5, F32)
+    within(ours, plain.detach(), want.detach(), 1e-6, "features")
+    want.backward(dy.double())
+    plain.backward(dy)
+    within(
+        log_mel.backward(dy, wave, None, tables, 0.0, 0.5), theirs.grad, exact.grad, 1e-5, "dwave"
+    )
+
+
+def test_magnitudes_of_nothing_have_zero_gradient():
+    # an offset keeps the energy of silence above the floor, where the root of 0 has no slope
+    tables = bands((0, 20), (200, 256), magnitude=True, log_offset=1e-3)
+    grad = log_mel.backward(torch.randn(1, 23, 2), torch.zeros(1, 4000), None, tables, 0.0, 0.5)
+    assert grad.shape == (1, 4000) and not grad.any()

@@ -15,6 +15,7 @@ CASES = {
     "wide patches, stride beyond the patch": (2, 90, 70, (32, 32), (33, 40), 0, 16),
     "one patch": (1, 3, 5, (5, 3), (1, 1), 2, 4),
     "tokens past one block, a patch past one pass": (2, 120, 100, (32, 20), (7, 5), 2, 96),
+    "a run of bins that straddles two passes": (2, 40, 50, (24, 16), (9, 6), 1, 32),
     "stride one": (2, 9, 8, (3, 4), (1, 1), 1, 5),
 }
 
@@ -68,7 +69,12 @@ def test_patch_embed_matches_a_convolution_in_fp64(case, dtype, within):
 
 
 @pytest.mark.parametrize(
-    "case", ["the model's patches", "tokens past one block, a patch past one pass"]
+    "case",
+    [
+        "the model's patches",
+        "tokens past one block, a patch past one pass",
+        "a run of bins that straddles two passes",
+    ],
 )
 def test_the_kernels_own_multiplication_agrees_with_pytorchs(case, monkeypatch, within):
     (x, weight, bias, pos, prefix), strides, num_prefix = inputs(case, F32)

@@ -145,7 +145,8 @@ def test_numbers_are_targets_and_folds_are_parts():
     ("columns", "options", "says"),
     [
         ({"label": ["a", None]}, {}, "row 1: label is None: expected labels"),
-        ({"label": [["a"], []]}, {}, r"row 1: label is \[\]: expected labels"),
+        ({"label": [["a"], None]}, {}, "row 1: label is None: expected labels"),
+        ({"label": [[], []]}, {}, "no row has a label in label"),
         ({"label": ["a", "b"]}, {"classes": ("a",)}, "row 1: label 'b' is not among the 1 classes"),
         ({"text": ["a", "b"]}, {}, "no column of labels is evident among audio, text"),
         ({"label": ["a", "b"]}, {"label_column": "x"}, "has no column 'x'; it has audio, label"),

@@ -14,7 +14,7 @@ from ast_fast.data import (
     read_manifest,
     read_segments,
 )
-from ast_fast.data.manifest import safe_cell
+from ast_fast.names import safe_cell
 
 
 def write(folder, text, name="list.csv", encoding="utf-8"):
@@ -103,7 +103,7 @@ def test_parts_are_read_from_plain_json_lines(tmp_path):
         ('{"path": "b.wav", "label": "do\tg"}', "Invalid control character"),
         ('{"path": "b.wav", "labels": ["dog", 3]}', "labels is list: expected text"),
         ('{"path": "b.wav", "labels": ["dog",]}', "is not JSON"),
-        ('{"path": "b.wav", "labels": []}', "'b.wav' has no label"),
+        ('{"path": "b.wav", "labels": null}', "labels is NoneType: expected text"),
         ('{"path": "../b.wav", "labels": ["dog"]}', "leaves its folder"),
         ('{"path": "/b.wav", "label": "dog"}', "is not relative to the root"),
         ('{"path": ".", "label": "dog"}', "is empty"),
@@ -144,7 +144,6 @@ def test_names_and_mids_of_a_class_table_are_both_labels(tmp_path):
         ("a\\..\\x.wav,dog", "backslash"),
         ("a\0b.wav,dog", "NUL"),
         (",dog", "empty"),
-        ("a.wav,", "has no label"),
         ("a.wav", "1 fields: expected 2"),
         ("a.wav,dog,extra", "3 fields: expected 2"),
         ("a.wav," + "x" * 70000, "longer than 65536"),
@@ -216,8 +215,9 @@ def test_clips_to_be_labelled_need_no_labels(tmp_path):
         path = write(tmp_path, text, name)
         manifest = read_manifest(path, check_files=False, need_labels=False)
         assert manifest.paths == ["a.wav", "b.wav"] and manifest.labels[0] == ()
-        with pytest.raises(ManifestError, match=r"line [12]"):
-            read_manifest(path, check_files=False)
+        if name.startswith("bare"):
+            with pytest.raises(ManifestError, match=r"line [12]"):
+                read_manifest(path, check_files=False)
 
 
 def test_missing_files_and_links_out_of_the_root_are_refused(tmp_path):
@@ -251,7 +251,7 @@ def test_the_root_can_lie_elsewhere(tmp_path):
         read_manifest(path, root=tmp_path / "nowhere")
 
 
-def test_a_folder_per_class_leaves_out_links_and_hidden_files(tmp_path):
+def test_a_folder_per_class_follows_links_and_leaves_out_hidden_files(tmp_path):
     for name in ("cat/1.wav", "dog/a/2.FLAC", "dog/.hidden.wav", "dog/notes.txt", ".git/3.wav"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -259,8 +259,10 @@ def test_a_folder_per_class_leaves_out_links_and_hidden_files(tmp_path):
     (tmp_path / "cat" / "link.wav").symlink_to(tmp_path / "cat" / "1.wav")
     manifest = read_folder(tmp_path)
     assert manifest.classes == ("cat", "dog")
-    assert manifest.paths == ["cat/1.wav", "dog/a/2.FLAC"] and manifest.labels == [(0,), (1,)]
-    assert [file.name for file in audio_files(tmp_path)] == ["1.wav", "2.FLAC"]
+    assert manifest.paths == ["cat/1.wav", "cat/link.wav", "dog/a/2.FLAC"]
+    assert manifest.labels == [(0,), (0,), (1,)]
+    assert manifest.notes == ("files that are no sound by their suffix are left out: .txt 1",)
+    assert [file.name for file in audio_files(tmp_path)] == ["1.wav", "link.wav", "2.FLAC"]
     with pytest.raises(ManifestError, match="one folder per class"):
         read_folder(tmp_path / "cat")
 
@@ -285,7 +287,7 @@ def test_a_million_rows_open_within_300_mb(tmp_path, suffix):
         best = min(best, time.process_time() - start)
         assert len(manifest) == 10**6
         del manifest
-    assert best < 6.0  # 1.3 s (JSON lines) and 1.6 s (CSV) on a quiet core
+    assert best < 2.0  # 1.5 s (JSON lines) and 1.2 s (CSV) on a busy one
     tracemalloc.start()
     manifest = read_manifest(path, check_files=False)
     peak = tracemalloc.get_traced_memory()[1]

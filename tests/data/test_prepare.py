@@ -313,10 +313,30 @@ def test_folders_in_use_are_refused(messy, reported, tmp_path, capsys):
     assert cli.main(["prepare", "--data", str(messy / "list.csv"), "--out", str(out)]) == 2
     assert "holds shards already" in capsys.readouterr().err
     prepared("--data", messy / "list.csv", "--to", "files", "--out", tmp_path / "f")
-    for form in ("files", "manifest"):
-        arguments = ["prepare", "--data", str(messy / "list.csv"), "--out", str(tmp_path / "f")]
-        assert cli.main([*arguments, "--to", form, "--resume"]) == 2
-        assert "holds a manifest already" in capsys.readouterr().err
+    arguments = ["prepare", "--data", str(messy / "list.csv"), "--out", str(tmp_path / "f")]
+    assert cli.main([*arguments, "--to", "files"]) == 2
+    assert "holds a manifest already" in capsys.readouterr().err
+    assert cli.main([*arguments, "--to", "manifest", "--resume"]) == 2
+    assert "was prepared with other form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["list", "progress", "report", "nothing"])
+def test_a_run_killed_between_its_last_clip_and_its_report_resumes(messy, tmp_path, step):
+    arguments = ("--data", messy / "list.csv", "--to", "shards", "--out")
+    prepared(*arguments, tmp_path / "whole")
+    prepared(*arguments, tmp_path / "cut")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    files = {path.name: path.read_bytes() for path in cut.iterdir()}
+    if step != "nothing":
+        for name in ("report.json", "report.txt"):
+            (cut / name).unlink()
+    if step in ("list", "progress"):
+        (cut / "prepare.json").rename(cut / "prepare.partial.json")
+    if step == "list":
+        (cut / "clips.jsonl").rename(cut / "clips.jsonl.partial")
+    prepared(*arguments, cut, "--resume")
+    assert files == {path.name: path.read_bytes() for path in cut.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
 class Interrupted(AudioDataset):

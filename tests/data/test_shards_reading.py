@@ -400,8 +400,12 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path):
     assert write_shards(source, folder, shard_bytes=20_000, resume=True).clips == 23
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
-    with pytest.raises(ManifestError, match="holds shards already"):
+    with pytest.raises(ManifestError, match="prepared with other shard_bytes"):
         write_shards(source, folder, resume=True)
+    with pytest.raises(ManifestError, match="holds shards already"):
+        write_shards(source, folder, shard_bytes=20_000)
+    source.limit = 0  # nothing is read again
+    assert write_shards(source, folder, shard_bytes=20_000, resume=True).clips == 23
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

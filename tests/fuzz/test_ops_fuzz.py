@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ast_fast.equivalence import cases
@@ -106,9 +106,9 @@ def check(case, dtype, layout, seed):
         assert allowed.admits(errors), f"{case.op} {case.shape} {dtype} {layout} {name}: {errors}"
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("op", OPS)
-def test_a_few_drawn_cases_keep_their_budgets(op):
-    @settings(settings.get_profile("quick"))
+def test_drawn_cases_keep_their_budgets(op):
     @given(OPS[op], DTYPES, LAYOUT, SEEDS)
     def draw(case, dtype, layout, seed):
         check(case, dtype, layout, seed)
@@ -116,17 +116,6 @@ def test_a_few_drawn_cases_keep_their_budgets(op):
     draw()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
-def test_many_drawn_cases_keep_their_budgets(op):
-    @given(OPS[op], DTYPES, LAYOUT, SEEDS)
-    def draw(case, dtype, layout, seed):
-        check(case, dtype, layout, seed)
-
-    draw()
-
-
-@settings(settings.get_profile("quick"))
 @given(
     st.integers(1, 4).flatmap(
         lambda clips: st.integers(1, 3000).flatmap(

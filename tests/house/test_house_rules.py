@@ -15,11 +15,13 @@ PACKAGE = ROOT / "ast_fast"
 GROUND = (
     "kernels",
     "cpp",
+    "finite",
     "reference",
     "backend",
     "positions",
     "config",
     "audio",
+    "audio_memory",
     "audio_report",
     "audio_spans",
     "attention_mask",
@@ -27,6 +29,13 @@ GROUND = (
     "_files",
     "_text",
     "_containers",
+    "_chunks",
+    "_flac_frames",
+    "_mpeg",
+    "_ogg",
+    "_pieces",
+    "_streams",
+    "names",
     "_C",
     "labels",
     "sample_rows",
@@ -50,7 +59,7 @@ FLOORS = (
     ),
     ("models",),
     ("equivalence",),
-    ("testing", "sample_sets"),
+    ("testing", "testing_calls", "sample_sets"),
     ("training", "recipes", "inference", "streaming", "integrations"),
     (
         *("report", "plots", "saliency", "throughput", "demo", "calibration"),
@@ -165,3 +174,27 @@ def test_every_setting_default_lives_in_config() -> None:
         assert type(settings).from_dict(settings.to_dict()) == settings
         with pytest.raises(ValueError, match="has no setting"):
             type(settings).from_dict({"no_such_setting": 1})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_json_is_written_without_nan(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            home = node.func.value
+            if node.func.attr in ("dump", "dumps") and getattr(home, "id", "").startswith("json"):
+                given = {key.arg: ast.unparse(key.value) for key in node.keywords}
+                assert given.get("allow_nan") == "False", f"{path.name}, line {node.lineno}"
+
+
+def test_profiles_alone_say_how_many_cases_are_drawn():
+    # 25 in a quick run, 200 in `make test-slow`: see tests/conftest.py
+    rooms = ("fuzz", "kernels", "ops", "cpp", "streaming")
+    files = [path for room in rooms for path in (ROOT / "tests" / room).rglob("*.py")]
+    assert not [path.name for path in files if "max_examples" in path.read_text()]
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    assert re.search(r'"quick", max_examples=25\b', conftest)
+    assert re.search(r'"ci", max_examples=200\b', conftest)
+    makefile = (ROOT / "Makefile").read_text()
+    assert "test-slow: export AST_FAST_HYPOTHESIS := ci" in makefile
+    slow = makefile[makefile.index("\ntest-slow: setup") :].split("\n\n")[0]
+    assert slow.count("slow or hypothesis") == slow.count("$(PYTEST)") == 2

@@ -236,6 +236,8 @@ def test_what_transformers_cannot_express_is_refused(tmp_path):
         ({"model_type": "vit"}, "of model_type 'vit': expected 'audio-spectrogram-transformer'"),
         ({"id2label": {"0": "a", "2": "c"}}, "id2label with gaps: expected 0 to 1"),
         ({"id2label": ["a"]}, "unreadable id2label"),
+        ({"id2label": {"0": "a", "1": None, "2": "c"}}, "no name for class 1 in its id2label"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "'a' is the name of class 0 and of class 2"),
         ({"hidden_size": "wide"}, "hidden_size='wide': expected a whole number"),
         ({"num_attention_heads": 7}, "does not split into num_heads=7"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from unittest import mock
 
@@ -67,8 +68,11 @@ def test_push_writes_weights_settings_and_a_card_in_one_commit(model, api, tmp_p
     assert "0. a\\|b\n1. c d\n2. e" in card.text and "single label classification" in card.text
 
 
-def test_push_for_transformers_is_loaded_by_transformers(api, tmp_path):
+def test_push_for_transformers_is_loaded_by_transformers(request, tmp_path):
+    # before the hub is a stand-in: transformers takes its client's type when it is imported
     transformers = pytest.importorskip("transformers")
+    importlib.import_module("transformers.utils.hub")
+    request.getfixturevalue("api")
     model = ast_fast.create_model(
         "ast_tiny_p16_s10", num_classes=3, input_tdim=64, depth=1, eps=1e-12, head_eps=1e-12
     ).eval()

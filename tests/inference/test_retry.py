@@ -187,7 +187,8 @@ def test_a_retry_killed_at_random_moments_loses_nothing_and_writes_nothing_twice
     rng, kills = random.Random(1), 0
     while True:
         child = in_child(lambda: start(tiny_model, out, sources, 0.02, retry_failed=True))
-        time.sleep(rng.uniform(0.05, 0.3))
+        # later and later: a busy machine must come to an end too
+        time.sleep(rng.uniform(0.05, 0.3) * (1 + kills / 20))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):

@@ -85,11 +85,18 @@ def test_sounds_do_not_depend_on_their_batch(model):
 
 def test_bad_audio_is_named(model):
     for audio, said in (
-        (torch.zeros(16000), r"audio is \(16000,\): expected a tensor \[sounds, samples\]"),
+        (
+            torch.zeros(16000),
+            r"audio: is \(16000,\): expected a tensor or array \[sounds, samples\]",
+        ),
         (torch.zeros(1, 399), "399 samples a sound: expected at least 400"),
         (torch.zeros(0, 16000), "no sounds"),
-        (torch.zeros(1, 16000, dtype=torch.int16), "int16.*32768"),
-        ([[0.0]], "audio is list"),
+        (torch.zeros(1, 16000, dtype=torch.int32), "int32.*32768"),
+        (
+            torch.tensor([[0.0] * 16000, [float("nan")] * 16000]),
+            "sound 1: 16000 of 16000 samples are NaN",
+        ),
+        ([[0.0]], "audio: is list"),
     ):
         with pytest.raises(ValueError, match=said):
             hear.get_timestamp_embeddings(audio, model)

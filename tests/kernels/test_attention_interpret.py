@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -406,7 +406,6 @@ def test_a_grid_too_small_to_fill_the_gpu_takes_the_smaller_tile():
     assert attention_launch.choose(table, True, 1214, 1, 132) == described
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_shape_stride_and_length(arena, data):
     clips = data.draw(st.integers(1, 2), "clips")

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -423,7 +423,6 @@ def test_every_visible_pair_is_computed_once(name, shapes):
         assert torch.equal(covered(side, plan, *seen.shape), seen.long())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_plans_of_any_mask(data):
     rows = data.draw(st.integers(1, 90), "rows")

@@ -11,7 +11,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -250,7 +250,6 @@ def test_a_configuration_that_cannot_run_in_one_pass_is_refused(arena):
         gradients(*tensors, config=Config(32, 32, 4, 1, chunk=16))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_lengths_width_and_path(arena, data):
     pairs = data.draw(

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -53,7 +53,8 @@ def expected(lengths, walked, block):
 def check(lengths, walked, block):
     """The list of these clips is the sorted one, with nothing but -1 behind it."""
     rows = sum(lengths)
-    found = attention_tile_list.tile_list(starts(lengths), starts(walked), rows, block).tolist()
+    bounds = (starts(lengths), starts(walked), rows, sum(walked))
+    found = attention_tile_list.tile_list(*bounds, block).tolist()
     want = expected(lengths, walked, block)
     assert len(found) == rows // block + len(lengths)
     assert found[: len(want)] == want
@@ -83,7 +84,6 @@ def test_more_clips_than_one_step_compares(monkeypatch, clips):
     check(lengths, lengths, 16)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     clips=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 9)), min_size=1, max_size=8),
     block=st.sampled_from([16, 32, 64, 128]),
@@ -96,15 +96,42 @@ def test_any_lengths(arena, clips, block):
 def test_starts_with_a_stride_are_read_as_they_are():
     lengths = [70, 3, 129]
     strided = starts(lengths).repeat_interleave(2)[::2]
-    found = attention_tile_list.tile_list(strided, strided, sum(lengths), 64)
+    found = attention_tile_list.tile_list(strided, strided, sum(lengths), sum(lengths), 64)
     want = expected(lengths, lengths, 64)
     assert found.tolist()[: len(want)] == want
 
 
-def test_starts_that_go_backwards_write_nothing_outside_the_list(arena):
-    # the guard zones around the list tell
-    broken = torch.tensor([0, 500, 10, 400, 20], dtype=torch.int32)
-    attention_tile_list.tile_list(broken, broken, 20, 16)
+WRONG = {
+    "backwards": [0, 16, 10, 20],
+    "far_outside": [0, 500, 10, 400, 20],
+    "past_the_end": [0, 10, 21],
+    "short_of_the_end": [0, 10, 19],
+    "late_first": [1, 10, 20],
+    "negative": [0, -5, 20],
+    "negative_first": [-1, 10, 20],
+    "extremes": [0, 2**31 - 1, -(2**31), 20],
+}
+
+
+@pytest.mark.parametrize("side", ["tiles", "walked"])
+@pytest.mark.parametrize("broken", WRONG.values(), ids=WRONG)
+def test_wrong_starts_list_nothing_and_fill_the_results_with_nan(arena, monkeypatch, broken, side):
+    monkeypatch.setattr(attention_tile_list, "CLIPS_A_STEP", 2)
+    wrong = torch.tensor(broken, dtype=torch.int32)
+    right = starts([20, *[0] * (len(broken) - 2)])
+    bounds = (wrong, right) if side == "tiles" else (right, wrong)
+    # float32, float16 and bfloat16, between guard zones
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    results = [arena.put(torch.ones(3, 7, dtype=kind)) for kind in kinds]
+    found = attention_tile_list.tile_list(*bounds, 20, 20, 16, results)
+    assert bool((found == -1).all())
+    assert all(bool(x.isnan().all()) for x in results)
+
+
+def test_right_starts_leave_the_results_alone(arena):
+    results = [arena.put(torch.ones(3, 7)) for _ in range(2)]
+    attention_tile_list.tile_list(starts([20, 0]), starts([0, 20]), 20, 20, 16, results)
+    assert all(bool((x == 1).all()) for x in results)
 
 
 class Launches:
@@ -114,9 +141,9 @@ class Launches:
         self.blocks = []
         real = attention_tile_list.tile_list
 
-        def counted(starts, walked, rows, block):
+        def counted(starts, walked, rows, walked_rows, block, results):
             self.blocks.append(block)
-            return real(starts, walked, rows, block)
+            return real(starts, walked, rows, walked_rows, block, results)
 
         monkeypatch.setattr(attention_tile_list, "tile_list", counted)
 

@@ -11,7 +11,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -352,12 +352,6 @@ def test_unsupported_names_what_is_wrong(monkeypatch):
     assert "8.9 or newer, got 8.6" in fp8.unsupported(x, w)
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     rows=st.integers(1, 90),
     cols=st.integers(1, 200),

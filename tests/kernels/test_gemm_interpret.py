@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -231,12 +231,6 @@ def test_unsupported_names_what_is_wrong(monkeypatch):
     assert "8.0 or newer" in gemm.unsupported(x.half(), w.half())
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     rows=st.integers(1, 90),
     depth=st.integers(1, 70),

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -281,12 +281,6 @@ def test_unsupported_names_what_is_wrong():
         layer_norm.forward(wide, wide[0], wide[0], EPS, torch.float32)
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 600),

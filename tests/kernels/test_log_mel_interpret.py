@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -417,12 +417,6 @@ def test_unsupported_names_what_is_wrong():
     assert "2400" in log_mel.unsupported(torch.zeros(1, 300), None, mel_tables(96000))
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     clips=st.integers(1, 4),
     samples=st.integers(1, 600),

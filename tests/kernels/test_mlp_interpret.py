@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -230,12 +230,6 @@ def test_unsupported_names_what_is_wrong():
     assert "float64" in mlp.unsupported(*wide)
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     rows=st.integers(1, 60),
     cols=st.integers(1, 400),

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -230,12 +230,6 @@ def test_unsupported_names_what_is_wrong():
     assert "float64" in patch_embed.unsupported(x.double(), weight.double(), vector, table, table)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     clips=st.integers(1, 3),
     patch=st.tuples(st.integers(1, 20), st.integers(1, 20)),

@@ -3,6 +3,10 @@
 Oracle: transformers' or timm's model in float64. Budget: twice what the same model does in float32,
 or the floor, as everywhere. The grid has two blocks: errors grow with depth alike for both sides,
 and the full depth runs for the three recipes' shapes (slow).
+
+As a replacement, the model is held to what a user compares: the original's constructor at full depth,
+every size, stride and length of the original's scripts and other numbers of mel bins, logits in float32
+beside theirs in float32, and a state dict that comes back from either to the bit.
 """
 
 from __future__ import annotations
@@ -46,6 +50,21 @@ GRID = [
     ("base384", 14, 512, 128),
     ("base384", 16, 1212, 128),
 ]
+# of the original's scripts and README
+LENGTHS = (100, 128, 256, 512, 998, 1024)
+# sizes with 128 mel bins, of which stride 10 makes 12 rows of patches and 16 makes 8; then other bins
+DROP_IN = [(size, s, n, 128) for size in SIZES for s in (10, 16) for n in LENGTHS] + [
+    ("tiny224", 10, 256, 64),
+    ("tiny224", 16, 998, 97),
+    ("small224", 10, 128, 80),
+    ("small224", 16, 512, 33),
+    ("base224", 10, 100, 40),
+    ("base224", 16, 256, 200),
+    ("base384", 10, 128, 64),
+    ("base384", 16, 1024, 17),
+]
+# of logits in float32, at full depth; either side alone is 6e-7 from float64
+DROP_IN_BUDGET = 2e-6
 RECIPES = [("base384", 10, 1024, 128), ("base384", 10, 512, 128), ("base384", 10, 128, 128)]
 # a gradient of one tensor in float32 is a sum over tokens and blocks, then cancelled in part
 TENSOR_FLOOR = 5e-6
@@ -89,16 +108,19 @@ def run_ours(case: Case) -> Result:
     return run(case.model, live, case, torch.float32)
 
 
-def run_transformers(case: Case, dtype: torch.dtype, attention: str = "sdpa") -> Result:
+def transformers_model(c: ModelConfig, attention: str = "sdpa") -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    c = case.model.config
     config = transformers.ASTConfig(
         hidden_size=c.embed_dim, num_hidden_layers=c.depth, num_attention_heads=c.num_heads,
         intermediate_size=4 * c.embed_dim, layer_norm_eps=c.eps, frequency_stride=c.fstride,
         time_stride=c.tstride, max_length=c.input_tdim, num_mel_bins=c.input_fdim,
         num_labels=c.label_dim, attn_implementation=attention,
     )  # fmt: skip
-    theirs = transformers.ASTForAudioClassification(config).to(dtype).eval()
+    return transformers.ASTForAudioClassification(config).eval()
+
+
+def run_transformers(case: Case, dtype: torch.dtype, attention: str = "sdpa") -> Result:
+    theirs = transformers_model(case.model.config, attention).to(dtype)
     theirs.load_state_dict(hub.to_transformers(case.model.state_dict(), version=5))
     logits, grads = run(lambda x: theirs(x).logits, dict(theirs.named_parameters()), case, dtype)
     return logits, hub.to_ours(grads)
@@ -107,10 +129,9 @@ def run_transformers(case: Case, dtype: torch.dtype, attention: str = "sdpa") ->
 class TimmAST(nn.Module):
     """The original's recipe: a timm DeiT with a projection and positions of its own, and a head."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         timm = pytest.importorskip("timm")
-        c = case.model.config
         name = {192: "tiny", 384: "small", 768: "base"}[c.embed_dim]
         self.v = timm.create_model(f"deit_{name}_distilled_patch16_224", depth=c.depth)
         self.v.patch_embed.proj = nn.Conv2d(1, c.embed_dim, 16, (c.fstride, c.tstride))
@@ -129,7 +150,7 @@ class TimmAST(nn.Module):
 
 
 def run_timm(case: Case, dtype: torch.dtype) -> Result:
-    theirs = TimmAST(case).to(dtype).eval()
+    theirs = TimmAST(case.model.config).to(dtype).eval()
     theirs.load_state_dict(case.model.state_dict())
     dead = ("v.head.", "v.head_dist.")
     live = {name: p for name, p in theirs.named_parameters() if not name.startswith(dead)}
@@ -188,3 +209,48 @@ def test_both_agree_at_full_depth_for_the_recipes(size, stride, frames, bins):
     case.x, case.upstream = case.x[:1], case.upstream[:1]
     oracle = run_transformers(case, torch.float64)
     require_close(run_ours(case), run_transformers(case, torch.float32), oracle)
+
+
+def drop_in_case(case: tuple[str, int, int, int]):
+    size, _, frames, _ = case
+    quick = size == "tiny224" or (size == "small224" and frames < 256)
+    return pytest.param(*case, marks=() if quick else pytest.mark.slow)
+
+
+def without_heads(state):
+    return {name: value for name, value in state.items() if not name.startswith("v.head")}
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "frames", "bins"), [drop_in_case(case) for case in DROP_IN]
+)
+def test_the_originals_constructor_gives_a_replacement(size, stride, frames, bins):
+    torch.manual_seed(frames + bins + stride)
+    ours = ast_fast.ASTModel(
+        label_dim=31, fstride=stride, tstride=stride, input_fdim=bins, input_tdim=frames,
+        imagenet_pretrain=False, model_size=size, verbose=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    ours.eval()
+    state, x = ours.state_dict(), torch.randn(1, frames, bins)
+
+    deit = TimmAST(ours.config).eval()
+    deit.load_state_dict(state)
+    with torch.no_grad():
+        want = deit(x)
+        assert measure(ours(x), want.double()).rel_l2 <= DROP_IN_BUDGET
+    back = deit.state_dict()
+    assert set(back) == set(state) and all(torch.equal(back[name], state[name]) for name in state)
+    del deit, back
+
+    same = ast_fast.ASTModel.from_config(ours.config.replace(eps=1e-12, head_eps=1e-12)).eval()
+    same.load_state_dict(state)
+    theirs = transformers_model(same.config)
+    theirs.load_state_dict(hub.to_transformers(state, version=5))
+    with torch.no_grad():
+        want = theirs(x).logits
+        assert measure(same(x), want.double()).rel_l2 <= DROP_IN_BUDGET
+    back, kept = hub.to_ours(theirs.state_dict()), without_heads(state)
+    assert set(back) == set(kept) and all(torch.equal(back[name], kept[name]) for name in kept)

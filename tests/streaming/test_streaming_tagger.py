@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ast_fast import StreamingTagger, cpp, create_model, predict, use_backend
@@ -75,7 +75,6 @@ chunkings = st.lists(
 ).filter(lambda sizes: sum(sizes) >= 50)
 
 
-@settings(max_examples=100)
 @given(
     sizes=chunkings,
     num_samples=st.integers(0, 16000),

@@ -94,3 +94,83 @@ def test_the_rate_rises_then_falls_to_nothing():
     assert {rate_factor(step, 200, 0, "constant") for step in range(200)} == {1.0}
     # a short run does not spend itself warming up
     assert rate_factor(3, 30, 50, "constant") == 1.0
+
+
+def hard_set(rows, classes, seed):
+    """Scores with many ties, a class of one clip, rare classes, one without and one of nothing but positives."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, classes, generator=generator)
+    logits[:, 0] = (logits[:, 0] * 4).round() / 4  # a few dozen distinct values
+    logits[:, 1] = 0.0  # one
+    logits[:, 2] *= 30.0  # float32 probabilities of 1 and 0, of unlike logits
+    logits[::3, 3] = logits[1, 3]
+    shares = torch.tensor([0.3, 0.1, 0.5, 0.02, 1e-4, 1e-3])[torch.arange(classes) % 6]
+    targets = (torch.rand(rows, classes, generator=generator) < shares).float()
+    targets[:, 4] = 0.0
+    targets[rows // 2, 4] = 1.0
+    targets[:, -2], targets[:, -1] = 0.0, 1.0
+    return logits, targets
+
+
+def against_scikit_learn(rows, classes, seed):
+    logits, targets = hard_set(rows, classes, seed)
+    found = filled(logits, targets, True)
+    figures, scores, truth = found.compute(), logits.double().sigmoid().numpy(), targets.numpy()
+    precisions = [
+        sklearn_metrics.average_precision_score(truth[:, c], scores[:, c])
+        if truth[:, c].any()
+        else math.nan
+        for c in range(classes)
+    ]
+    areas = [
+        sklearn_metrics.roc_auc_score(truth[:, c], scores[:, c])
+        for c in range(classes)
+        if 0 < truth[:, c].sum() < rows
+    ]
+    np.testing.assert_allclose(found.per_class(), precisions, rtol=0, atol=1e-12)
+    assert abs(figures["map"] - np.nanmean(precisions)) <= 1e-12
+    assert abs(figures["auc"] - np.mean(areas)) <= 1e-12
+    loss = sum(
+        np.logaddexp(0.0, logits[:, c].double().numpy()).sum()
+        - (truth[:, c] * logits[:, c].double().numpy()).sum()
+        for c in range(classes)
+    ) / (rows * classes)
+    assert abs(figures["loss"] - loss) <= 1e-12 * max(1.0, loss)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranking_figures_are_scikit_learns_to_the_last_digits(seed):
+    against_scikit_learn(3001, 8, seed)
+
+
+@pytest.mark.slow
+def test_ranking_figures_of_a_million_clips_are_scikit_learns():
+    against_scikit_learn(10**6, 8, 0)
+
+
+def single_label_figures(rows, classes):
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(rows, classes, generator=generator)
+    logits[:, 1] = (logits[:, 1] * 2).round() / 2
+    targets = torch.randint(0, classes - 1, (rows,), generator=generator)  # the last never occurs
+    targets[: rows // 2] = logits[: rows // 2, : classes - 1].argmax(1)
+    figures = filled(logits, targets, False).compute()
+    scores, predicted = logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
+    assert abs(figures["accuracy"] - sklearn_metrics.accuracy_score(targets, predicted)) <= 1e-12
+    recall = sklearn_metrics.recall_score(
+        targets, predicted, average="macro", labels=range(classes - 1)
+    )
+    assert abs(figures["macro_accuracy"] - recall) <= 1e-12
+    loss = sklearn_metrics.log_loss(targets, scores, labels=range(classes))
+    assert abs(figures["loss"] - loss) <= 1e-12
+    areas = [sklearn_metrics.roc_auc_score(targets == c, scores[:, c]) for c in range(classes - 1)]
+    assert abs(figures["auc"] - np.mean(areas)) <= 1e-12
+
+
+def test_figures_of_one_label_a_clip_are_scikit_learns_to_the_last_digits():
+    single_label_figures(3001, 6)
+
+
+@pytest.mark.slow
+def test_figures_of_a_million_clips_of_one_label_are_scikit_learns():
+    single_label_figures(10**6, 6)
