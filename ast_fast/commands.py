@@ -252,7 +252,6 @@ _PACKAGES = (
     ("soxr", "resampling"),
     ("torchcodec", "m4a and video (optional)"),
     ("lightning-fabric", "training"),
-    ("torchmetrics", "evaluation"),
     ("matplotlib", "reports"),
     ("tqdm", "progress bars"),
     ("tyro", "this command"),
