@@ -45,7 +45,7 @@ class Background:
                 self._processes.append(
                     subprocess.Popen(
                         # which ends it if this process is killed
-                        [sys.executable, "-m", "benchmarks.worker", *command],
+                        [sys.executable, "-m", "benchmarks.worker", str(os.getpid()), *command],
                         cwd=ROOT,
                         stdin=subprocess.DEVNULL,
                         stdout=log,

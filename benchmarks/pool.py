@@ -47,7 +47,7 @@ class Worker:
             tempfile.TemporaryFile() if log is None else log.open("x+b")  # noqa: SIM115
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
+            [sys.executable, "-m", "benchmarks.worker", str(os.getpid())],
             cwd=ROOT,
             env={**os.environ, **(extra or {})},
             stdin=subprocess.PIPE,

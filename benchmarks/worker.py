@@ -1,7 +1,8 @@
 """A process that runs jobs one at a time, so that a crash or a sticky CUDA error ends only it.
 
 Jobs come as JSON lines on standard input, answers leave as JSON lines on what was standard output;
-anything a library prints goes to standard error. With arguments it runs these as a command instead.
+anything a library prints goes to standard error. Its arguments are the process that started it and, to
+run this instead of jobs, a command.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any
 STICKY = 3  # exit status: the device's context is lost
 
 
-def end_with_parent() -> None:
-    """End this session once nobody is left to read the answers, be it in the middle of a job."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """End this session once nobody is left to read the answers, be it in the middle of a job.
+
+    Args:
+        parent: process that started this one; asked here, it may be dead already and another's turn.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -33,9 +37,9 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def serve() -> int:
+def serve(parent: int) -> int:
     """Answer jobs until standard input ends."""
-    end_with_parent()
+    end_with_parent(parent)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -74,9 +78,9 @@ def serve() -> int:
     return 0
 
 
-def beside(command: Sequence[str]) -> int:
+def beside(parent: int, command: Sequence[str]) -> int:
     """Run a command that ends, with all it started, once nobody is left who wants it."""
-    end_with_parent()
+    end_with_parent(parent)
     return subprocess.call(command)
 
 
@@ -91,4 +95,5 @@ def _device_answers(torch: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(beside(sys.argv[1:]) if sys.argv[1:] else serve())
+    started_by, *wanted = sys.argv[1:]
+    sys.exit(beside(int(started_by), wanted) if wanted else serve(int(started_by)))

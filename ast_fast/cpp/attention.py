@@ -32,28 +32,30 @@ def check(
     q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...] = (), grads: tuple[Tensor, ...] = ()
 ) -> None:
     """Raise ValueError unless q, k, v, what is saved of the shape of q, and outputs fit together."""
-    need(
-        q.dim() in (3, 4)
-        and q.dim() == k.dim()
-        and k.shape == v.shape
-        and q.shape[-2:] == k.shape[-2:]
-        and (q.dim() == 3 or q.shape[0] == k.shape[0])
-        and q.shape[-1] in WIDTHS
-        and q.dtype in CODES
-        and q.dtype == k.dtype == v.dtype,
-        f"q, k, v of one dtype, heads and head width of {WIDTHS}",
-        *(q, k, v),
-    )
+    shape, keys, dtype = q.shape, k.shape, q.dtype
+    # one expression, and a message only where it is needed: a small call takes a few microseconds in all
+    if not (
+        keys == v.shape
+        and shape[-2:] == keys[-2:]
+        and len(shape) == len(keys)
+        and (shape[0] == keys[0] if len(shape) == 4 else len(shape) == 3)
+        and shape[-1] in WIDTHS
+        and dtype in CODES
+        and dtype == k.dtype == v.dtype
+    ):
+        need(False, f"q, k, v of one dtype, heads and head width of {WIDTHS}", q, k, v)
     for x in saved:
-        need(x.shape == q.shape and x.dtype == q.dtype, "do and o like q", q, x)
+        if x.shape != shape or x.dtype != dtype:
+            need(False, "do and o like q", q, x)
     for x, like in zip(grads, (q, k, v), strict=bool(grads)):
-        fits = x.shape == like.shape and x.dtype == q.dtype and x.stride(-1) == 1
-        need(fits, "dq, dk, dv like q, k, v with contiguous rows", like, x)
+        if x.shape != like.shape or x.dtype != dtype or x.stride(-1) != 1:
+            need(False, "dq, dk, dv like q, k, v with contiguous rows", like, x)
 
 
 def check_lse(lse: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless the log-sum-exp is what a forward pass gives."""
-    need(lse.shape == shape and lse.dtype == torch.float32, f"a float32 lse {shape}", lse)
+    if lse.shape != shape or lse.dtype != torch.float32:
+        need(False, f"a float32 lse {shape}", lse)
 
 
 def view(x: Tensor) -> View:
@@ -72,16 +74,17 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 
 
 def _check_keys(clips: int, keys: int, lengths: Tensor | None, bias: Tensor | None) -> None:
-    if lengths is not None:
-        need(lengths.shape == (clips,), f"{clips} lengths of keys", lengths)
-    if bias is not None:
-        fits = bias.shape == (clips, keys) and bias.dtype == torch.float32
-        need(fits, f"a float32 bias {(clips, keys)}", bias)
+    if lengths is not None and lengths.shape != (clips,):
+        need(False, f"{clips} lengths of keys", lengths)
+    if bias is not None and (bias.shape != (clips, keys) or bias.dtype != torch.float32):
+        need(False, f"a float32 bias {(clips, keys)}", bias)
 
 
 def _lengths(key_lengths: Tensor | None) -> Tensor | None:
     if key_lengths is None:
         return None
+    if key_lengths.dtype == torch.int32 and key_lengths.device.type == "cpu":
+        return key_lengths.contiguous()
     # a wider integer must not wrap
     return key_lengths.clamp(-1, 2**31 - 1).to("cpu", torch.int32).contiguous()
 

@@ -37,15 +37,14 @@ def _check(
     grads: tuple[Tensor, ...] = (),
 ) -> None:
     attention.check(q, k, v, saved, grads)
-    need(
+    if not (
         q.dim() == 3
         and starts_q.dim() == 1
         and starts_q.shape == starts_k.shape
         and starts_q.numel() >= 1
-        and starts_q.dtype == starts_k.dtype == torch.int32,
-        "q, k, v [N, H, D] and int32 starts [B + 1] of both",
-        *(q, starts_q, starts_k),
-    )
+        and starts_q.dtype == starts_k.dtype == torch.int32
+    ):
+        need(False, "q, k, v [N, H, D] and int32 starts [B + 1] of both", q, starts_q, starts_k)
 
 
 def _totals(cu_seqlens: Tensor) -> Tensor:

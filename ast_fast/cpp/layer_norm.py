@@ -36,8 +36,10 @@ def _run(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     rows, cols = x.shape
-    need(weight.shape == (cols,) == bias.shape, "weight and bias [C]", x, weight, bias)
-    need(residual is None or residual.shape == x.shape, "a residual like x", x, residual)
+    if not weight.shape == (cols,) == bias.shape:
+        need(False, "weight and bias [C]", x, weight, bias)
+    if residual is not None and residual.shape != (rows, cols):
+        need(False, "a residual like x", x, residual)
     x, weight, bias = rows_of(x), wide(weight), wide(bias)
     y = torch.empty((rows, cols), dtype=out_dtype)
     mean = torch.empty(rows, dtype=torch.float32)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 Sizes = dict[str, Any]
 
+_MOST_FORMS = 1024  # that are remembered for each op
+
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _INTEGERS = frozenset((torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64))
 _KINDS = {
@@ -73,6 +75,7 @@ class Checks:
         self._op = ""
         self._names: tuple[str, ...] = ()
         self._operands: list[_Operand] = []
+        self._good: set[tuple[Any, ...]] = set()
 
     def bind(self, op: str, function: Callable[..., Any]) -> None:
         """Learn the places of the arguments from the op's body."""
@@ -143,16 +146,21 @@ class Checks:
 
     def __call__(self, arguments: Sequence[Any]) -> None:
         """Raise ValueError unless a body may run with these."""
-        self.fake(arguments)
-        if self._values is None and self._backend is None:
-            return
-        named = dict(zip(self._names, arguments, strict=True))
-        if self._backend is not None:
-            reason = self._backend(named)
-            if reason is not None:
-                raise ValueError(f"ast_fast::{self._op}: backend={named['backend']!r}: {reason}")
+        form = _form(arguments)
+        if form not in self._good:
+            self.fake(arguments)
+            if self._backend is not None:
+                named = dict(zip(self._names, arguments, strict=True))
+                reason = self._backend(named)
+                if reason is not None:
+                    raise ValueError(
+                        f"ast_fast::{self._op}: backend={named['backend']!r}: {reason}"
+                    )
+            if len(self._good) >= _MOST_FORMS:
+                self._good.clear()
+            self._good.add(form)
         if self._values is not None:
-            self._values(named, {})
+            self._values(dict(zip(self._names, arguments, strict=True)), {})
 
     def _check_numbers(self, arguments: Sequence[Any]) -> None:
         for name in self._finite:
@@ -185,6 +193,20 @@ class Checks:
             f"ast_fast::{self._op}: {name} has shape {tuple(x.shape)}, expected "
             f"[{', '.join(dims)}]{others}"
         )
+
+
+def _form(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """All of a call that its checks look at but values; equal ones need no second look."""
+    return tuple(
+        [
+            (a.shape, a.dtype, a.device)
+            if isinstance(a, Tensor)
+            else _form(a)
+            if isinstance(a, list | tuple)
+            else a
+            for a in arguments
+        ]
+    )
 
 
 def _said(dtypes: frozenset[torch.dtype]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,15 @@ from .. import backend
 from ._checks import Checks
 
 PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Trust(threading.local):
+    """Whether the next body that this thread runs has had its arguments checked by a wrapper."""
+
+    once = False
+
+
+_trust = _Trust()
 
 
 def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
@@ -28,8 +38,11 @@ def register(name: str, checks: Checks) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def checked(*arguments: Any) -> Any:
-            checks(arguments)
-            _refuse_derivatives(name)
+            if _trust.once:
+                _trust.once = False
+            else:
+                checks(arguments)
+                _refuse_derivatives(name)
             return function(*arguments)
 
         op = torch.library.custom_op(
@@ -89,10 +102,16 @@ def call(op: Any, *arguments: Any) -> Any:
     """
     if watched(*arguments) or arguments[0].is_meta:
         return op(*arguments)
-    recording = torch.is_grad_enabled()
+    if not torch.is_grad_enabled():
+        return op.body(*arguments)
     for argument in arguments:
-        if recording and isinstance(argument, Tensor) and argument.requires_grad:
-            return op(*arguments)
+        if isinstance(argument, Tensor) and argument.requires_grad:
+            # used up by the body, before anybody else's code can run: hooks on what is saved come after it
+            _trust.once = True
+            try:
+                return op(*arguments)
+            finally:
+                _trust.once = False
     return op.body(*arguments)
 
 
@@ -171,6 +190,8 @@ def allow_tf32(device_type: str) -> bool:
 
 def int32_lengths(lengths: Tensor, limit: int) -> Tensor:
     """Lengths [B] as int32, those beyond `limit` cut to it: a wider integer must not wrap."""
+    if lengths.dtype == torch.int32:
+        return lengths
     if lengths.dtype == torch.int64:
         lengths = lengths.clamp(0, limit)
     return lengths.to(torch.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
 from typing import Any
 
 import torch
@@ -89,11 +89,11 @@ def attention_varlen(
         f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}: "
         "expected one more than there are clips in both",
     )
-    require(
-        q.device == cu_seqlens_q.device == cu_seqlens_k.device,
-        f"q is on {q.device}, cu_seqlens_q on {cu_seqlens_q.device} and cu_seqlens_k on "
-        f"{cu_seqlens_k.device}: move them to one device",
-    )
+    if not q.device == cu_seqlens_q.device == cu_seqlens_k.device:
+        raise ValueError(
+            f"q is on {q.device}, cu_seqlens_q on {cu_seqlens_q.device} and cu_seqlens_k on "
+            f"{cu_seqlens_k.device}: move them to one device"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = cast_for_autocast(q, k, v)
     if not traced() and not q.is_meta and type(cu_seqlens_q) in PLAIN:
@@ -147,30 +147,33 @@ def check_starts(
 
     Starts elsewhere are read only with `wait`, by what waits for them anyway.
     """
-    for name, starts, rows, longest in (
-        ("q", cu_seqlens_q, num_queries, max_seqlen_q),
-        ("k", cu_seqlens_k, num_keys, max_seqlen_k),
-    ):
+    sides = [("q", cu_seqlens_q, num_queries, max_seqlen_q)]
+    keys = (cu_seqlens_k, num_keys, max_seqlen_k)
+    if cu_seqlens_k is not cu_seqlens_q or keys[1:] != sides[0][2:]:
+        sides.append(("k", *keys))
+    for name, starts, rows, longest in sides:
         # sizes alone tell these, on any device
         clips = starts.numel() - 1
-        require(
-            rows <= clips * longest,
-            f"max_seqlen_{name}={longest} for {rows} rows in {clips} clips of cu_seqlens_{name}: expected "
-            "the longest clip, and as many clips as hold all rows",
-        )
+        if rows > clips * longest:
+            raise ValueError(
+                f"max_seqlen_{name}={longest} for {rows} rows in {clips} clips of cu_seqlens_{name}: "
+                "expected the longest clip, and as many clips as hold all rows"
+            )
         if starts.device.type != "cpu" and not wait:
             continue
         values = starts.tolist()
-        most = max((b - a for a, b in itertools.pairwise(values)), default=0)
-        require(
-            values[0] == 0 and values[-1] == rows and values == sorted(values),
-            f"cu_seqlens_{name} is {_short(values)}: expected where each clip starts, from 0 on, never "
-            f"going backwards, and then the number of rows, {rows}",
-        )
-        require(
-            most <= longest,
-            f"max_seqlen_{name}={longest}: expected {most} or more, the longest clip in cu_seqlens_{name}",
-        )
+        lengths = list(map(operator.sub, values[1:], values))
+        if values[0] != 0 or values[-1] != rows or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{name} is {_short(values)}: expected where each clip starts, from 0 on, "
+                f"never going backwards, and then the number of rows, {rows}"
+            )
+        most = max(lengths, default=0)
+        if most > longest:
+            raise ValueError(
+                f"max_seqlen_{name}={longest}: expected {most} or more, the longest clip in "
+                f"cu_seqlens_{name}"
+            )
 
 
 def _short(values: list[int]) -> str:

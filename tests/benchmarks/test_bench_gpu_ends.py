@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,8 @@ def test_pools_that_share_a_folder_keep_each_other_s_logs(tmp_path, monkeypatch)
     assert logs == {"worker-1.txt": "of the run", "worker-2.txt": "of its last step"}
 
 
-def test_what_runs_in_the_background_ends_when_the_run_is_killed(root, tmp_path):
+@pytest.mark.parametrize("awaited", ["benchmarks.worker", "^sleep 600"])
+def test_what_runs_in_the_background_ends_when_the_run_is_killed(root, tmp_path, awaited):
     script = (
         "import sys, time; from pathlib import Path; from benchmarks import background;"
         "b = background.Background([('sleep', '600')], Path(sys.argv[1]));"
@@ -249,7 +251,7 @@ def test_what_runs_in_the_background_ends_when_the_run_is_killed(root, tmp_path)
 
     try:
         until = time.monotonic() + 120
-        while not any("sleep 600" in line for line in members()):
+        while not any(re.search(awaited, line) for line in members()):
             assert time.monotonic() < until
             time.sleep(0.05)
     finally:

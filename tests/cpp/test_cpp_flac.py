@@ -207,8 +207,8 @@ def test_the_fixed_predictor_of_the_highest_order():
 def test_linear_sums_beyond_32_bits_and_shifts_that_are_none(shift):
     order, weight = 5, 16383
     first = [32000 + index for index in range(order)]
-    # the prediction overshoots by far, and the residual brings it back
-    rest = [32000 - (sum(first) * weight >> 15)]
+    # the prediction overshoots by far, and the residual brings it back; a shift that is none predicts nothing
+    rest = [32000 - (sum(first) * weight >> 15) if shift > 0 else 0]
     stream = Stream(order + 1).put((31 + order) << 1, 8)
     for value in first:
         stream.put(value, 16)

@@ -127,6 +127,26 @@ def test_packed_clips_of_any_length(arena, queries, keys, config):
 
 
 @pytest.mark.parametrize("config", PATHS, ids=lambda c: c.name)
+@pytest.mark.parametrize("wrong", [[0, 40, 20, 60], [0, 20, 61], [0, 20, 59], [2, 20, 60]])
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_wrong_starts_give_nan_everywhere(arena, wrong, side, config):
+    # every operand and result lies between guard zones
+    q, k, v, do = inputs(arena, (60, 2, 32), (60, 2, 32))
+    o, lse = (
+        arena.put(torch.ones(60, 2, 32)),
+        arena.put(torch.ones(2, reference.varlen_columns(60, len(wrong) - 1))),
+    )
+    right = starts([60, *[0] * (len(wrong) - 2)])
+    bounds = [torch.tensor(wrong, dtype=torch.int32), right]
+    out = [arena.put(torch.zeros_like(x)) for x in (q, k, v)]
+    attention_varlen.backward(
+        do, q, k, v, o, lse, *(bounds if side == "q" else bounds[::-1]), 0, 0, SCALE, False, *out,
+        one_pass_config=config,
+    )  # fmt: skip
+    assert all(bool(x.isnan().all()) for x in out)
+
+
+@pytest.mark.parametrize("config", PATHS, ids=lambda c: c.name)
 def test_packed_clips_of_one_length_give_the_bits_of_dense_attention(arena, config):
     q, k, v, do = inputs(arena, (3, 40, 2, 32), (3, 40, 2, 32))
     cu = starts([40] * 3)

@@ -226,6 +226,38 @@ def test_strides_do_not_matter(name, backend):
                 assert same or a.dtype == torch.uint8, (label, layout, place)
 
 
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the C++ extension is not built")
+def test_a_call_that_was_right_excuses_no_other():
+    registry = torch.ops.ast_fast
+    q = random_tensor(2, 5, 2, 32, seed=0).requires_grad_()
+    short = q.detach()[:, :4]
+
+    def wrong():
+        with pytest.raises(ValueError, match="v has shape"):
+            registry.attention(q.detach(), q.detach(), short, None, 0.2, True, False, "cpp")
+
+    seen = []
+
+    def pack(x):
+        # runs in the middle of a call whose arguments a wrapper has checked
+        seen.append(wrong())
+        return x
+
+    with use_backend("cpp"):
+        for _ in range(2):
+            ops.attention(q, q, q).sum().backward()
+            wrong()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            ops.attention(q, q, q)
+    assert seen
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    args = (*[q.detach()[0]] * 3, starts, starts, 3, 3, 0.2, True, False, "cpp")
+    registry.attention_varlen(*args)
+    starts[1] = 7
+    with pytest.raises(ValueError, match="cu_seqlens_q is"):
+        registry.attention_varlen(*args)
+
+
 FAR = [-(2**40), -1, 0, 3, 17, 18, 2**31, 2**32 + 3, 2**62]
 
 
