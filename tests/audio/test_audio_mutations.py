@@ -1,5 +1,6 @@
 """Two thousand damaged files: an AudioError or audio, in bounded time and memory, never a crash."""
 
+import contextlib
 import io
 import random
 import resource
@@ -12,6 +13,19 @@ import torch
 from ast_fast import audio
 
 MUTANTS_PER_FORMAT = 167  # twelve kinds of file: 2004
+
+LIMIT_S = 0.05  # of the processor, a file
+
+
+def least_seconds(content):
+    """What reading takes at its best of five."""
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        with contextlib.suppress(audio.AudioError):
+            audio.load(content)
+        taken.append(time.process_time() - start)
+    return min(taken)
 
 
 def originals():
@@ -50,10 +64,9 @@ def test_damaged_files_raise_audio_errors_only_and_leak_nothing():
     ]
     assert len(mutants) >= 2000
     outcomes = {"read": 0, "refused": 0}
-    slowest = 0.0
+    slow = []
 
     def read_all(rounds):
-        nonlocal slowest
         for mutant in mutants[:: 1 if rounds == 1 else 4]:
             start = time.process_time()
             try:
@@ -63,12 +76,14 @@ def test_damaged_files_raise_audio_errors_only_and_leak_nothing():
             except audio.AudioError as error:
                 assert error.reason
                 outcomes["refused"] += 1
-            slowest = max(slowest, time.process_time() - start)
+            if time.process_time() - start > LIMIT_S:
+                slow.append(mutant)
 
     read_all(2)  # warm-up: libraries and allocator
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read_all(1)
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert outcomes["read"] > 50 and outcomes["refused"] > 50, outcomes
-    assert slowest < 2.0  # processor seconds; typical is under 2 ms
     assert grown_mib < 64
+    # what else the process did in the meantime, such as collecting garbage, does not come again
+    assert all(least_seconds(mutant) < LIMIT_S for mutant in slow)

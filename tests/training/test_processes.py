@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
@@ -91,6 +92,56 @@ def test_a_process_that_dies_ends_all_of_them_within_a_minute(tmp_path):
     done = torchrun(script)
     assert done.returncode != 0 and "exitcode  : 17" in done.stderr
     assert time.monotonic() - started < 60
+
+
+FIRST_STEP = """
+    import importlib.util, sys, torch
+    spec = importlib.util.spec_from_file_location("loop_tests", {tests!r})
+    tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(tests)
+    torch.set_num_threads(1)
+    folder, devices, parts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    config = tests.CONFIG.replace(
+        devices=devices, accelerator="cpu", augment=tests.BY_CLIP, epochs=1, accumulate=parts,
+        batch_size=12, grad_clip=0.0,
+    )
+    run = tests.trainer(folder, config, data=tests.tones(12))
+    found = []
+    def keep(*_):
+        found.append({{name: p.grad.clone() for name, p in run.model.named_parameters()}})
+    run.optimizer.register_step_pre_hook(keep)
+    run.fit()
+    if run.fabric.global_rank == 0:
+        torch.save(found, f"{{folder}}/gradients.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """Of one batch, in one part and in two: within the rounding of float32."""
+    script = tmp_path / "first_step.py"
+    tests = str(Path(__file__).with_name("test_loop.py"))
+    script.write_text(textwrap.dedent(FIRST_STEP).format(tests=tests))
+    found = {}
+    for devices, parts in ((1, 1), (2, 1), (2, 2)):
+        folder = tmp_path / f"{devices}-{parts}"
+        # one process starts the other, as from Python
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder), str(devices), str(parts)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
+        # Fabric wraps the optimizer, whose hooks then run twice a step: before anything changed
+        found[devices, parts] = torch.load(folder / "gradients.pt")[0]
+    one = found.pop((1, 1))
+    scale = torch.cat([each.double().flatten() for each in one.values()]).norm()
+    assert scale > 0 and len(one) > 20
+    for case, two in found.items():
+        assert two.keys() == one.keys()
+        off = torch.cat([(two[k].double() - one[k].double()).flatten() for k in one]).norm()
+        assert off <= 1e-6 * scale, (case, float(off / scale))
 
 
 @pytest.mark.slow
