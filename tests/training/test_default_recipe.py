@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 
-from ast_fast import ASTModel, cli
+from ast_fast import ASTModel, cli, create_model
 from ast_fast.training.default_recipe import (
     MOST_FRAMES,
     default_recipe,
@@ -191,10 +192,11 @@ def test_runs_of_several_seeds_and_folds_are_of_one_setting(tmp_path):
 
 def test_long_clips_have_fewer_patches_and_large_sets_the_larger_model():
     assert [stride_for(frames) for frames in (16, 416, 417, 1024)] == [10, 10, 16, 16]
-    assert default_recipe(100, 2, 416)["sizes"].get("tstride") is None
-    assert default_recipe(100, 2, 417)["sizes"]["tstride"] == 16
+    short, long = (default_recipe(100, 2, frames)["sizes"] for frames in (416, 417))
+    assert "tstride" not in short and short["fstride"] == 6
+    assert long["tstride"] == long["fstride"] == 16
     small, large = (default_recipe(clips, 2, 106)["sizes"] for clips in (2000, 2001))
-    assert small["embed_dim"] == 96 and not large
+    assert small["embed_dim"] == 96 and "embed_dim" not in large
 
 
 def test_a_stride_that_is_set_shapes_the_length(tmp_path):
@@ -205,3 +207,13 @@ def test_a_stride_that_is_set_shapes_the_length(tmp_path):
     # 48 frames
     assert found["frontend"]["num_frames"] == 48 and found["sizes"]["depth"] == 1
     assert found["sizes"]["embed_dim"] == 96
+
+
+@pytest.mark.parametrize("frames", [106, 1016])
+@pytest.mark.parametrize("clips", [100, 5000])
+def test_every_mel_bin_is_in_a_patch(frames, clips):
+    sizes = {"input_fdim": 64, "input_tdim": frames, **default_recipe(clips, 2, frames)["sizes"]}
+    model = create_model("ast_mini_p16_s10", num_classes=2, **sizes).eval()
+    x = torch.zeros(1, frames, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert (x.grad.abs().amax((0, 1)) > 0).all()
