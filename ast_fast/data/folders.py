@@ -26,9 +26,9 @@ def read_folder(
 ) -> Manifest:
     """A folder per class: `root/<class>/**/<clip>`, or `root/<part>/<class>/**/<clip>`.
 
-    Parts are folders named train, validation, test and the like, if no others hold sound; sound in one that is in no folder of a class is left out. Links are
-    followed to what lies under the root or under `link_roots`. The notes say what is left out, hidden
-    files and folders apart.
+    Parts are folders named train, validation, test and the like, if no others hold sound; sound in one
+    that is in no folder of a class is left out. Links are followed to what lies under the root or under
+    `link_roots`. The notes say what is left out, hidden files and folders apart.
 
     Args:
         root: the folder.

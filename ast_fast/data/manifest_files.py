@@ -164,9 +164,8 @@ def _json_lines(path: Path, first: int, content: bytes) -> _Named:
             except StopIteration:
                 end = -1
             if end != len(text):
-                row = json.loads(
-                    text, object_pairs_hook=_object
-                )  # says what is wrong, which takes more time
+                # says what is wrong, which takes more time
+                row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
         yield line, row
@@ -191,7 +190,7 @@ def _meant(names: Iterable[str], where: str) -> list[str]:
     """What columns are, by their names.
 
     Raises:
-        ManifestError: two are one, or they name parts of files, which a manifest cannot.
+        ManifestError: two mean the same.
     """
     names = list(names)
     columns = [_ALIASES.get(name, name) for name in names]
