@@ -46,4 +46,5 @@ def _is_plain_wav(magic: bytes, size: int) -> bool:
         and magic[:4] == b"RIFF"
         and magic[8:20] == b"WAVEfmt \x10\0\0\0"
         and 0 < int.from_bytes(magic[40:44], "little") == size - 44
+        and not (size - 44) % max(1, int.from_bytes(magic[32:34], "little"))
     )

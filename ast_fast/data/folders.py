@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .tree import Walk
 _LISTS = {"validation_list.txt": "validation", "testing_list.txt": "test"}
 _NOISE = "_background_noise_"
 _NAMES = 12
+_FOLD = re.compile(r"folds?[-_ ]?\d+", re.IGNORECASE)
 
 
 def read_folder(
@@ -24,9 +26,9 @@ def read_folder(
 ) -> Manifest:
     """A folder per class: `root/<class>/**/<clip>`, or `root/<part>/<class>/**/<clip>`.
 
-    Parts are folders named train, validation, test and the like, if no others hold sound. Links are
-    followed to what lies under the root or under `link_roots`. The notes say what is left out, hidden
-    files and folders apart.
+    Parts are folders named train, validation, test and the like, if no others hold sound; sound in one
+    that is in no folder of a class is left out. Links are followed to what lies under the root or under
+    `link_roots`. The notes say what is left out, hidden files and folders apart.
 
     Args:
         root: the folder.
@@ -36,7 +38,7 @@ def read_folder(
 
     Raises:
         ManifestError: there are no classes or no audio files; or folders that look like parts lie beside
-            others with sound.
+            others with sound, or hold no folders of classes.
     """
     root = Path(root)
     if not root.is_dir():
@@ -56,9 +58,20 @@ def read_folder(
         beside = [name for name in names if name not in full]
         if beside:
             notes.append(f"folders without sound beside the parts are left out: {_some(beside)}")
+        for part in full:
+            bare = [file for file in found[part] if "/" not in file]
+            if bare:
+                notes.append(
+                    f"{len(bare)} files of sound in {part!r}, in no folder of a class, are left out"
+                )
+            found[part] = [file for file in found[part] if "/" in file]
         inner = {part: _folders_of(walk, root / part, found[part]) for part in full}
         places = [(f"{part}/{name}", name, part.lower()) for part in full for name in inner[part]]
         found = {f"{part}/{name}": inner[part][name] for part in full for name in inner[part]}
+    else:
+        words = [name for name in full if name.lower() in SPLIT_NAMES]
+        if words:
+            notes.append(f"{_some(words)} are taken for classes, as others beside them hold sound")
     empty = [place for place, _, _ in places if not found[place]]
     if empty:
         notes.append(f"folders without sound are no classes: {_some(empty)}")
@@ -77,21 +90,53 @@ def read_folder(
 
 
 def _are_parts(root: Path, full: Sequence[str], found: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the folders that hold sound are parts of a set, each with folders of classes."""
+    """Whether the folders that hold sound are parts of a set, with folders of classes in one at least.
+
+    Raises:
+        ManifestError: they may be parts or classes.
+    """
     parts = [name for name in full if name.lower() in SPLIT_NAMES]
-    # folders of sound are classes, whatever they are called
-    if not parts or any("/" not in file for name in parts for file in found[name]):
+    if not parts:
+        _check_no_folds(root, full)
         return False
+    inner = {name: {file.partition("/")[0] for file in found[name] if "/" in file} for name in full}
     others = [name for name in full if name not in parts]
     if not others:
+        if not any(inner.values()):
+            raise ManifestError(
+                f"{str(root)!r}: {_some(parts)} look like parts of a set, but hold no folders of classes: expected "
+                "train/<class>/<clip>; list the clips in a CSV with columns path, label and split, or rename "
+                "what are classes"
+            )
         return True
-    inner = [{file.partition("/")[0] for file in found[name]} for name in parts]
-    if len(inner) > 1 and inner[0] & inner[1]:
+    # folders of sound are classes, whatever they are called
+    if any("/" not in file for name in parts for file in found[name]):
+        return False
+    shared = any(inner[part] & inner[name] for part in parts for name in full if name != part)
+    # of classes with folders in them the others have some too
+    alone = any(len(inner[name]) > 1 for name in parts) and not any(inner[name] for name in others)
+    if shared or alone:
+        why = "the same folders" if shared else "folders"
         raise ManifestError(
-            f"{str(root)!r}: {_some(parts)} look like parts of a set, as they hold the same folders, but "
+            f"{str(root)!r}: {_some(parts)} look like parts of a set, as they hold {why}, but "
             f"{_some(others)} beside them hold sound too: move those away, or rename what are classes"
         )
     return False
+
+
+def _check_no_folds(root: Path, full: Sequence[str]) -> None:
+    """Refuse folders all of which are called as folds or parts are: fold1, fold2; train-clean, test-clean.
+
+    Raises:
+        ManifestError: they are.
+    """
+    folds = [name for name in full if _FOLD.fullmatch(name)]
+    words = {re.split(r"[-_ .]", name.lower())[0] for name in full}
+    if len(full) > 1 and (folds == list(full) or (len(words) > 1 and words <= SPLIT_NAMES)):
+        raise ManifestError(
+            f"{str(root)!r}: {_some(full)} look like folds or parts of a set, not like classes: list the clips in a "
+            "CSV with columns path, label and split, or rename what are classes"
+        )
 
 
 def _folders_of(walk: Walk, part: Path, files: Sequence[str]) -> dict[str, list[str]]:

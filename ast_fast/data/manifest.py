@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def collect(
     check_files: bool = False,
     leave_out_missing: bool = False,
     need_labels: bool = True,
-    notes: Sequence[str] = (),
+    notes: Iterable[str] = (),
     link_roots: Sequence[str] = (),
 ) -> Manifest:
     """A manifest of rows, every one of them checked.
@@ -158,7 +159,7 @@ def collect(
         check_files: look for each file now rather than when it is read.
         leave_out_missing: leave files out that are not there, and list them, rather than refuse.
         need_labels: refuse a list in which no clip has a label; those that have none are of no class.
-        notes: what the reader has to say.
+        notes: what the reader has to say; asked for when all rows are read.
         link_roots: see `Manifest`.
 
     Raises:
@@ -239,6 +240,7 @@ def collect(
     if not paths:
         gone = f": none of the {len(missing)} files is under {str(root)!r}" if missing else ""
         raise ManifestError(f"{source}: holds no clips{gone}")
+    said = [*notes, *_listed_twice(paths, texts, values)]
     if value_names:
         classes = value_names
         numbered: list[tuple[int, ...]] = [()] * len(paths)
@@ -248,12 +250,18 @@ def collect(
             classes = in_order({label for text in distinct for label in text})
             if not classes and need_labels:
                 raise ManifestError(f"{source}: none of its {len(paths)} clips has a label")
+            odd = next((name for name in classes if not name.strip() or "\0" in name), None)
+            if odd is not None:
+                line = next(line for line, text in zip(lines, texts, strict=True) if odd in text)
+                raise ManifestError(
+                    f"{_where(source, line)}: the label {odd!r:.80} is empty or holds a NUL character"
+                )
             known = {name: index for index, name in enumerate(classes)}
         indices = {text: tuple(dict.fromkeys(known[label] for label in text)) for text in distinct}
         numbered = [indices[text] for text in texts]
         bare = sum(not text for text in texts) if () in distinct else 0
         if bare and need_labels:
-            notes = (*notes, unlabelled(bare))
+            said.append(unlabelled(bare))
     return Manifest(
         root,
         paths,
@@ -264,9 +272,31 @@ def collect(
         np.asarray(values, np.float32) if value_names else None,
         splits if any(splits) else None,
         tuple(missing),
-        tuple(notes),
+        tuple(said),
         tuple(link_roots),
     )
+
+
+def _listed_twice(
+    paths: Sequence[str],
+    texts: Sequence[tuple[str, ...]],
+    values: Sequence[tuple[float, ...]],
+) -> list[str]:
+    """What is said of files that are listed more than once."""
+    if len(set(paths)) == len(paths):
+        return []
+    told: dict[str, set[tuple[Any, ...]]] = {}
+    counts: Counter[str] = Counter(paths)
+    for path, what in zip(paths, values or texts, strict=True):
+        if counts[path] > 1:
+            told.setdefault(path, set()).add(tuple(sorted(what)))
+    first = next(iter(told))
+    text = f"{len(told)} files are listed more than once, such as {first!r:.200}"
+    differ = [path for path, what in told.items() if len(what) > 1]
+    if differ:
+        kind = "numbers" if values else "labels"
+        text += f"; {len(differ)} of them with other {kind} each time, such as {differ[0]!r:.200}"
+    return [text]
 
 
 def unlabelled(count: int) -> str:

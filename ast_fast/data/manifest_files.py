@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,31 @@ _ALIASES = {
     **{"wav": "path", "file": "path", "filename": "path"},
     **{"label": "labels", "key": "id", "fold": "split"},
 }
+_KNOWN = frozenset(("path", "id", "split"))
+# columns by which other tools name a part of a file; a duration alone is only said of it
+_SEGMENT = re.compile(
+    r"(start|begin|offset|onset|end|stop|t_?start|t_?end|t_?min|t_?max|(start|begin|end|stop|segment_start|segment_end)"
+    r"_?(s|sec|secs|seconds|ms|time|times?tamp|frame|sample)s?|segment_(start|end)|(offset|onset)_(s|sec|seconds|ms))",
+    re.IGNORECASE,
+)
 _PLAIN_CHARS = 4096
+_SHOWN = 12  # names in a message
+_MOST_NAMES = 1000  # kept of a file that invents new ones
 _LONGEST_BYTES = 4 * MAX_FIELD_CHARS  # of a line
-_scan: Callable[[str, int], tuple[Any, int]] = json.scanner.make_scanner(json.JSONDecoder())  # type: ignore[attr-defined]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose names differ; of two alike Python keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice!r:.80} stands in it twice")
+    return found
+
+
+_scan: Callable[[str, int], tuple[Any, int]] = json.scanner.make_scanner(  # type: ignore[attr-defined]
+    json.JSONDecoder(object_pairs_hook=_object)
+)
 # a whole line; texts without escapes, so that what stands in quotes is what is meant
 _TEXT = rf'"([^"\\\x00-\x1f]{{0,{_PLAIN_CHARS}}})"'
 _LIST = rf"\[([^\[\]{{}}\\\x00-\x1f]{{0,{_PLAIN_CHARS}}})\]"
@@ -87,15 +110,16 @@ def read_manifest(
     separator = label_separator or ("," if suffix == ".json" else ";")
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
     rows: Iterator[Row | Block] | None = None
+    unused = _Unused()
     if not values:
         plain = {".csv": _plain_csv, ".jsonl": _plain_jsonl}.get(suffix)
-        rows = plain(path, separator, within, need_labels) if plain is not None else None
+        rows = plain(path, separator, within, need_labels, unused) if plain is not None else None
     if rows is None:
         readers = {".csv": csv_rows, ".jsonl": _read_jsonl, ".json": _read_original}
         named = readers[suffix](path)
         if not values:
             named, values = _value_names(named)
-        rows = _rows(named, separator, tuple(values), within, path, need_labels)
+        rows = _rows(named, separator, tuple(values), within, path, need_labels, unused)
     return collect(
         rows,
         path,
@@ -106,6 +130,7 @@ def read_manifest(
         check_files=check_files,
         leave_out_missing=leave_out_missing,
         need_labels=need_labels,
+        notes=unused,
     )
 
 
@@ -139,7 +164,8 @@ def _json_lines(path: Path, first: int, content: bytes) -> _Named:
             except StopIteration:
                 end = -1
             if end != len(text):
-                row = json.loads(text)  # says what is wrong, which takes more time
+                # says what is wrong, which takes more time
+                row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
         yield line, row
@@ -155,15 +181,71 @@ def _read_original(path: Path) -> _Named:
 
 def _json(raw: bytes, where: str) -> Any:
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
 
 
-def _plain_csv(path: Path, separator: str, within: str, _: bool) -> Iterator[Row | Block] | None:
+def _meant(names: Iterable[str], where: str) -> list[str]:
+    """What columns are, by their names.
+
+    Raises:
+        ManifestError: two mean the same.
+    """
+    names = list(names)
+    columns = [_ALIASES.get(name, name) for name in names]
+    if len(set(columns)) < len(columns):
+        twice, _ = Counter(columns).most_common(1)[0]
+        both = [name for name, column in zip(names, columns, strict=True) if column == twice]
+        raise ManifestError(
+            f"{where}: has {' and '.join(map(repr, both))}, which both mean {twice}: expected one of them"
+        )
+    return columns
+
+
+def _check_whole(names: Iterable[str], where: str) -> None:
+    """Refuse columns that name parts of files: whole files would be taken for them.
+
+    Raises:
+        ManifestError: there is one.
+    """
+    parts = [name for name in names if _SEGMENT.fullmatch(name)]
+    if parts:
+        raise ManifestError(
+            f"{where}: {', '.join(map(repr, parts))} name parts of files, and a manifest takes whole ones: cut the "
+            "files into clips; if they are cut already, leave these columns out"
+        )
+
+
+def _look(names: Sequence[str], values: Sequence[str], where: str, unused: _Unused) -> None:
+    """Judge the names that a row has: those of segments are refused, others without a use noted."""
+    known = _KNOWN | ({"values"} if values else {"labels"})
+    meant = zip(names, _meant(names, where), strict=True)
+    others = [name for name, column in meant if column not in known and name not in values]
+    _check_whole(others, where)
+    if len(unused.names) < _MOST_NAMES:
+        unused.names |= dict.fromkeys(others)
+
+
+class _Unused:
+    """Names that rows have and that mean nothing here, to be said at the end."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        shown = [name for name in self.names if name.strip()]
+        if shown:
+            more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+            yield f"columns that are not used: {', '.join(map(repr, shown[:_SHOWN]))}{more}"
+
+
+def _plain_csv(
+    path: Path, separator: str, within: str, _: bool, __: _Unused
+) -> Iterator[Row | Block] | None:
     """Rows of a path, labels and perhaps a part, the form that sets of millions have; None for other columns."""
     header, rows = csv_table(path)
-    columns = [_ALIASES.get(name, name) for name in header]
+    columns = _meant(header, f"{path}, line 1")
     if sorted(columns) not in (["labels", "path"], ["labels", "path", "split"]):
         return None
     place, label = columns.index("path"), columns.index("labels")
@@ -196,7 +278,7 @@ def _plain_csv(path: Path, separator: str, within: str, _: bool) -> Iterator[Row
 
 
 def _plain_jsonl(
-    path: Path, separator: str, within: str, need_labels: bool
+    path: Path, separator: str, within: str, need_labels: bool, unused: _Unused
 ) -> Iterator[Row | Block] | None:
     """Rows of a path, labels and perhaps a part, read by an expression; None if the first has numbers.
 
@@ -259,7 +341,7 @@ def _plain_jsonl(
                 yield block
                 continue
             named = _json_lines(path, line, content)
-            yield from _rows(named, separator, (), within, path, need_labels)
+            yield from _rows(named, separator, (), within, path, need_labels, unused)
 
     return plain()
 
@@ -280,8 +362,10 @@ def _rows(
     within: str,
     source: Path,
     need_labels: bool,
+    unused: _Unused,
 ) -> Iterator[Row]:
     parts: dict[str, tuple[str, ...]] = {}
+    seen: set[tuple[str, ...]] = set()  # names of rows that were looked at
     for line, row in named:
         # the plain form again: nothing is copied, and no message made
         if not values and type(row) is dict and len(row) == 2:
@@ -292,8 +376,14 @@ def _rows(
                     labels = parts[text] = _parts(text, separator)
                 yield Row(line, path.removeprefix(within), labels)
                 continue
-        if not need_labels and isinstance(row, dict):
-            row = {"labels": [], **row}
+        if isinstance(row, dict):
+            names = tuple(row)
+            if names not in seen:
+                _look(names, values, f"{source}, line {line}", unused)
+                if len(seen) < _MOST_NAMES:
+                    seen.add(names)
+            if not need_labels and not {"label", "labels"} & row.keys():
+                row = {"labels": [], **row}
         yield _row(row, separator, values, within, f"{source}, line {line}", line)
 
 

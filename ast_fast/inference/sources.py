@@ -156,6 +156,8 @@ def _pieces(
         yield open_shards(os.fspath(path))
     elif suffix in _MANIFESTS:
         manifest = read_manifest(path, root=root, check_files=False, need_labels=False)
+        for note in manifest.notes:
+            _log.warning("%s: %s", path, note)
         inside = os.fspath(manifest.root)
         yield from ((os.path.join(inside, name), inside) for name in manifest.paths)  # noqa: PTH118
     elif suffix == ".txt":

@@ -7,7 +7,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from ast_fast import _mpeg, audio
+from ast_fast import _mpeg, _ogg, audio
 from ast_fast.audio_spans import read_span
 from ast_fast.config import AudioConfig
 
@@ -212,6 +212,60 @@ def test_spans_in_the_last_page_of_an_ogg_file_are_in_their_place(tmp_path):
             check_spans(encoded(format="OGG", subtype=subtype), tmp_path, count)
 
 
+def pages_of(ogg):
+    """Where each page begins, and the end."""
+    starts, place = [], 0
+    while place < len(ogg):
+        starts.append(place)
+        table = ogg[place + 27 : place + 27 + ogg[place + 26]]
+        place += 27 + len(table) + sum(table)
+    return [*starts, len(ogg)]
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_a_page_of_ogg_that_is_damaged_or_missing_is_never_filled_in(subtype):
+    whole = encoded(RNG.normal(0, 0.1, 160000).astype(np.float32), "OGG", subtype=subtype)
+    starts = pages_of(whole)
+    assert len(starts) >= 7 and audio.load(whole).report.summary() == "1 clips read"
+    for page in range(3, len(starts) - 1):
+        begin, end = starts[page : page + 2]
+        for at in (begin + 30, (begin + end) // 2, end - 1, begin + 8, begin + 5, begin + 18):
+            content = bytearray(whole)
+            content[at] ^= 1
+            with pytest.raises(audio.AudioTruncatedError, match=r"damaged Ogg page|last Ogg page"):
+                audio.load(bytes(content))
+            kept = audio.load(bytes(content), truncated="keep")
+            assert kept.report.truncated == 1 and "Ogg page" in kept.report.notes[0]
+        if page < len(starts) - 2:
+            with pytest.raises(audio.AudioTruncatedError, match="missing between others: 1"):
+                audio.load(whole[:begin] + whole[end:])
+        # decoders play a page twice that is there twice
+        twice = audio.load(whole[:end] + whole[begin:])
+        assert torch.equal(twice.wave, audio.load(whole).wave)
+        assert "there twice and are read once: 1" in twice.report.notes[0]
+        if page < len(starts) - 3:
+            after = starts[page + 2]
+            with pytest.raises(audio.AudioTruncatedError, match="missing between others"):
+                audio.load(whole[:begin] + whole[end:after] + whole[begin:end] + whole[after:])
+    # what is cut out of the middle of a stream begins late
+    late = audio.load(whole[: starts[2]] + whole[starts[3] :])
+    assert (
+        late.report.restated == 1 and "what came before is not in the file" in late.report.notes[0]
+    )
+
+
+def test_the_checksum_of_a_page_is_that_of_ogg():
+    page = bytearray(b"OggS" + bytes(23) + b"\1\3abc")
+    slow = 0
+    for byte in page:
+        slow ^= byte << 24
+        for _ in range(8):
+            slow = (slow << 1 ^ (0x04C11DB7 if slow >> 31 else 0)) & 0xFFFFFFFF
+    assert _ogg.checksum(bytes(page)) == slow
+    page[22:26] = b"used"
+    assert _ogg.checksum(bytes(page)) == slow  # the field itself counts as zeros
+
+
 # ---- FLAC
 
 
@@ -347,3 +401,26 @@ def test_a_header_that_is_too_large_costs_no_memory():
     huge = caf[:at] + (1 << 40).to_bytes(8, "big") + caf[at + 8 :]
     with pytest.raises(audio.AudioError):
         audio.load(huge)
+
+
+@pytest.mark.parametrize("format", ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_a_sound_that_ends_within_a_sample_is_said(format, subtype):
+    stereo = np.stack([NOISE[:4002], -NOISE[:4002]], 1)
+    content = encoded(stereo, format, subtype=subtype)
+    frame = 2 * {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}[subtype]
+    size = 4002 * frame
+    widths = {"RF64": (8, "little", 0), "W64": (8, "little", 24), "AIFF": (4, "big", 8)}
+    width, order, more = widths.get(format, (4, "big" if format == "AU" else "little", 0))
+    if format == "CAF":
+        width, order, more = 8, "big", 4
+    cut = with_size(content, size + more, size - 1 + more, width, order)
+    end = cut.index(content[-1000:]) + 1000 if format in ("WAV", "WAVEX", "AU") else len(cut)
+    clip = audio.load(cut[: end - 1])
+    assert clip.wave.shape == (4001,)
+    assert clip.report.restated == 1
+    assert (
+        f"holds {size - 1} bytes of audio, {frame - 1} more than whole samples of {frame}"
+        in clip.report.notes[0]
+    )
+    assert audio.load(content).report.restated == 0

@@ -298,11 +298,61 @@ def test_folders_of_parts_are_told_from_folders_of_classes(place, tmp_path):
     assert data.classes == ("cat", "dog") and data.splits == ["test", "train", "train", "val"]
     train, held = read_parts(tmp_path / "parts")
     assert train.paths == ["train/cat/1.wav", "train/dog/2.wav"] and held.paths == ["val/dog/3.wav"]
-    # sound in them makes them classes
-    for name in ("test/1.wav", "train/2.wav"):
+    # beside others sound in them makes them classes
+    for name in ("test/1.wav", "train/2.wav", "plane/3.wav"):
         (tmp_path / "vehicles" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "vehicles" / name).write_bytes(clip)
-    assert read_folder(tmp_path / "vehicles").classes == ("test", "train")
+    assert read_folder(tmp_path / "vehicles").classes == ("plane", "test", "train")
+    # and so do folders of recordings in all of them
+    for name in ("train/a/1.wav", "train/b/2.wav", "plane/c/3.wav"):
+        (tmp_path / "sessions" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sessions" / name).write_bytes(clip)
+    data = read_folder(tmp_path / "sessions")
+    assert data.classes == ("plane", "train")
+    assert data.notes == ("'train' are taken for classes, as others beside them hold sound",)
+
+
+def laid_out(root, clip, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(clip)
+    return root
+
+
+def test_a_part_without_classes_is_no_class(place, tmp_path):
+    clip = next((place / "speech" / "bed").glob("*.wav")).read_bytes()
+    # as competitions hand sets out: what is to be told lies in one folder
+    names = ["train/cat/1.wav", "train/dog/2.wav", "test/3.wav", "test/4.wav"]
+    data = read_folder(laid_out(tmp_path / "told", clip, names))
+    assert data.classes == ("cat", "dog") and data.paths == names[:2]
+    assert "2 files of sound in 'test', in no folder of a class, are left out" in data.notes
+    # a stray file makes no part a class
+    names = [
+        "test/cat/1.wav",
+        "test/dog/2.wav",
+        "train/cat/3.wav",
+        "train/dog/4.wav",
+        "train/5.wav",
+    ]
+    data = read_folder(laid_out(tmp_path / "stray", clip, names))
+    assert data.classes == ("cat", "dog") and data.paths == names[:4]
+    assert "1 files of sound in 'train', in no folder of a class, are left out" in data.notes
+    for bare in (["train/1.wav", "test/2.wav"], ["Train/1.wav"]):
+        with pytest.raises(ManifestError, match="hold no folders of classes"):
+            read_folder(
+                laid_out(tmp_path / bare[0].lower().replace("/", len(bare) * "-"), clip, bare)
+            )
+    for folds in (["fold1/1.wav", "Fold_2/2.wav"], ["fold1/cat/1.wav", "fold2/cat/2.wav"], ["train-a/1.wav", "test-a/2.wav"]):  # fmt: skip
+        with pytest.raises(ManifestError, match="look like folds or parts of a set"):
+            read_folder(laid_out(tmp_path / folds[0].replace("/", "-"), clip, folds))
+    names = ["train/cat/1.wav", "extra/cat/2.wav"]
+    with pytest.raises(ManifestError, match="as they hold the same folders, but 'extra'"):
+        read_folder(laid_out(tmp_path / "extra", clip, names))
+    beside = ["train/cat/1.wav", "train/dog/2.wav", "noise/3.wav"]
+    with pytest.raises(
+        ManifestError, match=r"'train' look like parts of a set, as they hold folders, but 'noise'"
+    ):
+        read_folder(laid_out(tmp_path / "beside", clip, beside))
 
 
 # ---- numbers to predict

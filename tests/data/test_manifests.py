@@ -64,7 +64,6 @@ ODD_LINES = [
     ('  {"wav" : "b.wav" , "label" : "say \\"x\\"" }  ', ("b.wav", ('say "x"',))),
     ('{"path": "b.wav", "label": "dog", "extra": [1, {"path": "c.wav"}]}', ("b.wav", ("dog",))),
     ('{"path": "b.wav", "labels": [ "cat" , "dog" ], "split": "train"}', ("b.wav", ("cat", "dog"))),
-    ('{"path": "b.wav", "path": "c.wav", "label": "dog"}', ("c.wav", ("dog",))),
     ('{"path": "b, c [1].wav", "label": "a,b"}', ("b, c [1].wav", ("a,b",))),
 ]
 
@@ -100,6 +99,15 @@ def test_parts_are_read_from_plain_json_lines(tmp_path):
     [
         ('{"path": "b.wav", "label": "dog"', "is not JSON: Expecting ',' delimiter"),
         ('{"path": "b.wav", "label": "dog"}, {"path": "c.wav", "label": "dog"}', "Extra data"),
+        ('{"path": "b.wav", "path": "c.wav", "label": "dog"}', "'path' stands in it twice"),
+        (
+            '{"path": "b.wav", "file": "c.wav", "label": "dog"}',
+            "'path' and 'file', which both mean",
+        ),
+        ('{"path": "b.wav", "label": "dog", "labels": "cat"}', "'label' and 'labels', which both"),
+        ('{"path": "b.wav", "label": "dog", "offset": 1.5}', "'offset' name parts of files"),
+        ('{"path": "b.wav", "label": "d\\u0000g"}', "the label 'd\\x00g' is empty or holds a NUL"),
+        ('{"path": "b.wav", "labels": ["dog", " "]}', "the label ' ' is empty or holds a NUL"),
         ('{"path": "b.wav", "label": "do\tg"}', "Invalid control character"),
         ('{"path": "b.wav", "labels": ["dog", 3]}', "labels is list: expected text"),
         ('{"path": "b.wav", "labels": ["dog",]}', "is not JSON"),
@@ -123,6 +131,51 @@ def test_a_bad_json_line_is_named_wherever_it_stands(line, says, tmp_path):
         with pytest.raises(ManifestError) as found:
             read_manifest(path, check_files=False)
         assert f"l.jsonl, line {before + 1}: " in str(found.value) and says in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_what_a_list_holds_and_is_not_used_is_said(name, tmp_path):
+    found = [("a.wav", "x", "5", "no"), ("b.wav", "y", "6", ""), ("a.wav", "y", "5", "no")]
+    columns = ("path", "label", "duration", "speaker")
+    if name.endswith("csv"):
+        text = "\n".join(",".join(row) for row in (columns, *found))
+    else:
+        text = "\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in found)
+    assert read_manifest(write(tmp_path, text, name), check_files=False).notes == (
+        "columns that are not used: 'duration', 'speaker'",
+        "1 files are listed more than once, such as 'a.wav'; 1 of them with other labels each time, "
+        "such as 'a.wav'",
+    )
+    alike = text.replace('"y", "duration": "5"', '"x", "duration": "5"').replace(
+        "a.wav,y", "a.wav,x"
+    )
+    notes = read_manifest(write(tmp_path, alike, name), check_files=False).notes
+    assert notes[1:] == ("1 files are listed more than once, such as 'a.wav'",)
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("path,label,start,end", "line 2: 'start', 'end' name parts of files"),
+        ("path,label,offset,duration", "line 2: 'offset' name parts of files"),
+        ("path,label,Start_Seconds,n", "line 2: 'Start_Seconds' name parts of files"),
+        ("path,file,label,n", "line 1: has 'path' and 'file', which both mean path: expected one"),
+        ("path,label,labels,n", "line 1: has 'label' and 'labels', which both mean labels"),
+        ("path,label,fold,split", "line 1: has 'fold' and 'split', which both mean split"),
+    ],
+)
+def test_columns_that_would_be_misread_are_refused(header, says, tmp_path):
+    path = write(tmp_path, f"{header}\na.wav,x,1,2\n")
+    with pytest.raises(ManifestError) as found:
+        read_manifest(path, check_files=False)
+    assert says in str(found.value)
+
+
+def test_numbers_to_predict_may_have_any_name(tmp_path):
+    path = write(tmp_path, "path,start,end,label\na.wav,1,2,x\n")
+    manifest = read_manifest(path, values=("start", "end"), check_files=False)
+    assert manifest.values.tolist() == [[1.0, 2.0]]
+    assert manifest.notes == ("columns that are not used: 'label'",)
 
 
 def test_names_and_mids_of_a_class_table_are_both_labels(tmp_path):

@@ -74,7 +74,7 @@ def test_recipe_sizes_keep_their_budgets(name, backend, dtype):
 
 @pytest.mark.parametrize("backend", available_backends())
 @pytest.mark.parametrize(
-    "case", log_mel_cases(), ids=lambda c: f"{c.signal.__name__} {c.rate} {c.out_dtype}"
+    "case", list(log_mel_cases()), ids=lambda c: f"{c.signal.__name__} {c.rate} {c.out_dtype}"
 )
 def test_log_mel_is_no_further_from_float64_than_torchaudio_allows(case, backend):
     pytest.importorskip("torchaudio")

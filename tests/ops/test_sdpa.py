@@ -158,7 +158,7 @@ def test_a_bias_a_key_keeps_its_digits_in_16_bits(only_sdpa):
 @pytest.mark.parametrize(
     "names", (("sdpa-flash", "triton"), ("triton", "sdpa-flash"), ("triton", "triton"))
 )
-@pytest.mark.parametrize("name", (n for n in CASES if "D48" not in n and "D80" not in n))
+@pytest.mark.parametrize("name", [n for n in CASES if "D48" not in n and "D80" not in n])
 def test_directions_mix(name, names, monkeypatch):
     ran = []
     for op in ("attention", "attention_varlen"):
