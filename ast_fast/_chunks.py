@@ -29,9 +29,8 @@ _AIFC_PCM = (
 )
 _AU_WIDTHS = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}
 _NAME = re.compile(rb"[ -~]{4}")
-_W64_FORMAT = b"fmt \xf3\xac\xd3\x11\x8c\xd1\x00\xc0O\x8e\xdb\x8a"
-_W64_WAVE = b"wave\xf3\xac\xd3\x11\x8c\xd1\x00\xc0O\x8e\xdb\x8a"
-_W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0O\x8e\xdb\x8a"
+_W64_TAIL = b"\xf3\xac\xd3\x11\x8c\xd1\x00\xc0O\x8e\xdb\x8a"
+_W64_FORMAT, _W64_WAVE, _W64_DATA = (name + _W64_TAIL for name in (b"fmt ", b"wave", b"data"))
 
 
 class _Sound(NamedTuple):

@@ -15,6 +15,7 @@ SPLIT_NAMES = frozenset(
     ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 )
 _FORMULA = re.compile(r"'*[=+\-@\t\r]").match
+_LISTED = 12  # names in a message
 _MAX_DIGITS = 4000  # Python refuses longer numbers
 
 
@@ -36,6 +37,21 @@ def part_name(text: str) -> str:
     return small if small in SPLIT_NAMES else text
 
 
+def is_name(text: str) -> bool:
+    """Whether a text can name a class: it is not blank and holds no NUL."""
+    return bool(text.strip()) and "\0" not in text
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, the first twelve of many.
+
+    >>> listed(["dog", "cat"])
+    "'dog', 'cat'"
+    """
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + more
+
+
 def check_names(names: Sequence[str], what: str) -> None:
     """Refuse names of classes that cannot tell classes apart.
 
@@ -44,7 +60,7 @@ def check_names(names: Sequence[str], what: str) -> None:
     """
     places: dict[str, int] = {}
     for place, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip() or "\0" in name:
+        if not isinstance(name, str) or not is_name(name):
             raise ValueError(
                 f"{what}: name {place} is {name!r:.80}: expected text that is not empty, without NUL"
             )

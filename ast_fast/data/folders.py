@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..names import SPLIT_NAMES
+from ..names import SPLIT_NAMES, listed
 from .manifest import Manifest, ManifestError, Row, check_path, check_size, collect
 from .tree import Walk
 
 _LISTS = {"validation_list.txt": "validation", "testing_list.txt": "test"}
 _NOISE = "_background_noise_"
-_NAMES = 12
 _FOLD = re.compile(r"folds?[-_ ]?\d+", re.IGNORECASE)
 
 
@@ -57,7 +56,7 @@ def read_folder(
     if full and _are_parts(root, full, found):
         beside = [name for name in names if name not in full]
         if beside:
-            notes.append(f"folders without sound beside the parts are left out: {_some(beside)}")
+            notes.append(f"folders without sound beside the parts are left out: {listed(beside)}")
         for part in full:
             bare = [file for file in found[part] if "/" not in file]
             if bare:
@@ -71,10 +70,10 @@ def read_folder(
     else:
         words = [name for name in full if name.lower() in SPLIT_NAMES]
         if words:
-            notes.append(f"{_some(words)} are taken for classes, as others beside them hold sound")
+            notes.append(f"{listed(words)} are taken for classes, as others beside them hold sound")
     empty = [place for place, _, _ in places if not found[place]]
     if empty:
-        notes.append(f"folders without sound are no classes: {_some(empty)}")
+        notes.append(f"folders without sound are no classes: {listed(empty)}")
     rows = (
         Row(0, f"{place}/{file}", [name], split=part)
         for place, name, part in places
@@ -104,7 +103,7 @@ def _are_parts(root: Path, full: Sequence[str], found: Mapping[str, Sequence[str
     if not others:
         if not any(inner.values()):
             raise ManifestError(
-                f"{str(root)!r}: {_some(parts)} look like parts of a set, but hold no folders of classes: expected "
+                f"{str(root)!r}: {listed(parts)} look like parts of a set, but hold no folders of classes: expected "
                 "train/<class>/<clip>; list the clips in a CSV with columns path, label and split, or rename "
                 "what are classes"
             )
@@ -118,8 +117,8 @@ def _are_parts(root: Path, full: Sequence[str], found: Mapping[str, Sequence[str
     if shared or alone:
         why = "the same folders" if shared else "folders"
         raise ManifestError(
-            f"{str(root)!r}: {_some(parts)} look like parts of a set, as they hold {why}, but "
-            f"{_some(others)} beside them hold sound too: move those away, or rename what are classes"
+            f"{str(root)!r}: {listed(parts)} look like parts of a set, as they hold {why}, but "
+            f"{listed(others)} beside them hold sound too: move those away, or rename what are classes"
         )
     return False
 
@@ -134,7 +133,7 @@ def _check_no_folds(root: Path, full: Sequence[str]) -> None:
     words = {re.split(r"[-_ .]", name.lower())[0] for name in full}
     if len(full) > 1 and (folds == list(full) or (len(words) > 1 and words <= SPLIT_NAMES)):
         raise ManifestError(
-            f"{str(root)!r}: {_some(full)} look like folds or parts of a set, not like classes: list the clips in a "
+            f"{str(root)!r}: {listed(full)} look like folds or parts of a set, not like classes: list the clips in a "
             "CSV with columns path, label and split, or rename what are classes"
         )
 
@@ -146,11 +145,6 @@ def _folders_of(walk: Walk, part: Path, files: Sequence[str]) -> dict[str, list[
         name, _, rest = file.partition("/")
         inner.setdefault(name, []).append(rest)
     return inner
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    return ", ".join(map(repr, names[:_NAMES])) + more
 
 
 def is_speech_commands(root: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..names import in_order, part_name, same_name
+from ..names import in_order, is_name, part_name, same_name
 from .manifest_blocks import Block, are_plain, mapped
 from .tree import Walk
 
@@ -250,7 +250,7 @@ def collect(
             classes = in_order({label for text in distinct for label in text})
             if not classes and need_labels:
                 raise ManifestError(f"{source}: none of its {len(paths)} clips has a label")
-            odd = next((name for name in classes if not name.strip() or "\0" in name), None)
+            odd = next((name for name in classes if not is_name(name)), None)
             if odd is not None:
                 line = next(line for line, text in zip(lines, texts, strict=True) if odd in text)
                 raise ManifestError(

@@ -7,10 +7,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..names import listed
 from .manifest import (
     MAX_FIELD_CHARS,
     Manifest,
@@ -36,8 +37,7 @@ _SEGMENT = re.compile(
     re.IGNORECASE,
 )
 _PLAIN_CHARS = 4096
-_SHOWN = 12  # names in a message
-_MOST_NAMES = 1000  # kept of a file that invents new ones
+_MOST_FORMS = 1000  # of rows, remembered of a file that invents new ones
 _LONGEST_BYTES = 4 * MAX_FIELD_CHARS  # of a line
 
 
@@ -110,7 +110,7 @@ def read_manifest(
     separator = label_separator or ("," if suffix == ".json" else ";")
     within = os.path.abspath(root).rstrip("/") + "/"  # noqa: PTH100 - links stay as they are
     rows: Iterator[Row | Block] | None = None
-    unused = _Unused()
+    unused = _Unused(values)
     if not values:
         plain = {".csv": _plain_csv, ".jsonl": _plain_jsonl}.get(suffix)
         rows = plain(path, separator, within, need_labels, unused) if plain is not None else None
@@ -119,6 +119,7 @@ def read_manifest(
         named = readers[suffix](path)
         if not values:
             named, values = _value_names(named)
+            unused.values = values
         rows = _rows(named, separator, tuple(values), within, path, need_labels, unused)
     return collect(
         rows,
@@ -186,13 +187,12 @@ def _json(raw: bytes, where: str) -> Any:
         raise ManifestError(f"{where}: is not JSON: {error}") from error
 
 
-def _meant(names: Iterable[str], where: str) -> list[str]:
+def _meant(names: Sequence[str], where: str) -> list[str]:
     """What columns are, by their names.
 
     Raises:
         ManifestError: two mean the same.
     """
-    names = list(names)
     columns = [_ALIASES.get(name, name) for name in names]
     if len(set(columns)) < len(columns):
         twice, _ = Counter(columns).most_common(1)[0]
@@ -203,41 +203,41 @@ def _meant(names: Iterable[str], where: str) -> list[str]:
     return columns
 
 
-def _check_whole(names: Iterable[str], where: str) -> None:
-    """Refuse columns that name parts of files: whole files would be taken for them.
-
-    Raises:
-        ManifestError: there is one.
-    """
-    parts = [name for name in names if _SEGMENT.fullmatch(name)]
-    if parts:
-        raise ManifestError(
-            f"{where}: {', '.join(map(repr, parts))} name parts of files, and a manifest takes whole ones: cut the "
-            "files into clips; if they are cut already, leave these columns out"
-        )
-
-
-def _look(names: Sequence[str], values: Sequence[str], where: str, unused: _Unused) -> None:
-    """Judge the names that a row has: those of segments are refused, others without a use noted."""
-    known = _KNOWN | ({"values"} if values else {"labels"})
-    meant = zip(names, _meant(names, where), strict=True)
-    others = [name for name, column in meant if column not in known and name not in values]
-    _check_whole(others, where)
-    if len(unused.names) < _MOST_NAMES:
-        unused.names |= dict.fromkeys(others)
-
-
 class _Unused:
     """Names that rows have and that mean nothing here, to be said at the end."""
 
-    def __init__(self) -> None:
-        self.names: dict[str, None] = {}
+    def __init__(self, values: Sequence[str]) -> None:
+        self.values = values
+        self._names: dict[str, None] = {}
+        self._seen: set[tuple[str, ...]] = set()  # names of rows that were looked at
+
+    def look(self, row: Mapping[str, Any], source: Path, line: int) -> None:
+        """Remember what of a row has no use.
+
+        Raises:
+            ManifestError: two names mean the same; or some name parts of files: whole ones would be taken for them.
+        """
+        names = tuple(row)
+        if names in self._seen:
+            return
+        where = f"{source}, line {line}"
+        known = _KNOWN | ({"values"} if self.values else {"labels"})
+        meant = zip(names, _meant(names, where), strict=True)
+        others = [name for name, column in meant if column not in known and name not in self.values]
+        parts = [name for name in others if _SEGMENT.fullmatch(name)]
+        if parts:
+            raise ManifestError(
+                f"{where}: {', '.join(map(repr, parts))} name parts of files, and a manifest takes whole ones: cut the "
+                "files into clips; if they are cut already, leave these columns out"
+            )
+        if len(self._seen) < _MOST_FORMS:
+            self._seen.add(names)
+            self._names |= dict.fromkeys(others)
 
     def __iter__(self) -> Iterator[str]:
-        shown = [name for name in self.names if name.strip()]
+        shown = [name for name in self._names if name.strip()]
         if shown:
-            more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-            yield f"columns that are not used: {', '.join(map(repr, shown[:_SHOWN]))}{more}"
+            yield f"columns that are not used: {listed(shown)}"
 
 
 def _plain_csv(
@@ -365,7 +365,6 @@ def _rows(
     unused: _Unused,
 ) -> Iterator[Row]:
     parts: dict[str, tuple[str, ...]] = {}
-    seen: set[tuple[str, ...]] = set()  # names of rows that were looked at
     for line, row in named:
         # the plain form again: nothing is copied, and no message made
         if not values and type(row) is dict and len(row) == 2:
@@ -377,11 +376,7 @@ def _rows(
                 yield Row(line, path.removeprefix(within), labels)
                 continue
         if isinstance(row, dict):
-            names = tuple(row)
-            if names not in seen:
-                _look(names, values, f"{source}, line {line}", unused)
-                if len(seen) < _MOST_NAMES:
-                    seen.add(names)
+            unused.look(row, source, line)
             if not need_labels and not {"label", "labels"} & row.keys():
                 row = {"labels": [], **row}
         yield _row(row, separator, values, within, f"{source}, line {line}", line)
